@@ -1,0 +1,297 @@
+"""A set of pictures that can be passed over, sampled and split without holding it in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import os
+import random
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+from PIL import Image
+
+from ..errors import DataError, SettingsError
+from .picture import content_hash, decode
+from .sources import Entry, Source
+
+T = TypeVar("T")
+
+_SHUFFLE_BYTES = 64 * 2**20
+_HOPELESS = 100
+
+
+class Sample(NamedTuple):
+    """A picture, upright and 8-bit (mode ``"L"`` or ``"RGB"``), its class index if it has one, its name in errors."""
+
+    image: Image.Image
+    label: int | None
+    key: str
+
+
+class Pictures:
+    """Pictures of one source, or a part of them; :func:`~comcat.data.open_pictures` makes the first.
+
+    Each iteration is a new pass that decodes one picture at a time. Pictures that cannot be read are left out, with one
+    warning; ``skipped`` lists those of the latest pass as ``"key: reason"``. A pass raises
+    :class:`~comcat.errors.DataError` as soon as it is certain that more than ``max_unreadable`` of its pictures cannot
+    be read, and if there are none at all.
+
+    ``name`` says what this is, ``class_names`` lists the classes' names where they are known, ``has_labels`` says
+    whether samples have labels. A picture's key is its path inside the source, or file and row; moving the source as a
+    whole changes neither keys nor what :meth:`take` and :meth:`split` choose.
+    """
+
+    def __init__(self, source: Source, *, max_unreadable: float = 0.1) -> None:
+        """Raises :class:`~comcat.errors.SettingsError` unless 0 ≤ ``max_unreadable`` ≤ 1."""
+        if (
+            isinstance(max_unreadable, bool)
+            or not isinstance(max_unreadable, int | float)
+            or not 0 <= max_unreadable <= 1
+        ):
+            raise SettingsError(f"max_unreadable: got {max_unreadable!r}, expected a fraction from 0 to 1")
+        self.name = source.name
+        self.class_names = source.class_names
+        self.has_labels = source.has_labels
+        self.skipped: list[str] = []
+        self._source = source
+        self._max_unreadable = max_unreadable
+        self._parts: tuple[_Part, ...] = ()
+        self._chosen: frozenset[str] | None = None
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return f"Pictures({self.name!r}, count={self.count}, has_labels={self.has_labels})"
+
+    def __bool__(self) -> bool:  # else truth would ask for the length, which streams do not know
+        return True
+
+    @cached_property
+    def count(self) -> int | None:
+        """How many pictures there are, unreadable ones included; None for streams that do not say."""
+        if self._chosen is not None:
+            return len(self._chosen)
+        if not self._parts:
+            return self._source.count
+        return sum(1 for _ in self._keys()) if self._source.lists_keys else None
+
+    def __len__(self) -> int:
+        """``count``. Raises ``TypeError`` where that is unknown."""
+        if self.count is None:
+            raise TypeError(f"{self.name} is a stream of unknown length; see .count")
+        return self.count
+
+    def __iter__(self) -> Iterator[Sample]:
+        for image, entry in self.read(_same):
+            yield Sample(image, entry.label, entry.key)
+
+    def take(self, n: int, seed: int) -> Pictures:
+        """``n`` of the pictures at random, without replacement, every choice equally likely; all if there are fewer.
+
+        The choice depends on the keys and the seed alone: it is the n pictures whose hashed keys are smallest, which is
+        reservoir sampling with random keys (Efraimidis and Spirakis 2006), in one pass. That pass reads names only in
+        folders, parquet files and saved data sets, the headers of tar files, and all of a hub data set whose size the
+        hub does not know. Unreadable pictures among the n are not replaced. Raises
+        :class:`~comcat.errors.SettingsError` if n is below 1.
+        """
+        whole_number("n", n, least=1)
+        whole_number("seed", seed)
+        chosen = heapq.nsmallest(n, self._keys(), key=lambda key: _hash(f"take/{seed}/{key}"))
+        return self._view(f"{n} taken with seed {seed}", self._parts, frozenset(chosen))
+
+    def split(self, fraction: float, seed: int) -> tuple[Pictures, Pictures]:
+        """Two parts without a common picture: the rest, and the held-out part of about ``fraction`` of all pictures.
+
+        A picture is held out if its hashed key falls below ``fraction``: it stays on its side whatever else is added,
+        removed or reordered, and the held-out share is exact only on average. Copies of a picture under two keys may
+        fall on both sides (see :func:`~comcat.data.overlap`). Raises :class:`~comcat.errors.SettingsError` unless
+        0 < ``fraction`` < 1; iterating over a part that got no picture raises :class:`~comcat.errors.DataError`.
+        """
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 < fraction < 1:
+            raise SettingsError(f"fraction: got {fraction!r}, expected a number between 0 and 1")
+        whole_number("seed", seed)
+        # The depth keeps a part, split once more with the same seed, from coming out whole.
+        salt = f"split/{seed}/{len(self._parts)}/"
+        views = []
+        for held_out, what in ((False, "without"), (True, "only")):
+            part = _Part(salt, fraction, held_out)
+            chosen = None if self._chosen is None else frozenset(key for key in self._chosen if part(key))
+            views.append(self._view(f"{what} the {fraction:g} held out with seed {seed}", (*self._parts, part), chosen))
+        return views[0], views[1]
+
+    def fingerprint(self, limit: int | None = 4096) -> frozenset[str]:
+        """Hashes of the decoded RGB pixels of a random sample of ``limit`` pictures (None: all), to compare sets by."""
+        if limit is not None:
+            whole_number("limit", limit, least=1)
+        pictures = self if limit is None or (self.count is not None and self.count <= limit) else self.take(limit, 0)
+        hashes = frozenset(digest for digest, _ in pictures.read(content_hash, workers=default_workers()))
+        self.skipped = pictures.skipped
+        return hashes
+
+    def read(
+        self, work: Callable[[Image.Image], T], *, seed: int | None = None, workers: int = 1
+    ) -> Generator[tuple[T, Entry], None, None]:
+        """One pass: ``work`` done on each picture, with the entry it came from.
+
+        A picture on which ``work`` raises :class:`~comcat.errors.DataError` counts as unreadable; other errors pass on.
+
+        With ``seed``, in a random order: a full shuffle where pictures can be reached one by one (folders, saved data
+        sets, digits); elsewhere row groups or shards in random order, then pictures by a shuffle buffer of 64 MiB of
+        encoded pictures, which is a full shuffle of any set or sample below that size; a hub stream has the buffer
+        alone. ``workers`` threads decode and work ahead; the order does not depend on them. Raises
+        :class:`~comcat.errors.DataError` as the class says.
+        """
+        skipped = self.skipped = []
+        seen = 0
+        entries = self._entries(seed)
+        for entry, outcome in _ahead(entries, lambda entry: _attempt(entry, work), workers):
+            seen += 1
+            if not isinstance(outcome, _Unreadable):
+                yield outcome, entry
+                continue
+            skipped.append(f"{entry.key}: {outcome.reason}")
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"{entry.key} of {self.name} cannot be read ({outcome.reason}) and is left out, like all such",
+                    stacklevel=3,
+                )
+            certain = self.count is not None and len(skipped) > self._max_unreadable * self.count
+            if certain or (len(skipped) == seen >= _HOPELESS):
+                raise self._too_many(skipped, seen)
+        if not seen:
+            raise DataError(f"{self.name}: no pictures")
+        if len(skipped) == seen or len(skipped) > self._max_unreadable * seen:
+            raise self._too_many(skipped, seen)
+
+    def _entries(self, seed: int | None) -> Iterator[Entry]:
+        if not self._parts and self._chosen is None:
+            entries = self._source.entries(None, seed)
+        else:
+            entries = self._source.entries(self._keep, seed)
+        if self._chosen is not None:
+            entries = islice(entries, len(self._chosen))  # streams need not be read to their end
+        return entries if seed is None or self._source.shuffles_fully else _shuffle_buffer(entries, seed)
+
+    def _keep(self, key: str) -> bool:
+        return key in self._chosen if self._chosen is not None else all(part(key) for part in self._parts)
+
+    def _keys(self) -> Iterable[str]:
+        if self._chosen is not None:
+            return self._chosen
+        return (key for key in self._source.keys() if self._keep(key))
+
+    def _view(self, what: str, parts: tuple[_Part, ...], chosen: frozenset[str] | None) -> Pictures:
+        view = Pictures(self._source, max_unreadable=self._max_unreadable)
+        view.name = f"{self.name} ({what})"
+        view._parts = parts
+        view._chosen = chosen
+        return view
+
+    def _too_many(self, skipped: list[str], seen: int) -> DataError:
+        first = "; ".join(skipped[:3]) + ("; …" if len(skipped) > 3 else "")
+        return DataError(
+            f"{len(skipped)} of the first {seen} pictures of {self.name} cannot be read, and at most "
+            f"{self._max_unreadable:.0%} of {self.count or 'all'} may be unreadable (max_unreadable): {first}"
+        )
+
+
+def overlap(a: Pictures, b: Pictures) -> int:
+    """How many different pictures (size and RGB pixels) are in both sets. Decodes every picture of both once."""
+    return len(a.fingerprint(None) & b.fingerprint(None))
+
+
+def default_workers() -> int:
+    """Threads that decode pictures when nobody says how many."""
+    return min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One side of a split: whether a key belongs to it."""
+
+    salt: str
+    fraction: float
+    held_out: bool
+
+    def __call__(self, key: str) -> bool:
+        return (_hash(self.salt + key) < self.fraction * 2**64) == self.held_out
+
+
+@dataclass(frozen=True, slots=True)
+class _Unreadable:
+    reason: str
+
+
+def _attempt(entry: Entry, work: Callable[[Image.Image], T]) -> T | _Unreadable:
+    try:
+        image = decode(entry.content)
+    except Exception as error:  # Pillow's readers raise many kinds on damaged files
+        return _Unreadable(f"{type(error).__name__}: {error}")
+    try:
+        return work(image)
+    except DataError as error:
+        return _Unreadable(str(error))
+
+
+def _ahead(entries: Iterator[Entry], work: Callable[[Entry], T], workers: int) -> Iterator[tuple[Entry, T]]:
+    """Each entry with the result of ``work``, in order; with several workers, a few entries ahead in threads."""
+    if workers <= 1:
+        yield from ((entry, work(entry)) for entry in entries)
+        return
+    pool = ThreadPoolExecutor(workers)
+    waiting: deque[tuple[Entry, Future[T]]] = deque()
+    try:
+        for entry in entries:
+            waiting.append((entry, pool.submit(work, entry)))
+            if len(waiting) >= 4 * workers:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _shuffle_buffer(entries: Iterator[Entry], seed: int) -> Iterator[Entry]:
+    """The entries in a random order, as far as a buffer of ``_SHUFFLE_BYTES`` of encoded pictures reaches."""
+    choose = random.Random(seed)
+    buffer: list[Entry] = []
+    held = 0
+    for entry in entries:
+        buffer.append(entry)
+        held += _size(entry)
+        while held > _SHUFFLE_BYTES and len(buffer) > 1:
+            position = choose.randrange(len(buffer))
+            buffer[position], buffer[-1] = buffer[-1], buffer[position]
+            out = buffer.pop()
+            held -= _size(out)
+            yield out
+    choose.shuffle(buffer)
+    yield from buffer
+
+
+def _size(entry: Entry) -> int:
+    return (len(entry.content) if isinstance(entry.content, bytes) else 0) + 512  # the rest of the entry, roughly
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _same(image: Image.Image) -> Image.Image:
+    return image
+
+
+def whole_number(name: str, value: object, *, least: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        raise SettingsError(
+            f"{name}: got {value!r}, expected a whole number{'' if least is None else f' from {least}'}"
+        )

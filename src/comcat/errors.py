@@ -1,0 +1,55 @@
+"""The errors a user can cause. Each says what it got, what it expected and, where names are involved, the nearest one."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ComcatError(Exception):
+    """Base of every error that comcat raises on purpose; the command line prints it without a traceback."""
+
+
+class SettingsError(ComcatError, ValueError):
+    """A setting is out of range or does not go with another."""
+
+
+class ModelError(ComcatError):
+    """A model cannot be found, built or used."""
+
+
+class UnknownSite(ComcatError, KeyError):
+    """A plan or a call names a site that the model does not have."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsupportedSite(ComcatError):
+    """A part of the model cannot shrink, and the message says why."""
+
+
+class PlanError(ComcatError, ValueError):
+    """A plan does not fit the model or is malformed."""
+
+
+class BudgetError(ComcatError, ValueError):
+    """A budget cannot be met; the message says the smallest that can."""
+
+
+class DataError(ComcatError):
+    """Pictures or labels are missing, unreadable or do not fit the model."""
+
+
+class NumericsError(ComcatError, ArithmeticError):
+    """NaN or infinity in weights, activations or gradients; the message names the place."""
+
+
+class StoreError(ComcatError):
+    """A saved folder is damaged, foreign or cannot be written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A clause that suggests the known name closest to ``name``: ``"; did you mean 'x'?"``, or an empty string."""
+    matches = get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if not matches:
+        return ""
+    return "; did you mean " + " or ".join(repr(m) for m in matches) + "?"

@@ -1,0 +1,230 @@
+"""From Grams to the thin weights of a site, biases included.
+
+A *statistic* says which Grams measure the error of a site; see :class:`Statistic`. The mathematics is the same for all of them
+(:func:`comcat.linalg.factorize`); what differs per kind of site is where A and B are and what becomes of the biases:
+
+- **QK**: logits ``= x̃ᵀ M x'`` with ``A = [W_Q; b_Q]``, ``B = W_K``. The key bias adds a constant along keys, which softmax ignores.
+- **VO**: ``A = W_V``, ``Bᵀ = W_O``. Attention rows sum to one, so the value bias and the mean of what truncation loses move to the output bias.
+- **Linear**: one factor is the identity; the decomposition happens on the narrower side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import NumericsError
+from .linalg import Factorization, factorize, gram, refit
+from .sites import Attention, Site
+
+
+class Statistic(Protocol):
+    """What a site's error is measured by."""
+
+    name: str
+    zero_biases: bool
+
+    def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+        """``G_A`` and ``G_B``, (heads, k, k) for products, (k, k) for linear layers with k the narrower side."""
+        ...
+
+    def mean(self, site: Site) -> Tensor | None:
+        """Mean of what enters the right factor: the heads' outputs (heads · width) for VO, the input (in) for linear layers."""
+        ...
+
+    def covariance(self, site: Site) -> Tensor | None:
+        """Covariance of the heads' outputs over all heads (heads · width, heads · width), for the joint refit of W_O."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights alone, ``C = I`` on both sides: the SVD of each product, as in COMCAT (Xiao et al. 2023), but exact with biases."""
+
+    name: str = "weights"
+    zero_biases: bool = False
+
+    def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+        a, b = weight_factors(model, site)
+        return _gram_or_identity(a, b)
+
+    def mean(self, site: Site) -> Tensor | None:
+        return None
+
+    def covariance(self, site: Site) -> Tensor | None:
+        return None
+
+
+@dataclass(frozen=True)
+class PaperCode(Weights):
+    """The same with every bias of the attention set to zero first, as COMCAT's published code has it."""
+
+    name: str = "paper-code"
+    zero_biases: bool = True
+
+    def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+        a, b = weight_factors(model, site, with_bias=False)
+        return _gram_or_identity(a, b)
+
+
+@dataclass(frozen=True)
+class Unilateral(Weights):
+    """One side of each pair is decomposed, K and O, and the other absorbs the change (UniSVD): ``G_A = I``."""
+
+    name: str = "unilateral"
+
+    def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+        g_a, g_b = super().grams(model, site)
+        if site.kind == "linear":
+            return g_a, g_b
+        return torch.eye(site.full_rank, dtype=g_a.dtype, device=g_a.device).expand_as(g_a), g_b
+
+
+@dataclass(frozen=True)
+class Products:
+    """Thin weights of a QK site: q (heads, rank, in), q_bias (heads, rank) or None, k (heads, rank, in)."""
+
+    q: Tensor
+    q_bias: Tensor | None
+    k: Tensor
+
+
+@dataclass(frozen=True)
+class Values:
+    """Thin weights of a VO site: v (heads, rank, in), v_bias (heads, rank) or None, out (out, heads · rank), out_bias (out)."""
+
+    v: Tensor
+    v_bias: Tensor | None
+    out: Tensor
+    out_bias: Tensor
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Thin weights of a linear site: first (rank, in), last (out, rank), bias (out)."""
+
+    first: Tensor
+    last: Tensor
+    bias: Tensor
+
+
+def weight_factors(model: nn.Module, site: Site, *, with_bias: bool = True) -> tuple[Tensor | None, Tensor | None]:
+    """The factors A (…, m, k) and B (…, n, k) of a site's product in float64; None stands for the identity.
+
+    Raises:
+        NumericsError: if a weight holds NaN or infinity; the message names the site.
+    """
+    if site.kind == "linear":
+        weight = _checked(site, model.get_submodule(site.path).get_parameter("weight"))
+        return (None, weight) if site.in_features <= site.out_features else (weight.mT, None)
+    a = _attention(site)
+    if site.kind == "qk":
+        q, k = (_per_head(_checked(site, p.weight(model)), a) for p in (a.q, a.k))  # (heads, in, width)
+        bias = a.q.bias_or_none(model)
+        if bias is not None and with_bias:
+            q = torch.cat([q, _checked(site, bias).view(a.heads, 1, a.width)], dim=1)
+        return q, k
+    v = _per_head(_checked(site, a.v.weight(model)), a)
+    out = _checked(site, model.get_submodule(a.out).get_parameter("weight"))
+    return v, out.view(a.out_features, a.heads, a.width).transpose(0, 1)  # (heads, out, width)
+
+
+def factorize_site(model: nn.Module, site: Site, statistic: Statistic) -> Factorization:
+    """Factorise a site under a statistic: all ranks at once, best first."""
+    return factorize(*statistic.grams(model, site))
+
+
+def truncate_site(
+    model: nn.Module, site: Site, factorization: Factorization, rank: int, statistic: Statistic, head_ranks: tuple[int, ...] | None = None, joint_refit: bool = True
+) -> Products | Values | Linears:
+    """The thin weights of a site at a rank, in float64.
+
+    Args:
+        head_ranks: fewer columns for some heads; the rest of their columns are zero.
+        joint_refit: whether to refit W_O over all heads where the statistic knows their covariance.
+    """
+    left, right = factorization.truncate(rank)
+    if head_ranks is not None:
+        keep = torch.arange(rank, device=left.device) < torch.tensor(head_ranks, device=left.device)[:, None]
+        left, right = left * keep[:, None], right * keep[:, None]
+    if site.kind == "qk":
+        return _truncate_qk(model, site, left, right, statistic)
+    if site.kind == "vo":
+        return _truncate_vo(model, site, left, right, statistic, joint_refit)
+    return _truncate_linear(model, site, left, right, statistic)
+
+
+def _truncate_qk(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic) -> Products:
+    a = _attention(site)
+    q, k = (_per_head(p.weight(model).double(), a) for p in (a.q, a.k))
+    bias = a.q.bias_or_none(model)
+    q_bias = None
+    if bias is not None:
+        q_bias = torch.einsum("hk,hkr->hr", bias.double().view(a.heads, a.width), left)
+        q_bias = q_bias * 0 if statistic.zero_biases else q_bias
+    return Products((q @ left).mT, q_bias, (k @ right).mT)
+
+
+def _truncate_vo(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic, joint_refit: bool) -> Values:
+    a = _attention(site)
+    out_module = model.get_submodule(a.out)
+    weight = out_module.get_parameter("weight").double()  # (out, heads · width)
+    v = _per_head(a.v.weight(model).double(), a) @ left  # (heads, in, rank)
+    bias = a.v.bias_or_none(model)
+    out_bias = weight.new_zeros(a.out_features) if out_module.bias is None else out_module.bias.detach().double()
+    value_bias = weight.new_zeros(a.heads, a.width) if bias is None else bias.detach().double().view(a.heads, a.width)
+    covariance, mean = statistic.covariance(site), statistic.mean(site)
+    if joint_refit and covariance is not None:
+        basis = torch.block_diag(*left)  # (heads · width, heads · rank)
+        out = refit(covariance, basis, weight.mT).mT
+    else:
+        out = torch.einsum("ohk,hkr->ohr", weight.view(-1, a.heads, a.width), right).flatten(1)
+    if statistic.zero_biases:
+        return Values(v.mT, None, out, out_bias * 0)
+    if not a.folds_value_bias:  # attention rows may not sum to one: the bias stays with the values
+        return Values(v.mT, None if bias is None else torch.einsum("hk,hkr->hr", value_bias, left), out, out_bias)
+    # o' = (o − b_V) T, so y' = o' S + b' equals y in the mean if b' = b_O + E[o] W_O − (E[o] − b_V) T S
+    mean = value_bias.flatten() if mean is None else mean.double()
+    thin_mean = torch.einsum("hk,hkr->hr", mean.view(a.heads, a.width) - value_bias, left).flatten()
+    return Values(v.mT, None, out, out_bias + weight @ mean - out @ thin_mean)
+
+
+def _truncate_linear(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic) -> Linears:
+    module = model.get_submodule(site.path)
+    weight = module.get_parameter("weight").double()  # (out, in)
+    if site.in_features <= site.out_features:
+        first, last = left.mT, weight @ right
+    else:
+        first, last = left.mT @ weight, right
+    bias = weight.new_zeros(site.out_features) if module.bias is None else module.bias.detach().double()
+    mean = statistic.mean(site)
+    if mean is not None:
+        bias = bias + weight @ mean.double() - last @ (first @ mean.double())
+    return Linears(first, last, bias)
+
+
+def _gram_or_identity(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    grams = [None if f is None else gram(f) for f in (a, b)]
+    known = next(g for g in grams if g is not None)
+    eye = torch.eye(known.shape[-1], dtype=known.dtype, device=known.device)
+    return tuple(eye if g is None else g for g in grams)  # type: ignore[return-value]
+
+
+def _attention(site: Site) -> Attention:
+    assert site.attention is not None
+    return site.attention
+
+
+def _per_head(weight: Tensor, a: Attention) -> Tensor:
+    """(heads · width, in) → (heads, in, width)."""
+    return weight.detach().view(a.heads, a.width, -1).mT
+
+
+def _checked(site: Site, weight: Tensor) -> Tensor:
+    weight = weight.detach().double()
+    if not torch.isfinite(weight).all():
+        raise NumericsError(f"{site.name}: its weights hold NaN or infinite values")
+    return weight

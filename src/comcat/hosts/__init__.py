@@ -1,0 +1,135 @@
+"""Where the sites are in other people's models. One file a library; each recognises attention by its structure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from ..errors import ModelError
+from ..sites import Attention, Host, Refusal, Site, Sites
+from .timm import TimmHost
+from .transformers import TransformersHost
+
+HOSTS: tuple[Host, ...] = (TimmHost(), TransformersHost())
+
+_ATTENTION_CHILDREN = {"qkv", "q", "k", "v", "kv", "to_q", "to_k", "to_v", "to_qkv", "q_proj", "k_proj", "v_proj", "qkv_proj", "in_proj", "query", "key",
+                       "value", "wq", "wk", "wv", "query_key_value"}  # fmt: skip
+
+
+def host_of(attention: Attention) -> Host:
+    """The host that recognised an attention module."""
+    return next(h for h in HOSTS if h.name == attention.host)
+
+
+def find_sites(model: nn.Module) -> Sites:
+    """Every site of a model, and what looks like one but cannot shrink, with the reason.
+
+    Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``. The model is not changed.
+
+    Raises:
+        ModelError: if the model has neither attention nor linear layers.
+    """
+    found: dict[str, Site] = {}
+    refused: list[Refusal] = []
+    closed: list[str] = []  # paths whose insides are spoken for
+    known: dict[tuple, tuple[str, Attention | Refusal]] = {}
+    uses = _uses(model)
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{c}.") for c in closed):
+            continue
+        if getattr(module, "comcat_module", False):
+            closed.append(path)
+            refused.append(Refusal(path, "already compressed"))
+            continue
+        anatomy = _recognise(model, path, module, known)
+        if isinstance(anatomy, Refusal):
+            closed.append(path)
+            refused.append(anatomy)
+        elif anatomy is not None:
+            closed.append(path)
+            if shared := [p for p in (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out) if uses[id(model.get_submodule(p))] > 1]:
+                refused.append(Refusal(path, f"{shared[0]} is shared with another part of the model"))
+                continue
+            for site, reason in _attention_sites(model, anatomy):
+                if reason is None:
+                    found[site.name] = site
+                else:
+                    refused.append(Refusal(site.name, reason))
+        elif type(module) is nn.Linear:
+            site = _linear_site(path, module)
+            if uses[id(module)] > 1:
+                refused.append(Refusal(path, "shared between several parts of the model"))
+            elif site.break_even < 1:
+                refused.append(Refusal(path, "so small that factors always cost more"))
+            else:
+                found[path] = site
+    if not found and not refused:
+        raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
+    return Sites(found, tuple(refused))
+
+
+def _recognise(model: nn.Module, path: str, module: nn.Module, known: dict[tuple, tuple[str, Attention | Refusal]]) -> Attention | Refusal | None:
+    if isinstance(module, nn.MultiheadAttention):
+        return Refusal(path, "torch.nn.MultiheadAttention computes its products in one opaque call")
+    if next(module.children(), None) is None:
+        return None
+    for host in HOSTS:
+        if host.resembles(module):
+            key = _structure(module)
+            if key not in known:
+                known[key] = path, host.recognise(model, path, module)
+            first, anatomy = known[key]
+            return _moved(anatomy, first, path)
+    children = {n for n, m in module.named_children() if isinstance(m, nn.Linear)}
+    if children & _ATTENTION_CHILDREN and any(hasattr(module, n) for n in ("num_heads", "num_attention_heads", "heads", "n_heads")):
+        return Refusal(path, f"attention of no known shape: {type(module).__name__} with {', '.join(sorted(children))}")
+    return None
+
+
+def _structure(module: nn.Module) -> tuple:
+    """Equal for modules of one class, shape and setting: all blocks of a model are probed once."""
+    plain = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, bool, str, type(None))))
+    shapes = tuple((n, tuple(t.shape)) for n, t in module.state_dict(keep_vars=True).items())
+    return type(module), repr(module), shapes, plain
+
+
+def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refusal:
+    """The anatomy of a module at ``old``, told of its twin at ``new``."""
+    if old == new:
+        return anatomy
+    if isinstance(anatomy, Refusal):
+        return replace(anatomy, name=new + anatomy.name.removeprefix(old))
+
+    def move(path: str) -> str:
+        return new + path.removeprefix(old)
+
+    q, k, v = (replace(p, path=move(p.path), bias=p.bias and move(p.bias)) for p in (anatomy.q, anatomy.k, anatomy.v))
+    return replace(anatomy, path=move(anatomy.path), q=q, k=k, v=v, out=move(anatomy.out))
+
+
+def _uses(model: nn.Module) -> dict[int, int]:
+    counts: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        counts[id(module)] = counts.get(id(module), 0) + 1
+    return counts
+
+
+def _attention_sites(model: nn.Module, a: Attention):
+    q_bias, k_bias, v_bias = (0 if p.bias_or_none(model) is None else a.heads * a.width for p in (a.q, a.k, a.v))
+    if a.k.bias is not None:
+        k_bias = 0  # BEiT's key bias is a constant zero, no parameter
+    out_bias = 0 if model.get_submodule(a.out).bias is None else a.out_features
+    common = {"path": a.path, "full_rank": a.width, "in_features": a.in_features, "heads": a.heads, "attention": a}
+    prefix = f"{a.path}:" if a.path else ":"
+    yield (
+        Site(f"{prefix}qk", "qk", out_features=a.in_features, biases=q_bias + k_bias, bias_per_rank=1 if q_bias else 0, **common),
+        a.qk_reason and f"{a.qk_reason}; its vo and linear sites can still shrink" if not a.vo_reason else a.qk_reason,
+    )
+    keeps = not a.folds_value_bias and v_bias
+    yield Site(f"{prefix}vo", "vo", out_features=a.out_features, biases=v_bias + out_bias, bias_per_rank=1 if keeps else 0, **common), a.vo_reason
+
+
+def _linear_site(path: str, module: nn.Linear) -> Site:
+    m, n = module.in_features, module.out_features
+    return Site(path, "linear", path, min(m, n), m, n, biases=0 if module.bias is None else n)

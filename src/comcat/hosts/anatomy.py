@@ -1,0 +1,122 @@
+"""Is there a product? Structural proof by gauge invariance, whatever the class is called.
+
+A QK product exists exactly where the attention's output does not change under ``W_Q → W_Q R``, ``W_K → W_K R⁻ᵀ`` for any invertible R
+in every head, and softmax runs over keys exactly where a constant added to every key changes nothing. A VO product exists where
+``W_V → W_V R``, ``W_O → R⁻¹ W_O`` changes nothing; attention rows sum to one where a constant c added to the values moves the output by
+``c W_O``. Anything that sits between the two factors (a norm, rotary embeddings, a gate, channel attention) breaks the symmetry.
+The probe works on a copy of one module with random weights, in float64, so that zero initialisations hide nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from operator import attrgetter
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..sites import Attention, Host, Projection
+
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """What the probe found: which products exist, whether values pass with weights that sum to one, and whether the output is plain softmax attention."""
+
+    qk: bool
+    vo: bool
+    rows_sum_to_one: bool
+    plain: bool
+
+
+def probe(host: Host, module: nn.Module, attention: Attention, tokens: int, bias: str | None = None) -> Symmetry:
+    """Probe one attention module. ``attention``'s paths are read relative to ``module``.
+
+    Args:
+        tokens: how many tokens to feed (a window's area where a position bias fixes it).
+        bias: method of the module that returns the additive bias on its logits, for the comparison with plain attention.
+    """
+    copied = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in copied.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3))
+        x = torch.randn(2, tokens, attention.in_features, generator=generator, dtype=torch.float64)
+        plain = _matches_plain_attention(host, copied, attention, x, bias)
+        before = host.probe(copied, attention, x)
+        rotate = torch.randn(attention.heads, attention.width, attention.width, generator=generator, dtype=torch.float64)
+        rotate = rotate / attention.width**0.5 + torch.eye(attention.width, dtype=torch.float64)
+        inverse_t = torch.linalg.inv(rotate).mT
+
+        def unchanged(after: Tensor, expected: Tensor = before) -> bool:
+            return bool((after - expected).abs().max() <= TOLERANCE * (1 + expected.abs().max()))
+
+        qk_copy = copy.deepcopy(copied)
+        _transform_rows(qk_copy, attention.q, attention.heads, rotate)
+        _transform_rows(qk_copy, attention.k, attention.heads, inverse_t)
+        qk = unchanged(host.probe(qk_copy, attention, x))
+        shift = torch.randn(attention.heads * attention.width, generator=generator, dtype=torch.float64)
+        if qk and _shift_bias(qk_copy, attention.k, shift):
+            qk = unchanged(host.probe(qk_copy, attention, x))
+
+        vo_copy = copy.deepcopy(copied)
+        _transform_rows(vo_copy, attention.v, attention.heads, rotate)
+        out = vo_copy.get_submodule(attention.out)
+        w = out.weight.unflatten(1, (attention.heads, attention.width))  # (out, heads, width)
+        out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1))
+        vo = unchanged(host.probe(vo_copy, attention, x))
+        sums = False
+        if vo:
+            if _shift_bias(copied, attention.v, shift):
+                moved = host.probe(copied, attention, x)
+                sums = unchanged(moved, before + shift @ copied.get_submodule(attention.out).weight.mT)
+            else:  # no value bias to shift and none to fold
+                sums = True
+    return Symmetry(qk, vo, sums, plain)
+
+
+def norm_and_gate(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norm and the sigmoid gate that some attention modules put on the concatenated heads, before the output projection."""
+    norm, gate = getattr(module, "norm", None), getattr(module, "gate", None)
+    return (
+        norm if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else None,
+        gate if isinstance(gate, nn.Linear) else None,
+    )
+
+
+def _transform_rows(module: nn.Module, projection: Projection, heads: int, matrix: Tensor) -> None:
+    """``W → W R`` for each head's rows (and bias); ``matrix`` is (heads, width, width)."""
+    weight = projection.weight(module)
+    weight.copy_(torch.einsum("hwd,hwv->hvd", weight.unflatten(0, (heads, -1)), matrix).flatten(0, 1))
+    bias = projection.bias_or_none(module)
+    if bias is not None:
+        bias.copy_(torch.einsum("hw,hwv->hv", bias.unflatten(0, (heads, -1)), matrix).flatten())
+
+
+def _shift_bias(module: nn.Module, projection: Projection, shift: Tensor) -> bool:
+    bias = projection.bias_or_none(module)
+    if bias is None:
+        return False
+    bias.add_(shift)
+    return True
+
+
+def _matches_plain_attention(host: Host, module: nn.Module, a: Attention, x: Tensor, bias: str | None) -> bool:
+    def project(p: Projection) -> Tensor:
+        return F.linear(x, p.weight(module), p.bias_or_none(module)).unflatten(-1, (a.heads, -1)).transpose(1, 2)
+
+    additive = attrgetter(bias)(module)() if bias is not None else None
+    o = F.scaled_dot_product_attention(project(a.q), project(a.k), project(a.v), attn_mask=additive, scale=a.scale)
+    o = o.transpose(1, 2).flatten(2)
+    norm, gate = norm_and_gate(module)
+    o = norm(o) if norm is not None else o
+    o = o * gate(x).sigmoid() if gate is not None else o
+    out = module.get_submodule(a.out)
+    expected = F.linear(o, out.weight, out.bias)
+    try:
+        return bool((host.probe(module, a, x, grid=False) - expected).abs().max() <= TOLERANCE * (1 + expected.abs().max()))
+    except (RuntimeError, ValueError):
+        return False

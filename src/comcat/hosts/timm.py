@@ -1,0 +1,237 @@
+"""timm's attention, and any other module with a fused ``qkv`` (or q/k/v projections) and a ``proj``.
+
+A recognised module gives way to the low-rank attention as a whole. Where the host adds a position bias to the logits (BEiT, Swin,
+relative-position ViT), a thin wrapper keeps the host's own bias and signature. Where no QK product exists, the host's
+forward stays and only V and O become thin.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+from torch import Tensor, nn
+
+from ..errors import UnsupportedSite
+from ..sites import Attention, Projection, Refusal, Replacement, Undo
+from .anatomy import norm_and_gate, probe
+from .mounting import all_of, drop_parameter, exchange, set_attribute
+
+# The bias method behind each signature of a forward that comcat can stand in for.
+_WHOLE = {
+    ("x",): None,
+    ("x", "attn_mask"): None,
+    ("x", "attn_mask", "is_causal"): None,
+    ("x", "shared_rel_pos_bias"): "_get_rel_pos_bias",
+    ("x", "mask"): "_get_rel_pos_bias",
+    ("x", "shared_rel_pos"): "rel_pos.get_bias",
+}
+
+
+class _Biased(nn.Module):
+    """A low-rank attention behind the signature of a host that adds its own position bias to the logits."""
+
+    comcat_module = True
+
+    def __init__(self, core: nn.Module, source: nn.Module) -> None:
+        super().__init__()
+        self.core = core
+        self.source = source  # the host's module without its projections: keeps the bias table and what resizes it
+
+    def set_window_size(self, window_size) -> None:
+        self.source.set_window_size(window_size)
+
+
+class BeitAttention(_Biased):
+    """``forward(x, shared_rel_pos_bias)``: BEiT's relative position bias, its own and a shared one."""
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        own = self.source._get_rel_pos_bias() if self.source.relative_position_bias_table is not None else None
+        return self.core(x, _sum(own, shared_rel_pos_bias))
+
+
+class WindowAttention(_Biased):
+    """``forward(x, mask)``: Swin's bias and the mask of shifted windows, (windows, tokens, tokens)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        bias = self.source._get_rel_pos_bias()  # (1, heads, tokens, tokens)
+        if mask is not None:
+            bias = (bias + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+        return self.core(x, bias)
+
+
+class RelPosAttention(_Biased):
+    """``forward(x, shared_rel_pos)``: the bias of a relative-position module, or a shared one."""
+
+    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        return self.core(x, self.source.rel_pos.get_bias() if self.source.rel_pos is not None else shared_rel_pos)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+_WRAPPERS = {"shared_rel_pos_bias": BeitAttention, "mask": WindowAttention, "shared_rel_pos": RelPosAttention}
+
+
+class TimmHost:
+    """See :class:`comcat.sites.Host`."""
+
+    name = "timm"
+
+    def resembles(self, module: nn.Module) -> bool:
+        return _projections(module, "") is not None and isinstance(getattr(module, "proj", None), nn.Linear) and _heads(module) is not None
+
+    def recognise(self, model: nn.Module, path: str, module: nn.Module) -> Attention | Refusal:
+        out, heads, projections = getattr(module, "proj", None), _heads(module), _projections(module, path)
+        if projections is None or not isinstance(out, nn.Linear) or heads is None:
+            return Refusal(path, "attention of no known shape: no qkv and proj")
+        q, k, v = projections
+        in_features, attention_width = module.get_submodule(q.path.removeprefix(f"{path}.")).in_features, q.stop - q.start
+        if k.stop - k.start != attention_width or v.stop - v.start != attention_width or attention_width % heads:
+            return Refusal(path, "queries, keys and values differ in width (grouped or multi-query attention)")
+        if out.in_features != attention_width:
+            return Refusal(path, f"its output projection reads {out.in_features} channels, expected {attention_width}")
+        parameters = tuple(inspect.signature(module.forward).parameters)
+        width = attention_width // heads
+        scale = getattr(module, "scale", width**-0.5)
+        local = Attention(
+            path="", host=self.name, mount="whole", signature=parameters[-1] if len(parameters) > 1 else "x", heads=heads, width=width,
+            in_features=in_features, out_features=out.out_features, scale=float(scale) if isinstance(scale, (int, float)) else width**-0.5,
+            q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out="proj",
+        )  # fmt: skip
+        bias = _bias_method(module, parameters)
+        undo = self.observe(module)
+        try:
+            found = probe(self, module, local, _probe_tokens(module), bias)
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {_first_line(error)})")
+        finally:
+            undo()
+        norm, gate = norm_and_gate(module)
+        qk_reason = None if found.qk else _qk_reason(module, parameters)
+        vo_reason = None if found.vo else _vo_reason(norm, gate)
+        if found.qk and "rope" in parameters:
+            qk_reason = _qk_reason(module, parameters)
+        if qk_reason is None and not (found.plain and parameters in _WHOLE):
+            qk_reason = f"a QK product exists, but comcat cannot stand in for its forward({', '.join(parameters)})"
+        if qk_reason is not None and vo_reason is not None:
+            return Refusal(path, f"attention of no known shape: {qk_reason}; {vo_reason}")
+        dropout = getattr(getattr(module, "attn_drop", None), "p", 0.0)
+        return Attention(
+            path=path, host=self.name, mount="values" if qk_reason else "whole", signature=local.signature, heads=heads, width=width,
+            in_features=in_features, out_features=out.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{path}.proj" if path else "proj",
+            qk_reason=qk_reason, vo_reason=vo_reason, folds_value_bias=found.vo and found.rows_sum_to_one and dropout == 0,
+        )  # fmt: skip
+
+    def probe(self, module: nn.Module, attention: Attention, x: Tensor, *, grid: bool = True) -> Tensor:
+        try:
+            y = module(x)
+        except (RuntimeError, ValueError):
+            if not grid:
+                raise
+            y = module(x[:, None])  # (batch, 1, tokens, channels)
+        y = y[0] if isinstance(y, tuple) else y
+        return y.reshape(*x.shape[:-1], -1)
+
+    def observe(self, module: nn.Module) -> Undo:
+        if getattr(module, "qkv_bias_separate", None) is False and getattr(module, "q_bias", None) is not None:
+            return set_attribute(module, "qkv_bias_separate", True)
+        return lambda: None
+
+    def mount(self, model: nn.Module, attention: Attention, replacement: Replacement) -> Undo:
+        if replacement.whole is not None:
+            wrapper = _WRAPPERS.get(attention.signature)
+            whole = replacement.whole
+            if wrapper is not None:
+                whole = wrapper(whole, _without_projections(model.get_submodule(attention.path)))
+            return exchange(model, attention.path, whole)
+        if replacement.width is not None:
+            raise UnsupportedSite(f"{attention.path}: heads of another width need the whole module exchanged")
+        module = model.get_submodule(attention.path)
+        undos = [self.observe(module)]
+        undos += [exchange(model, p, m) for p, m in (replacement.parts or {}).items()]
+        if replacement.without_value_bias and attention.v.bias is not None:
+            undos.append(drop_parameter(module, attention.v.bias.rpartition(".")[2]))
+        return all_of(undos)
+
+
+def _projections(module: nn.Module, path: str) -> tuple[Projection, Projection, Projection] | None:
+    prefix = f"{path}." if path else ""
+    qkv = getattr(module, "qkv", None)
+    if isinstance(qkv, nn.Linear) and qkv.out_features % 3 == 0:
+        n = qkv.out_features // 3
+        apart = getattr(module, "q_bias", None) is not None
+        return tuple(  # type: ignore[return-value]
+            Projection(f"{prefix}qkv", i * n, (i + 1) * n, f"{prefix}{letter}_bias" if apart else None) for i, letter in enumerate("qkv")
+        )
+    found = [getattr(module, f"{letter}_proj", None) for letter in "qkv"]
+    if all(isinstance(m, nn.Linear) for m in found):
+        return tuple(Projection(f"{prefix}{letter}_proj", 0, m.out_features) for letter, m in zip("qkv", found, strict=True))  # type: ignore
+    return None
+
+
+def _heads(module: nn.Module) -> int | None:
+    heads = getattr(module, "num_heads", None) or getattr(module, "num_attention_heads", None)
+    return heads if isinstance(heads, int) else None
+
+
+def _relative(projection: Projection, path: str) -> Projection:
+    def cut(name: str | None) -> str | None:
+        return name.removeprefix(f"{path}.") if name is not None and path else name
+
+    return Projection(str(cut(projection.path)), projection.start, projection.stop, cut(projection.bias))
+
+
+def _bias_method(module: nn.Module, parameters: tuple[str, ...]) -> str | None:
+    bias = _WHOLE.get(parameters)
+    if bias == "_get_rel_pos_bias" and getattr(module, "relative_position_bias_table", None) is None:
+        return None
+    if bias == "rel_pos.get_bias" and getattr(module, "rel_pos", None) is None:
+        return None
+    return bias
+
+
+def _probe_tokens(module: nn.Module) -> int:
+    index = getattr(module, "relative_position_index", None)
+    if isinstance(index, Tensor) and index.ndim == 2:
+        return index.shape[0]
+    rel_pos = getattr(module, "rel_pos", None)
+    if isinstance(rel_pos, nn.Module):
+        return _probe_tokens(rel_pos) if getattr(rel_pos, "relative_position_index", None) is not None else int(getattr(rel_pos, "window_area", 5))
+    return 5
+
+
+def _qk_reason(module: nn.Module, parameters: tuple[str, ...]) -> str:
+    for name in ("q_norm", "k_norm"):
+        if not isinstance(getattr(module, name, nn.Identity()), (nn.Identity, type(None))):
+            return f"{name} sits between W_Q and W_K"
+    if "rope" in parameters or getattr(module, "rope", None) is not None or "position_embeddings" in parameters:
+        return "rotary position embeddings sit between W_Q and W_K"
+    if getattr(module, "logit_scale", None) is not None:
+        return "cosine attention normalises q and k"
+    if getattr(module, "rel_pos_h", None) is not None:
+        return "relative positions are computed from q"
+    return "its output depends on more of W_Q and W_K than their product"
+
+
+def _vo_reason(norm: nn.Module | None, gate: nn.Module | None) -> str:
+    if norm is not None:
+        return "a norm sits between W_V and W_O"
+    if gate is not None:
+        return "a gate sits between W_V and W_O"
+    return "its output depends on more of W_V and W_O than their product"
+
+
+def _without_projections(module: nn.Module) -> nn.Module:
+    """A shallow copy that shares all but the projections and their biases."""
+    bare = copy.copy(module)
+    bare._modules = {k: v for k, v in module._modules.items() if k not in ("qkv", "q_proj", "k_proj", "v_proj", "proj", "proj_drop")}
+    bare._parameters = {k: v for k, v in module._parameters.items() if k not in ("q_bias", "v_bias")}
+    bare._buffers = {k: v for k, v in module._buffers.items() if k != "k_bias"}
+    bare.q_bias = bare.k_bias = bare.v_bias = None  # type: ignore[assignment]
+    return bare
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:120]

@@ -1,0 +1,1 @@
+"""Ways to decide on a plan."""

@@ -1,0 +1,146 @@
+"""What a model says of its input and of its classes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import ModelError
+from .architecture import nominal_size
+from .origins import library_of, remembered_origin, unwrapped
+from .transformers import image_processor
+
+if TYPE_CHECKING:
+    from ..data import Preprocess
+
+_log = logging.getLogger(__name__)
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """How pictures become ``model``'s input tensors, as the model's own data config says.
+
+    timm: its data config, at the size the model was built for. transformers: the image processor saved with it, or
+    where there is none the config's picture size with ImageNet's mean and standard deviation, and a logged warning.
+
+    Raises ModelError if the model is of another library, or says nothing of its picture size.
+    """
+    from ..data import Preprocess
+
+    model = unwrapped(model)
+    if library_of(model) == "timm":
+        return Preprocess(**_timm_settings(model))
+    origin = remembered_origin(model)
+    processor = origin.preprocessor if origin else {}
+    processor = processor or image_processor(getattr(model.config, "_name_or_path", ""), only_local=True)
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", None)
+    size = (size, size) if isinstance(size, int) else size and tuple(size)
+    channels = getattr(config, "num_channels", 3)
+    settings = processor_settings(processor, size, channels)
+    if settings is not None:
+        return Preprocess(**settings)
+    if size is None:
+        raise ModelError(f"{type(model).__name__} has neither an image processor nor a picture size: give a Preprocess")
+    _log.warning(
+        "%s has no image processor: taking its size %s with ImageNet's mean and standard deviation",
+        type(model).__name__, "x".join(map(str, size)),
+    )  # fmt: skip
+    mean, std = _for_channels(_IMAGENET_MEAN, channels), _for_channels(_IMAGENET_STD, channels)
+    return Preprocess(size=size, mean=mean, std=std, channels=channels)
+
+
+def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
+    """The names of the classes that ``model`` tells apart, in the order of its outputs, or None if it has none.
+
+    Raises ModelError if the model is of neither timm nor transformers.
+    """
+    model = unwrapped(model)
+    if library_of(model) == "timm":
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
+        count = getattr(model, "num_classes", None)
+    else:
+        names, count = getattr(model.config, "id2label", None) or {}, getattr(model.config, "num_labels", None)
+    if isinstance(names, Mapping):
+        by_id = {int(k): v for k, v in names.items()}
+        names = [by_id[i] for i in range(len(by_id))] if set(by_id) == set(range(len(by_id))) else ()
+    names = tuple(str(n) for n in names)
+    if not names or len(names) != count or names == tuple(f"LABEL_{i}" for i in range(len(names))):
+        return None
+    return names
+
+
+def _for_channels(values: Any, channels: int) -> tuple[float, ...]:
+    values = (values,) if isinstance(values, int | float) else tuple(values)
+    return values if len(values) in (1, channels) else (sum(values) / len(values),)
+
+
+def _timm_settings(model: nn.Module) -> dict[str, Any]:
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    channels = getattr(model, "in_chans", config["input_size"][0])
+    return {
+        "size": nominal_size(model) or tuple(config["input_size"][1:]),
+        "mean": _for_channels(config["mean"], channels),
+        "std": _for_channels(config["std"], channels),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
+        "channels": channels,
+    }
+
+
+def processor_settings(
+    processor: Mapping[str, Any], size: tuple[int, int] | None, channels: int
+) -> dict[str, Any] | None:
+    """The settings of a Preprocess that does what a transformers image processor's config says, or None if it says
+    too little. ``size`` (height, width) is the model's own, for processors that do not resize.
+
+    With f the processor's rescale factor, (f·p − m) / s of a pixel p in 0…255 is (p/255 − m/(255 f)) / (s/(255 f)).
+    """
+    from PIL.Image import Resampling
+
+    if not processor:
+        return None
+    resized = _edges(processor.get("size")) if processor.get("do_resize", True) else None
+    crop = _edges(processor.get("crop_size")) if processor.get("do_center_crop") else None
+    target = crop or resized or size
+    if target is None:
+        return None
+    mode, share = "center", 1.0
+    if resized is not None:
+        keeps_shape = "shortest_edge" in processor["size"]
+        percent = processor.get("crop_pct") if keeps_shape and min(resized) < 384 and crop is None else None
+        share = percent or min(min(target) / min(resized), 1.0)
+        mode = "center" if keeps_shape and ("crop_pct" not in processor or percent) else "squash"
+    scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
+    normalised = processor.get("do_normalize", True)
+    mean = processor.get("image_mean", _IMAGENET_MEAN) if normalised else (0.0,)
+    std = processor.get("image_std", _IMAGENET_STD) if normalised else (1.0,)
+    return {
+        "size": target,
+        "mean": tuple(m / scale for m in _for_channels(mean, channels)),
+        "std": tuple(s / scale for s in _for_channels(std, channels)),
+        "interpolation": Resampling(int(processor.get("resample", Resampling.BICUBIC))).name.lower(),
+        "crop_pct": share,
+        "crop_mode": mode,
+        "channels": channels,
+    }
+
+
+def _edges(size: Any) -> tuple[int, int] | None:
+    """(height, width) of a size as image processors write it; of a shortest edge, the square it stands for."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, list | tuple) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        return int(size["shortest_edge"]), int(size["shortest_edge"])
+    if isinstance(size, Mapping) and {"height", "width"} <= set(size):
+        return int(size["height"]), int(size["width"])
+    return None

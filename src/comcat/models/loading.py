@@ -1,0 +1,117 @@
+"""Loading a model by name or folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError, SettingsError, nearest
+from .failures import first_line, required
+from .timm import load_timm
+from .transformers import load_transformers
+
+_EXPECTED = "expected 'timm:NAME', 'hf:NAME' or a folder"
+
+
+def load_model(
+    spec: str | os.PathLike[str],
+    *,
+    pretrained: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **model_args: Any,
+) -> nn.Module:
+    """A vision model by name or folder, in eval mode on ``device`` and in ``dtype``.
+
+    spec: ``timm:NAME`` (an architecture of timm, with a tag or without; weights from the hub),
+        ``timm:hf-hub:OWNER/NAME``, ``hf:OWNER/NAME`` (a transformers model; of CLIP and SigLIP the vision tower), or a
+        folder that timm (its ``local-dir`` layout), transformers (``save_pretrained``) or comcat has saved.
+    pretrained: with False, random weights instead of the checkpoint's.
+    model_args: passed on, to ``timm.create_model`` (``num_classes=10``) or to the transformers config and class
+        (``num_labels=10``, ``attn_implementation="eager"``; ``revision`` and ``cache_dir`` to the hub).
+
+    The model remembers where it came from (see ``origin_of``). Weights of transformers are read from safetensors only.
+
+    Raises ModelError if there is no such model, its weights are missing or do not fit, the hub cannot be reached, or
+    the architecture does not take pictures; SettingsError for a device or dtype that cannot be used.
+    """
+    text = os.fspath(spec)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise SettingsError(f"dtype: got {dtype!r}, expected a floating-point one such as torch.float16")
+    try:
+        torch.empty(0, device=device)  # before anything is downloaded
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"device: got {str(device)!r}, which cannot be used here: {first_line(error)}") from None
+    return _load(text, pretrained, dtype, model_args).to(device).eval()
+
+
+def _load(text: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[str, Any]) -> nn.Module:
+    options = (text, pretrained, dtype, model_args)
+    library, colon, name = text.partition(":")
+    known = bool(colon) and library in ("timm", "hf")
+    if not text or (known and not name):
+        raise ModelError(f"got {text!r}, {_EXPECTED}")
+    place = Path(name.removeprefix("local-dir:") if known else text).expanduser()
+    if place.is_dir():
+        return _load_folder(place, *options)
+    if known and (name.startswith((".", "/", "~", "local-dir:"))):
+        raise _no_folder(place)
+    if known:
+        return load_timm(name, *options) if library == "timm" else load_transformers(name, *options)
+    if colon and library.isidentifier() and len(library) > 1:
+        raise ModelError(f"got {text!r}, {_EXPECTED}{nearest(library, ['timm', 'hf'])}")
+    raise _no_folder(place)
+
+
+def _no_folder(place: Path) -> ModelError:
+    if place.exists():
+        return ModelError(f"{place} is a file, expected the folder that holds it and its config.json")
+    beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+    hint = nearest(place.name, beside)
+    if not hint and place.name == str(place):
+        hint = f"; did you mean 'timm:{place}'?" if required("timm").is_model(place.name) else ""
+    return ModelError(f"there is no folder {str(place)!r}, {_EXPECTED}{hint}")
+
+
+def _load_folder(
+    folder: Path, spec: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[str, Any]
+) -> nn.Module:
+    config = _read_config(folder)
+    if "comcat_version" in config:
+        if not pretrained or model_args:
+            got = ", ".join(model_args) or "pretrained=False"
+            raise ModelError(f"{folder} holds a compressed model, which loads just as it was saved; got {got}")
+        from .. import store
+
+        return store.load(folder).to(dtype)
+    if "model_type" in config:
+        return load_transformers(str(folder), spec, pretrained, dtype, model_args)
+    if "architecture" in config:
+        return load_timm(f"local-dir:{folder}", spec, pretrained, dtype, model_args)
+    raise ModelError(
+        f"{folder / 'config.json'} is of no model: expected 'architecture' (timm), 'model_type' (transformers) or "
+        f"'comcat_version', got {', '.join(map(repr, list(config)[:8])) or 'nothing'}"
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        names = sorted(p.name for p in folder.iterdir())
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise ModelError(f"{folder} has no config.json, so it is no saved model; it has {shown or 'nothing'}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds a {type(config).__name__}, expected names and values")
+    return config

@@ -1,0 +1,1 @@
+"""What stands where a host's module stood."""

@@ -1,0 +1,147 @@
+"""What stands where a host's linear or attention module stood: thin factors behind the same signature."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LowRankLinear(nn.Module):
+    """``y = (x A) Bᵀ + b`` with A (in, rank) and B (out, rank): two thin linear layers.
+
+    Saves only while ``rank · (in + out) < in · out``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.last = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x))  # (..., in) → (..., rank) → (..., out)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} → {self.rank} → {self.out_features}"
+
+
+class LowRankAttention(nn.Module):
+    """Multi-head attention whose heads are narrower than they were (Xiao et al. 2023, Eq. 4).
+
+    ``head_i = softmax(scale · (x U_i^Q + b_i)(x S_i^K)ᵀ + mask) x U_i^V`` and ``y = Concat(head_i) S^O + b``, with the *original* scale
+    1/√k. There is no key bias (softmax ignores it) and no value bias (it is folded into the output bias) unless attention dropout
+    forbids folding. One fused projection, one fused attention call.
+
+    Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true, because
+    fused kernels want one width (on a CPU unequal widths fall back to the unfused kernel); no parameter is spent on it.
+
+    Args:
+        in_features, out_features: widths of the model at either end. heads: number of heads.
+        rank_qk, rank_vo: channels of a head in q and k, and in v. scale: multiplies the logits.
+        query_bias, value_bias, out_bias: which biases exist. norm, gate: modules of the host that act on the concatenated
+            heads (scale norm; sigmoid gate computed from x), or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        heads: int,
+        rank_qk: int,
+        rank_vo: int,
+        *,
+        scale: float,
+        query_bias: bool = True,
+        value_bias: bool = False,
+        out_bias: bool = True,
+        attention_dropout: float = 0.0,
+        projection_dropout: float = 0.0,
+        norm: nn.Module | None = None,
+        gate: nn.Module | None = None,
+        pad: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.heads, self.rank_qk, self.rank_vo, self.scale, self.pad = heads, rank_qk, rank_vo, scale, pad
+        factory = {"device": device, "dtype": dtype}
+        self.qkv = nn.Linear(in_features, heads * (2 * rank_qk + rank_vo), bias=False, **factory)
+        self.q_bias = nn.Parameter(torch.zeros(heads * rank_qk, **factory)) if query_bias else None
+        self.v_bias = nn.Parameter(torch.zeros(heads * rank_vo, **factory)) if value_bias else None
+        self.attention_dropout = attention_dropout
+        self.norm, self.gate = norm, gate
+        self.proj = nn.Linear(heads * rank_vo, out_features, bias=out_bias, **factory)
+        self.proj_drop = nn.Dropout(projection_dropout)
+
+    def _bias(self) -> Tensor | None:
+        qk, v = self.heads * self.rank_qk, self.heads * self.rank_vo
+        if self.v_bias is not None:
+            q = self.q_bias if self.q_bias is not None else self.v_bias.new_zeros(qk)
+            return torch.cat([q, q.new_zeros(qk), self.v_bias])
+        return None if self.q_bias is None else F.pad(self.q_bias, (0, qk + v))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """x (batch, tokens, in) → (batch, tokens, out); ``attn_mask`` boolean or additive, broadcastable to (batch, heads, tokens, tokens)."""
+        batch, tokens, _ = x.shape
+        qk, vo = self.heads * self.rank_qk, self.heads * self.rank_vo
+        parts = F.linear(x, self.qkv.weight, self._bias()).split((qk, qk, vo), dim=-1)
+        q, k, v = (p.view(batch, tokens, self.heads, -1).transpose(1, 2) for p in parts)  # (batch, heads, tokens, rank)
+        wider = max(self.rank_qk, self.rank_vo)
+        if self.pad and self.rank_qk < wider:
+            q, k = (F.pad(p, (0, wider - self.rank_qk)) for p in (q, k))
+        if self.pad and self.rank_vo < wider:
+            v = F.pad(v, (0, wider - self.rank_vo))
+        dropout = self.attention_dropout if self.training else 0.0
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
+        o = o[..., : self.rank_vo].transpose(1, 2).reshape(batch, tokens, vo)
+        if self.norm is not None:
+            o = self.norm(o)
+        if self.gate is not None:
+            o = o * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(o))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}, scale={self.scale:.4g}"
+
+
+class PaddedHeads(nn.Module):
+    """A thin projection whose heads are padded with zeros to the width that the host's own forward expects.
+
+    ``keep`` rows before the heads pass as they are (the q and k of a fused projection whose values alone are thin).
+    """
+
+    def __init__(self, in_features: int, heads: int, rank: int, width: int, *, keep: int = 0, bias: bool = False, device=None, dtype=None) -> None:
+        super().__init__()
+        self.heads, self.rank, self.width, self.keep = heads, rank, width, keep
+        self.linear = nn.Linear(in_features, keep + heads * rank, bias=bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, keep + heads * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        thin = F.pad(y[..., self.keep :].unflatten(-1, (self.heads, self.rank)), (0, self.width - self.rank)).flatten(-2)
+        return torch.cat([y[..., : self.keep], thin], dim=-1) if self.keep else thin
+
+
+class NarrowHeads(nn.Module):
+    """The output projection for :class:`PaddedHeads`: reads the first ``rank`` channels of each head, (..., heads · width) → (..., out)."""
+
+    def __init__(self, heads: int, rank: int, width: int, out_features: int, *, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.heads, self.rank, self.width = heads, rank, width
+        self.linear = nn.Linear(heads * rank, out_features, bias=bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = heads * width, out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.unflatten(-1, (self.heads, self.width))[..., : self.rank].flatten(-2))
+
+
+class ConcatLinear(nn.Module):
+    """Several linear layers on one input, side by side: a fused projection whose matrices are factorised apart."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in self.layers], dim=-1)

@@ -1,0 +1,164 @@
+"""Numbers as people read them: units, ratios, changes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+SPACE = "\u00a0"  # a space that does not break, between a number and its unit
+MINUS = "\u2212"
+
+
+def number(value: Any) -> float | None:
+    """``value`` as a float if it is a finite real number, None otherwise."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+def signed(value: float, digits: int) -> str:
+    """``value`` with its sign and ``digits`` decimals; zero has no sign."""
+    text = f"{value:+.{digits}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", MINUS)
+
+
+def plain(value: float) -> str:
+    """Whole numbers with separators, others with four significant digits."""
+    if value.is_integer() and abs(value) < 1e15:
+        text = f"{int(value):,}"
+    elif 1000 <= abs(value) < 1e15:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.4g}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def scaled(value: float) -> str:
+    """A count with k, M, G or T: ``22.05 M``."""
+    return _with_unit(value, 1000, ("", "k", "M", "G", "T"))
+
+
+def size(value: float) -> str:
+    """Bytes in powers of 1024: ``84.2 MiB``."""
+    return _with_unit(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def duration(value: float) -> str:
+    """Seconds as µs, ms or s, whichever reads best."""
+    if abs(value) >= 0.9995 or value == 0:
+        return f"{_digits(value)}{SPACE}s"
+    if abs(value) >= 0.9995e-3:
+        return f"{_digits(value * 1e3)}{SPACE}ms"
+    return f"{_digits(value * 1e6)}{SPACE}µs"
+
+
+def percent(value: float) -> str:
+    return f"{value:.2f}{SPACE}%".replace("-", MINUS)
+
+
+def rate(value: float) -> str:
+    return f"{plain(round(value, 1) if value < 100 else float(round(value)))}{SPACE}images/s"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits, never with an exponent of ten for what is large."""
+    return plain(float(round(value))) if abs(value) >= 99.95 else f"{value:.3g}".replace("-", MINUS, 1)
+
+
+def _with_unit(value: float, base: int, units: tuple[str, ...]) -> str:
+    scale = 0
+    # Half a unit of the last digit shown, lest 999,960 read 1000 k.
+    while abs(value) >= 0.99995 * base ** (scale + 1) and scale + 1 < len(units):
+        scale += 1
+    return f"{plain(value / base**scale)}{SPACE}{units[scale]}".rstrip(SPACE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """How one metric reads. ``words``: what a smaller and a larger number after compression mean."""
+
+    label: str
+    show: Callable[[float], str] = plain
+    change: Literal["share", "points", "difference"] = "share"
+    words: tuple[str, str] = ("", "")
+
+
+_SIZES, _TIMES = ("smaller", "larger"), ("faster", "slower")
+METRICS = {
+    "parameters": Metric(label="Parameters", show=scaled, words=_SIZES),
+    "macs": Metric(label="MACs", show=scaled, words=("fewer", "more")),
+    "size_bytes": Metric(label="Size on disk", show=size, words=_SIZES),
+    "top1": Metric(label="Top-1 accuracy", show=percent, change="points"),
+    "top5": Metric(label="Top-5 accuracy", show=percent, change="points"),
+    "loss": Metric(label="Loss", change="difference"),
+    "latency_s": Metric(label="Latency", show=duration, words=_TIMES),
+    "compiled_latency_s": Metric(label="Latency, compiled", show=duration, words=_TIMES),
+    "throughput": Metric(label="Throughput", show=rate, words=("slower", "faster")),
+    "peak_memory_bytes": Metric(label="Peak memory", show=size, words=("less", "more")),
+}
+AGREEMENT = {
+    "agreement": Metric(label="Same top-1 prediction", show=percent),
+    "cosine": Metric(label="Cosine similarity of the outputs"),
+    "divergence": Metric(label="Divergence of the predictions"),
+    "count": Metric(label="Images compared"),
+}
+
+
+def metric(key: str) -> Metric:
+    """The metric called ``key``; one nobody knows reads its unit off the end of its name."""
+    if key in METRICS:
+        return METRICS[key]
+    for ending, show in (("_bytes", size), ("_s", duration)):
+        if key.endswith(ending):
+            return Metric(label=words(key.removesuffix(ending)), show=show)
+    if key.endswith("_percent"):
+        return Metric(label=words(key.removesuffix("_percent")), show=percent, change="points")
+    return Metric(label=words(key))
+
+
+def words(key: str) -> str:
+    """A key as words: ``"top_k_hits"`` becomes ``"Top k hits"``."""
+    text = key.replace("_", " ").strip() or key
+    return text[:1].upper() + text[1:]
+
+
+def cell(value: Any, how: Metric) -> str:
+    """One value of a metric as text; an empty string if it is missing."""
+    if value is None:
+        return ""
+    known = number(value)
+    if known is not None:
+        return how.show(known)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not finite" if isinstance(value, Real) else str(value)
+
+
+def change(before: Any, after: Any, how: Metric) -> str:
+    """What became of a metric: ``−50.0 %``, ``−0.53 points`` or ``+0.0210``; empty if it cannot be said."""
+    old, new = number(before), number(after)
+    if old is None or new is None:
+        return ""
+    if how.change == "points":
+        return f"{signed(new - old, 2)}{SPACE}points"
+    if how.change == "difference":
+        return signed(new - old, 4)
+    return share(old, new)
+
+
+def share(old: float, new: float) -> str:
+    """The change from ``old`` to ``new`` in per cent of ``old``; empty if ``old`` is not positive."""
+    return f"{signed((new / old - 1) * 100, 1)}{SPACE}%" if old > 0 else ""
+
+
+def ratio(before: Any, after: Any, how: Metric) -> str:
+    """``2.00× smaller``, ``1.55× faster``; empty where a ratio says nothing."""
+    old, new = number(before), number(after)
+    if how.change != "share" or old is None or new is None or old <= 0 or new <= 0:
+        return ""
+    if abs(new / old - 1) < 0.005:
+        return "the same"
+    if how.words == ("", ""):
+        return f"{new / old:.2f}×"
+    return f"{max(old, new) / min(old, new):.2f}× {how.words[0] if new < old else how.words[1]}"

@@ -1,0 +1,593 @@
+"""The report: its data, its figures and the page."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from comcat.errors import ComcatError, NumericsError, SettingsError, StoreError
+from comcat.report import (
+    ReportData,
+    SiteRow,
+    Spectrum,
+    figure_curves,
+    figure_parameters_for_energy,
+    figure_ranks,
+    figure_spectra,
+    rank_for_energy,
+    render,
+    units,
+    write,
+)
+from comcat.report.figures import parameters_for_energy, rank_panels
+
+VOID = {"meta", "link", "br", "img", "hr", "input", "col", "wbr"}
+HOSTILE = "</title><script>alert('$x_{')</script>&<b \"q\">"
+
+
+def spectrum(layer="blocks.0.attn", matrix="QK", head=0, values=(4.0, 3.0, 2.0, 1.0), cost=10):
+    return Spectrum(layer=layer, matrix=matrix, head=head, singular_values=values, parameters_per_rank=cost)
+
+
+def site(name="blocks.0.attn:qk", kind="qk", rank=3, full=8, before=800, after=300, loss=None, note=""):
+    return SiteRow(
+        name=name,
+        kind=kind,
+        rank=rank,
+        full_rank=full,
+        parameters_before=before,
+        parameters_after=after,
+        predicted_loss=loss,
+        note=note,
+    )
+
+
+def empty(**changes):
+    """A report of which nothing is known but what ``changes`` says."""
+    nothing = ReportData(
+        title="A report",
+        model="",
+        created="",
+        command=None,
+        settings={},
+        environment={},
+        before={},
+        after={},
+        agreement={},
+        predicted_loss=None,
+        measured_loss=None,
+        sites=(),
+        spectra=(),
+        notes=(),
+    )
+    return dataclasses.replace(nothing, **changes)
+
+
+def full(depth=2, heads=2, width=4, cost=10):
+    """A report in which every part is present."""
+    sites = []
+    for block in range(depth):
+        for kind in ("qk", "vo"):
+            sites.append(site(f"blocks.{block}.attn:{kind}", kind, rank=2 + block % 2, full=width, loss=0.01))
+        sites.append(site(f"blocks.{block}.mlp.fc1", "linear", rank=5, full=16))
+        sites.append(site(f"blocks.{block}.mlp.fc2", "linear", rank=None, full=16, after=800, note="too costly"))
+    sites.append(site("head", "linear", rank=4, full=16))
+    spectra = tuple(
+        spectrum(
+            f"blocks.{block}.attn", matrix, head, tuple(math.exp(-k * (1 + head) / width) for k in range(width)), cost
+        )
+        for block in range(depth)
+        for head in range(heads)
+        for matrix in ("W_Q", "W_K", "W_V", "W_O", "QK", "VO")
+    )
+    return empty(
+        title="DeiT-small at half its size",
+        model="deit_small_patch16_224",
+        created="2026-11-03T14:20:11+00:00",
+        command="comcat compress deit_small --budget 0.5",
+        settings={"method": "search", "tune": {"lr": 1e-4, "warmup": None}, "betas": [0.9, 0.999], "fused": True},
+        environment={"torch": "2.15.0"},
+        before={"parameters": 22_050_000, "macs": 4.608e9, "top1": 79.8, "throughput": 974.0, "latency_s": 0.0131},
+        after={"parameters": 11_029_000, "macs": 2.248e9, "top1": 79.27, "throughput": 1513.0, "latency_s": 0.0085},
+        agreement={"agreement": 92.3, "cosine": 0.987, "count": 50_000},
+        predicted_loss=0.02,
+        measured_loss=0.03,
+        sites=tuple(sites),
+        spectra=spectra,
+        notes=("The value bias folds into the output bias.",),
+        curves={"Learning": [{"x": [0, 1, 2], "y": [0.1, None, 0.3], "label": "top-1", "x_label": "epoch"}]},
+    )
+
+
+class Page(HTMLParser):
+    """What a reader of the page sees, and whether its tags balance."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.ids, self.resources, self.words = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs, closed=False):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.resources += [value for key, value in attrs if key in ("src", "href", "xlink:href", "data", "action")]
+        if tag not in VOID and not closed:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs, closed=True)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def page_text():
+    return render(full())
+
+
+@pytest.fixture(scope="module")
+def page(page_text):
+    return Page(page_text)
+
+
+# rank_for_energy
+
+
+def test_rank_for_energy_takes_the_sum_not_the_squares():
+    values = (4.0, 3.0, 2.0, 1.0)  # sums 4, 7, 9, 10; of squares 16, 25, 29, 30
+    assert [rank_for_energy(values, share) for share in (0.1, 0.4, 0.41, 0.7, 0.9, 0.91, 1.0)] == [1, 1, 2, 2, 3, 4, 4]
+
+
+def test_rank_for_energy_is_exact_for_round_shares():
+    assert [rank_for_energy([1.0] * 100, share / 100) for share in range(1, 101)] == list(range(1, 101))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(0, 1e6), max_size=40), st.floats(0.001, 1))
+def test_rank_for_energy_is_the_smallest_that_suffices(values, energy):
+    values = sorted(values, reverse=True)
+    rank = rank_for_energy(values, energy)
+    assert 0 <= rank <= len(values)
+    total = math.fsum(values)
+    assert math.fsum(values[:rank]) >= energy * total * (1 - 1e-9)
+    if rank > 0:
+        assert math.fsum(values[: rank - 1]) < energy * total * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("values", [(), (0.0, 0.0)])
+def test_rank_for_energy_of_nothing_is_zero(values):
+    assert rank_for_energy(values, 0.9) == 0
+
+
+def test_rank_for_energy_survives_huge_and_tiny_values():
+    assert rank_for_energy([1e308] * 10, 0.5) == 5
+    assert rank_for_energy([5e-324] * 10, 0.5) == 5
+
+
+@pytest.mark.parametrize("energy", [0, -1, 1.1, math.nan])
+def test_rank_for_energy_refuses_a_share_outside_its_range(energy):
+    with pytest.raises(SettingsError, match="energy"):
+        rank_for_energy([1.0], energy)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_values_that_are_no_singular_values_are_refused(bad):
+    with pytest.raises(NumericsError):
+        rank_for_energy([1.0, bad], 0.9)
+    with pytest.raises(NumericsError, match=r"blocks\.0\.attn W_Q head 3"):
+        spectrum(matrix="W_Q", head=3, values=(1.0, bad))
+
+
+# Data
+
+
+def test_wrong_names_are_refused_with_the_nearest():
+    with pytest.raises(SettingsError, match="did you mean 'W_Q'"):
+        spectrum(matrix="WQ")
+    with pytest.raises(SettingsError, match="did you mean 'linear'"):
+        site(kind="linea")
+
+
+def test_spectra_out_of_order_or_without_cost_are_refused():
+    with pytest.raises(SettingsError, match="largest first"):
+        spectrum(values=(1.0, 2.0))
+    with pytest.raises(SettingsError, match="parameters_per_rank"):
+        spectrum(cost=0)
+    spectrum(values=(1.0, 1.0 + 1e-9))  # rounding is no disorder
+
+
+@pytest.mark.parametrize(
+    "series", [{"x": [1, 2], "y": [1]}, {"x": [1]}, {"x": 1, "y": 2}, {"x": ["a"], "y": [1]}, {"x": "1", "y": "2"}, 7]
+)
+def test_malformed_curves_are_refused(series):
+    with pytest.raises(SettingsError, match="'Learning'"):
+        empty(curves={"Learning": [series]})
+
+
+def test_json_round_trip():
+    data = full()
+    assert ReportData.from_json(data.to_json()) == data
+    assert ReportData.from_json(empty().to_json()) == empty()
+
+
+def test_json_holds_numbers_that_json_has_not():
+    data = empty(
+        before={"loss": 0.5}, after={"loss": math.inf, "top1": math.nan}, curves={"c": [{"x": [1], "y": [math.nan]}]}
+    )
+    text = data.to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    back = ReportData.from_json(text)
+    assert back.after["loss"] == math.inf
+    assert math.isnan(back.after["top1"]) and math.isnan(back.curves["c"][0]["y"][0])
+
+
+def test_json_of_values_that_json_does_not_know(tmp_path):
+    numpy = pytest.importorskip("numpy")
+    text = empty(settings={"path": tmp_path, "size": (1, 2)}, after={"top1": numpy.float32(0.5)}).to_json()
+    back = ReportData.from_json(text)
+    assert back.settings == {"path": str(tmp_path), "size": [1, 2]}
+    assert back.after == {"top1": 0.5}
+
+
+def test_damaged_json_is_refused():
+    document = json.loads(full().to_json())
+    damaged = {
+        "not JSON": "{",
+        "not a report": "[]",
+        "version": json.dumps({**document, "version": 99}),
+        "did you mean 'title'": json.dumps({**document, "titel": "x"}),
+        "without its field 'model'": json.dumps({key: value for key, value in document.items() if key != "model"}),
+        "SiteRow": json.dumps({**document, "sites": [{"name": "x"}]}),
+        "damaged": json.dumps({**document, "spectra": 3}),
+        "expected an object of Spectrum": json.dumps({**document, "spectra": [3]}),
+        "damaged: ": json.dumps({**document, "curves": None}),
+    }
+    for message, text in damaged.items():
+        with pytest.raises(StoreError, match=message):
+            ReportData.from_json(text)
+
+
+# Units
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (units.scaled(22_050_664), "22.05 M"),
+        (units.scaled(999_960), "1 M"),
+        (units.scaled(999), "999"),
+        (units.scaled(4.608e9), "4.608 G"),
+        (units.size(88.2e6), "84.11 MiB"),
+        (units.size(5e15), "4,547 TiB"),
+        (units.duration(0.01312), "13.1 ms"),
+        (units.duration(0.9996), "1 s"),
+        (units.duration(0.0009996), "1 ms"),
+        (units.duration(3.2e-5), "32 µs"),
+        (units.duration(999.7), "1,000 s"),
+        (units.rate(1512.7), "1,513 images/s"),
+        (units.plain(-0.25), "−0.25"),
+        (units.signed(-0.0001, 2), "0.00"),
+        (units.change(80.0, 79.5, units.METRICS["top1"]), "−0.50 points"),
+        (units.change(200, 100, units.METRICS["parameters"]), "−50.0 %"),
+        (units.change(0, 100, units.METRICS["parameters"]), ""),
+        (units.ratio(200, 100, units.METRICS["latency_s"]), "2.00× faster"),
+        (units.ratio(100, 200, units.METRICS["throughput"]), "2.00× faster"),
+        (units.ratio(100, 200, units.METRICS["parameters"]), "2.00× larger"),
+        (units.ratio(79.0, 80.0, units.METRICS["top1"]), ""),
+        (units.cell(math.nan, units.METRICS["loss"]), "not finite"),
+        (units.cell(2048, units.metric("cache_bytes")), "2 KiB"),
+        (units.metric("calibration_error_percent").label, "Calibration error"),
+    ],
+)
+def test_units(shown, expected):
+    assert shown.replace(units.SPACE, " ") == expected
+
+
+# Figures
+
+
+def test_parameters_for_energy_sums_over_heads_and_pairs():
+    spectra = [
+        spectrum(matrix="W_Q", head=0, cost=10),  # 90 % of (4, 3, 2, 1) needs rank 3
+        spectrum(matrix="W_Q", head=1, values=(1.0, 0.0, 0.0, 0.0), cost=10),
+        spectrum(matrix="W_K", head=0, values=(1.0, 1.0, 1.0, 1.0), cost=5),
+        spectrum(matrix="QK", head=0, values=(9.0, 1.0), cost=7),
+        spectrum(matrix="W_V", head=0),
+    ]
+    assert parameters_for_energy(spectra, 0.9) == {
+        "QK": {"blocks.0.attn": 7},
+        "W_Q+W_K": {"blocks.0.attn": 3 * 10 + 1 * 10 + 4 * 5},
+    }
+
+
+def test_figure_spectra_shows_cumulative_shares():
+    figure = figure_spectra([spectrum(head=0), spectrum(head=1, values=(1.0, 0.0, 0.0, 0.0))])
+    panel = next(axis for axis in figure.axes if axis.images)
+    picture = panel.images[0].get_array()
+    columns = picture.shape[1]
+    assert picture.shape[0] == 2
+    assert picture[0, columns // 4 - 1] == pytest.approx(0.4)
+    assert picture[0, columns // 2 - 1] == pytest.approx(0.7)
+    assert picture[0, -1] == pytest.approx(1)
+    assert picture[1, columns // 4 - 1] == pytest.approx(1)
+    marks = panel.lines[0].get_xdata()
+    assert list(marks[::3]) == [75, 25]  # ranks 3 and 1 of 4 hold 90 %
+
+
+def test_figure_spectra_shares_one_scale_among_panels_of_any_width():
+    spectra = [
+        spectrum(matrix="W_O", head=None, values=(1.0,) * 97),
+        spectrum(matrix="QK"),
+        spectrum(matrix="VO", head=7),
+    ]
+    figure = figure_spectra(spectra, columns=2)
+    images = [axis.images[0] for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in figure.axes if axis.images] == ["W_O", "QK = W_Q W_Kᵀ", "VO = W_V W_O"]
+    assert {image.get_clim() for image in images} == {(0, 1)}
+    assert images[0].get_array()[0, 31] == pytest.approx(0.5)
+
+
+def test_figure_spectra_orders_rows_by_layer_and_head():
+    sharp, flat = (1.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)
+    layers = ("blocks.0.attn", "blocks.1.attn")
+    spectra = [spectrum(layer, head=head, values=flat if head else sharp) for head in (1, 0) for layer in layers]
+    panel = figure_spectra(spectra).axes[0]
+    assert list(panel.images[0].get_array()[:, 15].round(2)) == [1, 0.25, 1, 0.25]
+    assert [tick.get_text() for tick in panel.get_yticklabels()] == ["0", "1"]
+
+
+def test_figure_parameters_compares_both_families():
+    figure = figure_parameters_for_energy(full().spectra)
+    assert [axis.get_title() for axis in figure.axes] == ["W_Q, W_K against QK", "W_V, W_O against VO"]
+    apart, joint = figure.axes[0].lines
+    assert list(apart.get_ydata()) == [2 * value for value in joint.get_ydata()]  # the same spectra, two matrices
+    only = figure_parameters_for_energy([spectrum(matrix="QK")])
+    assert [axis.get_title() for axis in only.axes] == ["QK"]
+
+
+def test_figure_ranks_draws_rank_outline_and_dense():
+    figure = figure_ranks(full().sites)
+    assert [axis.get_title() for axis in figure.axes] == ["QK", "VO", "mlp.fc1", "mlp.fc2", "Other layers"]
+    query_key, dense = figure.axes[0], figure.axes[3]
+    assert [bar.get_height() for bar in query_key.patches] == [2, 3, 4, 4]  # kept, then the outlines
+    assert [bar.get_height() for bar in dense.patches] == [0, 0, 16, 16, 16, 16]
+    assert [text.get_text() for text in query_key.get_xticklabels()] == ["0", "1"]
+
+
+def test_rank_panels_tell_towers_apart():
+    names = [f"{tower}.layers.{layer}.attn:qk" for tower in ("text", "vision") for layer in range(2)]
+    panels = rank_panels([site(name) for name in names])
+    assert {title: [row.name for row in rows] for title, rows in panels.items()} == {
+        "QK, text": names[:2],
+        "QK, vision": names[2:],
+    }
+    ticks = figure_spectra([spectrum(name.removesuffix(":qk")) for name in names]).axes[0].get_yticklabels()
+    assert [tick.get_text() for tick in ticks] == ["text.0", "text.1", "vision.0", "vision.1"]
+
+
+def test_nested_layer_numbers_label_the_ticks():
+    figure = figure_ranks([site(f"layers.{stage}.blocks.{block}.attn:qk") for stage in range(2) for block in range(2)])
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0.0", "0.1", "1.0", "1.1"]
+
+
+def test_figure_curves_leaves_gaps():
+    line = figure_curves([{"x": [0, 1, 2], "y": [1.0, None, 3.0], "label": "a"}]).axes[0].lines[0]
+    assert math.isnan(line.get_ydata()[1]) and line.get_ydata()[2] == 3
+    many = figure_curves([{"x": [0, 1], "y": [0, 1]}] * 14).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in many}) == 14
+
+
+@pytest.mark.parametrize("draw", [figure_spectra, figure_parameters_for_energy, figure_ranks, figure_curves])
+def test_nothing_to_draw_is_said(draw):
+    with pytest.raises(SettingsError, match="to draw"):
+        draw([])
+
+
+def test_figures_are_saved_by_others_and_leave_settings_alone(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    figure_ranks(full().sites).savefig(tmp_path / "ranks.png")
+    assert (tmp_path / "ranks.png").stat().st_size > 1000
+    assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("part", [{"spectra": full().spectra}, {"sites": full().sites}, {"curves": full().curves}])
+def test_missing_matplotlib_names_the_extra(monkeypatch, part):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ComcatError, match=r"comcat\[report\]"):
+        render(empty(**part))
+    render(empty())  # nothing to draw, nothing needed
+
+
+def test_missing_jinja_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ComcatError, match=r"comcat\[report\]"):
+        render(empty())
+
+
+def test_import_is_light_and_pyplot_is_never_imported():
+    code = """
+import sys
+import comcat.report as report
+assert not {"matplotlib", "sklearn", "transformers"} & set(sys.modules)
+report.figure_curves([{"x": [0, 1], "y": [0, 1]}])
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# The page
+
+
+def test_page_is_well_formed(page_text, page):
+    assert page_text.startswith("<!DOCTYPE html>")
+    tags = dict(page.tags[::-1])
+    assert tags["html"]["lang"] == "en"
+    assert any(attrs.get("name") == "viewport" for tag, attrs in page.tags if tag == "meta")
+    assert len(page.ids) == len(set(page.ids))
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+
+
+def test_page_refers_to_nothing_outside(page_text, page):
+    assert page.resources, "the figures refer to their own parts"
+    assert [value for value in page.resources if not value.startswith(("#", "data:image/png;base64,"))] == []
+    assert not re.search(r"@import|url\((?!#)", page_text)
+    assert "script" not in {tag for tag, _ in page.tags}
+    ids = set(page.ids)
+    used = {value[1:] for value in page.resources if value.startswith("#")} | set(
+        re.findall(r"url\(#(.*?)\)", page_text)
+    )
+    assert used <= ids
+
+
+def test_page_says_what_happened(page):
+    text = page.text
+    for words in (
+        "DeiT-small at half its size",
+        "2026-11-03 14:20 UTC",
+        "−50.0 %",
+        "−51.2 %",
+        "1.55×",
+        "79.80 → 79.27 %",
+        "−0.53 points",
+        "92.30 %",
+        "50,000",
+        "13.1 ms",
+        "1.54× faster",
+        "1.50 times the predicted one",
+        "too costly",
+        "blocks.1.mlp.fc2",
+        "The value bias folds",
+        "tune.lr",
+        "0.0001",
+        "not set",
+        "comcat compress deit_small --budget 0.5",
+    ):
+        assert words in text, words
+
+
+def test_every_figure_is_described(page):
+    labels = [attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg"]
+    assert len(labels) == 2 * 4  # ranks, spectra, energy, one curve; each wide and narrow
+    assert all(labels)
+    assert {attrs.get("role") for tag, attrs in page.tags if tag == "svg"} == {"img"}
+
+
+def test_same_data_same_page():
+    data = empty(spectra=full().spectra[4:6], sites=full().sites[:1])
+    assert render(data) == render(data)
+
+
+def test_unknown_metrics_are_shown():
+    text = Page(render(empty(before={"robustness": 0.5, "cache_bytes": 2048}, after={"robustness": 0.25}))).text
+    assert "Robustness 0.5 0.25 −50.0 % 0.50×" in text
+    assert "Cache 2 KiB –" in text
+
+
+def test_missing_parts_are_left_out():
+    page = Page(render(empty(before={"top1": None}, after={"top1": None}, agreement={"cosine": None})))
+    assert [tag for tag, _ in page.tags if tag in ("h2", "svg", "table", "section", "pre", "li")] == []
+    assert not re.search(r"\b(None|nan|NaN|inf)\b", page.text)
+
+
+def test_a_few_parts_alone():
+    data = empty(
+        before={"parameters": 100},
+        after={"loss": math.nan, "top1": 50.0},
+        measured_loss=-0.5,
+        predicted_loss=math.nan,
+        sites=(site(rank=None, after=800),),
+        spectra=(spectrum(matrix="W_Q", values=()), spectrum(matrix="W_K", values=(0.0, 0.0))),
+        settings={"a": None, "b": {}, "c": [], "d": math.inf, "e": [None, 1]},
+        curves={"Nothing": []},
+    )
+    page = Page(render(data))
+    assert not re.search(r"\b(None|nan|NaN|inf)\b", page.text)
+    assert "Loss – not finite" in page.text
+    assert "Predicted loss" not in page.text and "Note" not in page.text.split("All 1 sites")[1]
+    assert "the plan leaves them as they are" in page.text
+    assert {attrs["style"] for tag, attrs in page.tags if attrs.get("class") == "fill"} == {"width: 0%"}
+
+
+def test_hostile_text_is_escaped():
+    rows = (site(f"blocks.0.{HOSTILE}", "linear"), site(f"blocks.1.{HOSTILE}", "linear"), site(HOSTILE, "linear"))
+    data = empty(
+        title=HOSTILE,
+        model=HOSTILE,
+        created=HOSTILE,
+        command=HOSTILE,
+        settings={HOSTILE: HOSTILE},
+        environment={HOSTILE: {HOSTILE: [HOSTILE]}},
+        before={HOSTILE: 1.0},
+        after={HOSTILE: HOSTILE},
+        agreement={HOSTILE: 1.0},
+        sites=(*rows, site(name=HOSTILE + "2", kind="qk", rank=None, note=HOSTILE)),
+        spectra=(spectrum(layer=HOSTILE, matrix="QK"),),
+        notes=(HOSTILE,),
+        curves={HOSTILE: [{"x": [0, 1], "y": [0, 1], "label": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE}]},
+    )
+    text = render(data)
+    page = Page(text)
+    assert "<script" not in text and "<b " not in text
+    assert page.text.count(HOSTILE) >= 10  # read as it was written
+
+
+def test_page_of_a_base_model_stays_small():
+    text = render(full(depth=12, heads=12, width=64, cost=1536))
+    assert len(text.encode()) < 1_500_000
+    Page(text)
+
+
+# Writing
+
+
+def test_write_is_atomic(tmp_path, monkeypatch):
+    target = tmp_path / "runs" / "report.html"
+    write(empty(title="First"), target)
+    assert "First" in target.read_text(encoding="utf-8")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", fail)
+        with pytest.raises(StoreError, match="disk full"):
+            write(empty(title="Second"), target)
+    assert "First" in target.read_text(encoding="utf-8")
+    assert [entry.name for entry in target.parent.iterdir()] == ["report.html"]
+    write(empty(title="Third"), str(target))
+    assert "Third" in target.read_text(encoding="utf-8")
+
+
+def test_write_to_a_folder_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="cannot write"):
+        write(empty(), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write"):
+        write(empty(), tmp_path / "file" / "report.html")
+    with pytest.raises(StoreError, match="expected the name of a file"):
+        write(empty(), "")
+
+
+def test_text_that_is_not_unicode_is_written(tmp_path):
+    write(empty(command="comcat \udcff.jpg"), tmp_path / "report.html")
+    assert "comcat ?.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
