@@ -9,6 +9,7 @@ import sys
 import tarfile
 import warnings
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -343,7 +344,7 @@ def test_unreadable_pictures_are_skipped_counted_and_warned_of_once(tmp_path):
     expected = r"3 of the first 11 pictures .* at most 10% of 20 .*03x.jpg: .*05x.png: .*07x.tif: "
     with pytest.warns(UserWarning), pytest.raises(DataError, match=expected):
         list(open_pictures(tmp_path))
-    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"1 of the first 5 .* at most 0%"):
+    with pytest.raises(DataError, match=r"1 of the first 5 .* at most 0%"):
         list(open_pictures(tmp_path, max_unreadable=0))
 
 
@@ -483,6 +484,23 @@ def test_parquet_without_pictures_says_what_it_has(tmp_path):
         open_pictures(tmp_path / "b.parquet")
 
 
+def test_files_that_vanish_or_break_later_are_named(tmp_path):
+    pictures = open_pictures(write_parquet(tmp_path / "a.parquet", {"image": cells(9)}, group=3))
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(DataError, match=r"the parquet file .*a.parquet cannot be read: FileNotFoundError"):
+        list(pictures)
+
+
+def test_hopeless_streams_are_given_up(tmp_path):
+    members = {f"{number:03}.png": b"x" for number in range(120)} | {"999.png": encoded(picture(0))}
+    pictures = open_pictures(write_tar(tmp_path / "a.tar", members), max_unreadable=1.0)
+    with pytest.warns(UserWarning), pytest.raises(DataError, match="100 of the first 100 pictures"):
+        list(pictures)
+    few = open_pictures(write_tar(tmp_path / "b.tar", dict(list(members.items())[-2:])))
+    with pytest.warns(UserWarning), pytest.raises(DataError, match=r"1 of the first 2 pictures .* of all"):
+        list(few)
+
+
 def test_parquet_files_must_agree(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"image": cells(1), "label": [0]})
     write_parquet(tmp_path / "b.parquet", {"image": cells(1)})
@@ -550,14 +568,19 @@ def test_shard_labels_in_words_json_or_not_at_all(tmp_path):
     values = {"a.json": b'{"label": 2}', "a.png": data[0], "b.json": b'{"label": 0, "x": 1}', "b.rgb.png": data[1]}
     pictures = open_pictures(write_tar(tmp_path / "json.tar", values))
     assert [sample.label for sample in pictures] == [2, 0] and numbers_of(pictures) == [0, 1]
-    for more in ({}, {"a.cls": b"-1", "b.cls": b"-1"}):
+    for more in ({}, {"a.cls": b"-1", "b.cls": b"-1"}, {"a.cls": b"", "b.cls": b""}, {"a.json": b"[]"}):
         bare = {"._a.png": b"x", "a.png": data[0], "b.png": data[1]} | more
         ordered = dict(sorted(bare.items()))
         pictures = open_pictures(write_tar(tmp_path / "bare.tar", ordered))
         assert not pictures.has_labels and numbers_of(pictures) == [0, 1]
+    two = {"a.input.png": data[2], "a.mask.png": data[0], "b.png": data[1]}
+    assert numbers_of(open_pictures(write_tar(tmp_path / "two.tar", two))) == [2, 1]
     mixed = {"a.png": data[0], "a.cls": b"1", "b.png": data[1]}
     with pytest.raises(DataError, match=r"mixed.tar:b has no label"):
         list(open_pictures(write_tar(tmp_path / "mixed.tar", mixed)))
+    broken = {"a.png": data[0], "a.json": b'{"label": '}
+    with pytest.raises(DataError, match=r"broken.tar:a.json is no JSON"):
+        open_pictures(write_tar(tmp_path / "broken.tar", broken))
     fraction = {"a.png": data[0], "a.json": b'{"label": 0.5}'}
     with pytest.raises(DataError, match=r"label 0.5"):
         list(open_pictures(write_tar(tmp_path / "fraction.tar", fraction)))
@@ -800,6 +823,8 @@ def test_shuffles_reorder_everything_by_the_seed(tmp_path):
         plainly = torch.cat([images for images, _ in batches(pictures, RGB8)])
         assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[0], orders[2])
         assert not torch.equal(orders[0], plainly)
+        numbers = [next(n for n in range(24) if torch.equal(image, plainly[n])) for image in orders[0]]
+        assert sum(abs(one - other) == 1 for one, other in pairwise(numbers)) < 8  # not in chunks
         assert sorted(image.sum().item() for image in orders[0]) == sorted(image.sum().item() for image in plainly)
 
 

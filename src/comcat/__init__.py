@@ -1,0 +1,60 @@
+"""Attention-based vision models, smaller, faster and personal.
+
+    small = comcat.compress(model, calibration=loader, reduce=0.5)
+    comcat.save(small, "small/")
+    small = comcat.load("small/")
+
+Step by step: :func:`find_sites`, :func:`calibrate`, :func:`allocate`, :func:`apply_` and ``handle.revert()``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+_WHERE = {
+    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "calibrate", "allocate": "methods.allocate", "apply_": "plan",
+    "batches": "data", "calibrate": "calibrate", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
+    "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "models",
+    "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
+    "ComcatError": "errors",
+}  # fmt: skip
+
+__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .calibrate import Statistics as Statistics
+    from .calibrate import calibrate as calibrate
+    from .data import batches as batches
+    from .data import open_pictures as open_pictures
+    from .errors import ComcatError as ComcatError
+    from .hosts import find_sites as find_sites
+    from .measure import benchmark as benchmark
+    from .measure import count_macs as count_macs
+    from .measure import count_parameters as count_parameters
+    from .measure import evaluate as evaluate
+    from .methods.allocate import allocate as allocate
+    from .methods.compress import compress as compress
+    from .models import Origin as Origin
+    from .models import load_model as load_model
+    from .models import preprocess_of as preprocess_of
+    from .plan import Plan as Plan
+    from .plan import SitePlan as SitePlan
+    from .plan import apply_ as apply_
+    from .store import import_paper as import_paper
+    from .store import load as load
+    from .store import push_to_hub as push_to_hub
+    from .store import save as save
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'comcat' has no attribute {name!r}")
+    # A sub-module of the same name (comcat.calibrate) becomes an attribute of the package once imported: put the function there.
+    value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -296,8 +296,8 @@ def peak_memory(model: nn.Module, example: Tensor | tuple | list | Mapping) -> i
     Weights, buffers and the example count as held throughout. On CUDA it is the allocator's ``max_memory_allocated``
     over a second forward, less what other models and data hold on the device; the allocator's peak statistic is reset.
     Elsewhere a ``TorchDispatchMode`` follows each tensor's storage from the operation that makes it to its release:
-    the same number on every machine, though blind to scratch space inside a kernel and to what compiling saves. The process's resident size would
-    not do: it counts the libraries, keeps pages that the allocator has freed, and never falls after a first peak.
+    the same number on every machine, though blind to scratch space inside a kernel and to what compiling saves. The
+    process's resident size would not do: it counts the libraries and keeps pages that the allocator has freed.
 
     Raises DataError for an example without pictures, ModelError where the model fails on it.
     """

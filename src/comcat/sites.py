@@ -107,7 +107,8 @@ class Site:
                 return tokens * self.in_features * self.out_features
             return tokens * rank * (self.in_features + self.out_features)
         r = self.full_rank if rank is None else rank
-        return self.heads * r * (tokens * (self.in_features + self.out_features) + pairs)
+        compared = self.full_rank if self.attention is not None and self.attention.mount == "values" else r  # padded back to the host's width
+        return self.heads * (r * tokens * (self.in_features + self.out_features) + compared * pairs)
 
     @property
     def break_even(self) -> int:

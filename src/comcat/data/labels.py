@@ -22,7 +22,7 @@ class LabelCoder:
         """Raises :class:`~comcat.errors.DataError`, naming ``where``, on a label that is no class."""
         if isinstance(raw, str) and raw in self._positions:
             return self._positions[raw]
-        label = _whole(raw)
+        label = whole(raw)
         if label is None and raw is None:
             raise DataError(f"{where} has no label, though other pictures of the set do")
         if label is None and isinstance(raw, str) and self.names is not None:
@@ -49,7 +49,7 @@ def code_column(
     labels: None. ``where(row)`` names a row in errors. Raises :class:`~comcat.errors.DataError` on a label that is
     no class.
     """
-    if all(raw is None or (_whole(raw) == -1) for raw in raws):
+    if all(raw is None or whole(raw) == -1 for raw in raws):
         return None, None
     names = names or class_names_of(raws)
     coder = LabelCoder(names)
@@ -59,7 +59,7 @@ def code_column(
 def class_names_of(raws: Sequence[object]) -> tuple[str, ...] | None:
     """The different strings among the labels, sorted; None if all of them are whole numbers or there are no strings."""
     strings = {raw for raw in raws if isinstance(raw, str)}
-    if not strings or all(is_whole(string) for string in strings):
+    if not strings or all(whole(string) is not None for string in strings):
         return None
     return tuple(sorted(strings))
 
@@ -80,17 +80,13 @@ def choose_columns(kinds: Mapping[str, str], where: str) -> tuple[str, str | Non
         return image, "label"
     if len(classes) > 1:
         warnings.warn(
-            f"{where} has several columns of classes ({', '.join(classes)}); {classes[0]} is used", stacklevel=6
+            f"{where} has several columns of classes ({', '.join(classes)}); {classes[0]} is used",
+            stacklevel=6,
         )
     return image, classes[0] if classes else None
 
 
-def is_whole(raw: object) -> bool:
-    """Whether ``raw`` is a whole number or spells one."""
-    return _whole(raw) is not None
-
-
-def _whole(raw: object) -> int | None:
+def whole(raw: object) -> int | None:
     """The whole number that ``raw`` is or spells, or None."""
     try:
         number = int(raw)  # type: ignore[call-overload]

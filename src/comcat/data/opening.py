@@ -53,7 +53,7 @@ def _find(source: str | os.PathLike[str]) -> Source:
             return HubSource(text)
     if not text:
         raise DataError("got an empty name as the source of pictures")
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
         try:
             return _folder(path)

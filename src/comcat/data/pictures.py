@@ -19,12 +19,12 @@ from PIL import Image
 
 from ..errors import DataError, SettingsError
 from .picture import content_hash, decode
-from .sources import Entry, Source
+from .sources import Entry, Source, guarded
 
 T = TypeVar("T")
 
 _SHUFFLE_BYTES = 64 * 2**20
-_HOPELESS = 100
+_HOPELESS = 100  # a stream whose first so many pictures are all unreadable is read no further
 
 
 class Sample(NamedTuple):
@@ -156,15 +156,15 @@ class Pictures:
                 yield outcome, entry
                 continue
             skipped.append(f"{entry.key}: {outcome.reason}")
+            certain = self.count is not None and len(skipped) > self._max_unreadable * self.count
+            if certain or (len(skipped) == seen >= _HOPELESS):
+                raise self._too_many(skipped, seen)
             if not self._warned:
                 self._warned = True
                 warnings.warn(
                     f"{entry.key} of {self.name} cannot be read ({outcome.reason}) and is left out, like all such",
                     stacklevel=3,
                 )
-            certain = self.count is not None and len(skipped) > self._max_unreadable * self.count
-            if certain or (len(skipped) == seen >= _HOPELESS):
-                raise self._too_many(skipped, seen)
         if not seen:
             raise DataError(f"{self.name}: no pictures")
         if len(skipped) == seen or len(skipped) > self._max_unreadable * seen:
@@ -177,6 +177,7 @@ class Pictures:
             entries = self._source.entries(self._keep, seed)
         if self._chosen is not None:
             entries = islice(entries, len(self._chosen))  # streams need not be read to their end
+        entries = guarded(entries, f"{self.name} cannot be read")
         return entries if seed is None or self._source.shuffles_fully else _shuffle_buffer(entries, seed)
 
     def _keep(self, key: str) -> bool:
@@ -291,6 +292,7 @@ def _same(image: Image.Image) -> Image.Image:
 
 
 def whole_number(name: str, value: object, *, least: int | None = None) -> None:
+    """Raises :class:`~comcat.errors.SettingsError`, naming the setting, unless the value is one."""
     if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
         raise SettingsError(
             f"{name}: got {value!r}, expected a whole number{'' if least is None else f' from {least}'}"

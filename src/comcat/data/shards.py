@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .labels import LabelCoder, class_names_of, is_whole
+from .labels import LabelCoder, class_names_of, whole
 from .picture import SUFFIXES
 from .sources import Entry, guarded, shuffled
 
@@ -42,8 +42,8 @@ class ShardSource:
                 f"found {', '.join(repr(name) for name in held[:5]) or 'none'}{', …' if len(held) > 5 else ''}"
             )
         _, label, _ = first
-        self.has_labels = label is not None and not (is_whole(label) and int(str(label)) == -1)
-        words = self.has_labels and isinstance(label, str) and not is_whole(label)
+        self.has_labels = label is not None and whole(label) != -1
+        words = isinstance(label, str) and whole(label) is None
         self.class_names = class_names_of([label for _, label, _ in self._samples(labels=True)]) if words else None
         self._coder = LabelCoder(self.class_names)
 
@@ -90,9 +90,12 @@ def _samples_of(
         if not wanted:
             continue
         if labels and suffix == "cls":
-            label, label_is_cls = read().decode().strip(), True
+            label, label_is_cls = read().decode().strip() or None, True
         elif labels and suffix == "json" and not label_is_cls:
-            values = json.loads(read())
+            try:
+                values = json.loads(read())
+            except ValueError as error:
+                raise DataError(f"{key}.{suffix} is no JSON: {error}") from error
             label = values.get("label") if isinstance(values, dict) else None
         elif not has_picture and f".{suffix.rpartition('.')[2]}" in SUFFIXES:
             has_picture, content = True, read() if pictures else None

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from PIL import Image
+
 from ..errors import DataError
 from .picture import SUFFIXES, Content
 
@@ -40,20 +42,26 @@ class Entry:
 
 
 class Source(Protocol):
-    """A stream of entries that can be passed over again and again, in the same order."""
+    """A stream of entries that can be passed over again and again, in the same order.
+
+    ``shuffles_fully`` says whether ``entries`` with a seed come in a fully random order, or are just reordered chunk
+    by chunk; ``lists_keys`` whether ``keys`` needs no pass over the data.
+    """
 
     name: str
     class_names: tuple[str, ...] | None
     has_labels: bool
     shuffles_fully: bool
-    """Whether ``entries`` with a seed come in an order as random as a shuffled deck's, or just chunk by chunk."""
     lists_keys: bool
-    """Whether ``keys`` needs no pass over the data."""
 
     @property
-    def count(self) -> int | None: ...
+    def count(self) -> int | None:
+        """How many entries there are, if that is known."""
+        ...
 
-    def keys(self) -> Iterator[str]: ...
+    def keys(self) -> Iterator[str]:
+        """The key of every entry, in order."""
+        ...
 
     def entries(self, keep: Callable[[str], bool] | None = None, seed: int | None = None) -> Iterator[Entry]:
         """The entries whose key ``keep`` wants (None: all), in the source's order, or with ``seed`` in another."""
@@ -97,17 +105,17 @@ class FolderSource(Listed):
         self._root = folder
         self.has_labels = False
         self.class_names = None
-        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-        if not names:
+        items = sorted((item.name, item.is_dir()) for item in os.scandir(folder) if not item.name.startswith("."))
+        if not items:
             raise DataError(f"the folder {folder} is empty; expected pictures, or one sub-folder of them a class")
-        classes = [name for name in names if (folder / name).is_dir()]
-        self._files = [(name, None) for name in names if name not in set(classes) and _is_picture(name)]
+        classes = [name for name, is_dir in items if is_dir]
+        self._files = [(name, None) for name, is_dir in items if not is_dir and _is_picture(name)]
         inside = {name: sorted(_pictures_under(folder, name)) for name in classes}
         nested = sum(len(files) for files in inside.values())
         if not self._files and not nested:
             raise DataError(
                 f"no pictures in the folder {folder}: expected names ending in {' '.join(sorted(SUFFIXES))}, "
-                f"found {', '.join(repr(name) for name in names[:5])}{', …' if len(names) > 5 else ''}"
+                f"found {', '.join(repr(name) for name, _ in items[:5])}{', …' if len(items) > 5 else ''}"
             )
         if self._files:  # a flat folder, in which sub-folders are no classes
             if nested:
@@ -195,8 +203,6 @@ class DigitsSource(Listed):
         return f"digits:{self._rows[position]}"
 
     def entry(self, position: int) -> Entry:
-        from PIL import Image
-
         row = self._rows[position]
         return Entry(f"digits:{row}", self._labels[row], Image.fromarray(self._scans[row]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,9 +36,10 @@ class ParquetSource:
         self.name = name
         self._files = [(str(file), file.relative_to(root).as_posix()) for file in files]
         self._rows: list[int] = []
+        self._groups: list[tuple[int, int, int, int]] = []  # file, row group, its first row in the file, its rows
         columns: _Columns | None = None
         raws: list[object] = []
-        for file, _ in self._files:
+        for index, (file, _) in enumerate(self._files):
             try:
                 with parquet.ParquetFile(file) as opened:
                     found = _parquet_columns(opened.schema_arrow, file)
@@ -48,6 +50,11 @@ class ParquetSource:
                     if found.label is not None:
                         raws += opened.read(columns=[found.label])[found.label].to_pylist()
                     self._rows.append(opened.metadata.num_rows)
+                    first_row = 0
+                    for group in range(opened.num_row_groups):
+                        rows = opened.metadata.row_group(group).num_rows
+                        self._groups.append((index, group, first_row, rows))
+                        first_row += rows
             except DataError:
                 raise
             except Exception as error:
@@ -73,29 +80,23 @@ class ParquetSource:
         return f"{self._files[index][1]}:{row - self._offsets[index]}"
 
     def entries(self, keep: Callable[[str], bool] | None = None, seed: int | None = None) -> Iterator[Entry]:
-        parquet = require("pyarrow.parquet", "parquet files")
-        groups: list[tuple[int, int, int, int]] = []  # file, row group, its first row in the file, rows
-        for index, (file, _) in enumerate(self._files):
-            metadata = parquet.read_metadata(file)
-            first = 0
-            for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group).num_rows
-                groups.append((index, group, first, rows))
-                first += rows
-        for index, group, first, rows in shuffled(groups, seed):
+        for index, group, first, rows in shuffled(self._groups, seed):
             file, key = self._files[index]
             wanted = [keep is None or keep(f"{key}:{row}") for row in range(first, first + rows)]
             if not any(wanted):
                 continue
-            with parquet.ParquetFile(file) as opened:
-                read = opened.iter_batches(batch_size=_READ_ROWS, row_groups=[group], columns=[self._image])
-                row = first
-                for batch in guarded(read, f"the parquet file {file} cannot be read"):
-                    for cell in batch.column(0):
-                        if wanted[row - first]:
-                            label = None if self._labels is None else self._labels[self._offsets[index] + row]
-                            yield Entry(f"{key}:{row}", label, _content(cell.as_py(), Path(file).parent))
-                        row += 1
+            cells = guarded(self._cells(file, group), f"the parquet file {file} cannot be read")
+            for row, (cell, is_wanted) in enumerate(zip(cells, wanted, strict=True), first):
+                if is_wanted:
+                    label = None if self._labels is None else self._labels[self._offsets[index] + row]
+                    yield Entry(f"{key}:{row}", label, _content(cell.as_py(), Path(file).parent))
+
+    def _cells(self, file: str, group: int) -> Iterator[Any]:
+        """The cells of the picture column in a row group, still arrow's."""
+        parquet = require("pyarrow.parquet", "parquet files")
+        with parquet.ParquetFile(file) as opened:
+            for batch in opened.iter_batches(batch_size=_READ_ROWS, row_groups=[group], columns=[self._image]):
+                yield from batch.column(0)
 
 
 class SavedSource(Listed):
@@ -285,6 +286,6 @@ def _content(cell: object, folder: Path | None, *, remote: bool = False) -> Cont
 def _hub_name(name: str) -> tuple[str, str | None]:
     """Path and configuration: OWNER/NAME/CONFIG has two slashes; a local folder has no configuration."""
     if name.startswith((".", "/", "~")):
-        return str(Path(name).expanduser()), None
+        return os.path.expanduser(name), None
     owner_and_name, slash, config = name.rpartition("/")
     return (owner_and_name, config) if slash and "/" in owner_and_name else (name, None)

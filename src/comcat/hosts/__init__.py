@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from torch import nn
@@ -28,7 +29,7 @@ def find_sites(model: nn.Module) -> Sites:
     Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``. The model is not changed.
 
     Raises:
-        ModelError: if the model has neither attention nor linear layers.
+        ModelError: if the model has neither attention nor linear layers, or is itself nothing but one of these.
     """
     found: dict[str, Site] = {}
     refused: list[Refusal] = []
@@ -36,19 +37,21 @@ def find_sites(model: nn.Module) -> Sites:
     known: dict[tuple, tuple[str, Attention | Refusal]] = {}
     uses = _uses(model)
     for path, module in model.named_modules():
-        if any(path.startswith(f"{c}.") for c in closed):
+        if any(path == c or path.startswith(f"{c}.") for c in closed):
             continue
         if getattr(module, "comcat_module", False):
             closed.append(path)
             refused.append(Refusal(path, "already compressed"))
             continue
         anatomy = _recognise(model, path, module, known)
+        if path == "" and (isinstance(anatomy, Attention) or isinstance(module, nn.Linear)):
+            raise ModelError(f"got a bare {type(module).__name__}, expected a model that holds it: a replacement needs a place to be put")
         if isinstance(anatomy, Refusal):
-            closed.append(path)
+            closed += _spoken_for(path, module)
             refused.append(anatomy)
         elif anatomy is not None:
             closed.append(path)
-            if shared := [p for p in (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out) if uses[id(model.get_submodule(p))] > 1]:
+            if shared := [p for p in (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out) if _shared(model.get_submodule(p), uses)]:
                 refused.append(Refusal(path, f"{shared[0]} is shared with another part of the model"))
                 continue
             for site, reason in _attention_sites(model, anatomy):
@@ -58,12 +61,16 @@ def find_sites(model: nn.Module) -> Sites:
                     refused.append(Refusal(site.name, reason))
         elif type(module) is nn.Linear:
             site = _linear_site(path, module)
-            if uses[id(module)] > 1:
+            if _shared(module, uses):
                 refused.append(Refusal(path, "shared between several parts of the model"))
             elif site.break_even < 1:
                 refused.append(Refusal(path, "so small that factors always cost more"))
             else:
                 found[path] = site
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            for name in ("linear1", "linear2"):
+                closed.append(child := _join(path, name))
+                refused.append(Refusal(child, "torch.nn.TransformerEncoderLayer reads the weights of its linear layers past their modules"))
     if not found and not refused:
         raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
     return Sites(found, tuple(refused))
@@ -87,11 +94,22 @@ def _recognise(model: nn.Module, path: str, module: nn.Module, known: dict[tuple
     return None
 
 
+def _spoken_for(path: str, module: nn.Module) -> list[str]:
+    """What a refused attention closes: all of one that a host knows, else its own projections (a pooling head's MLP can shrink)."""
+    if isinstance(module, nn.MultiheadAttention) or any(h.resembles(module) for h in HOSTS):
+        return [path]
+    return [_join(path, n) for n, m in module.named_children() if isinstance(m, nn.Linear) or n in _ATTENTION_CHILDREN]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
 def _structure(module: nn.Module) -> tuple:
     """Equal for modules of one class, shape and setting: all blocks of a model are probed once."""
     plain = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, bool, str, type(None))))
     shapes = tuple((n, tuple(t.shape)) for n, t in module.state_dict(keep_vars=True).items())
-    return type(module), repr(module), shapes, plain
+    return type(module), vars(module).get("forward"), repr(module), shapes, plain
 
 
 def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refusal:
@@ -108,11 +126,16 @@ def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refu
     return replace(anatomy, path=move(anatomy.path), q=q, k=k, v=v, out=move(anatomy.out))
 
 
-def _uses(model: nn.Module) -> dict[int, int]:
-    counts: dict[int, int] = {}
+def _uses(model: nn.Module) -> Counter[int]:
+    """How often each module and each parameter stands in the model, by id: tied weights count as shared."""
+    counts: Counter[int] = Counter()
     for _, module in model.named_modules(remove_duplicate=False):
-        counts[id(module)] = counts.get(id(module), 0) + 1
+        counts.update([id(module), *(id(p) for p in module._parameters.values() if p is not None)])
     return counts
+
+
+def _shared(module: nn.Module, uses: Counter[int]) -> bool:
+    return any(uses[id(part)] > 1 for part in (module, *module.parameters(recurse=False)))
 
 
 def _attention_sites(model: nn.Module, a: Attention):
@@ -126,8 +149,9 @@ def _attention_sites(model: nn.Module, a: Attention):
         Site(f"{prefix}qk", "qk", out_features=a.in_features, biases=q_bias + k_bias, bias_per_rank=1 if q_bias else 0, **common),
         a.qk_reason and f"{a.qk_reason}; its vo and linear sites can still shrink" if not a.vo_reason else a.qk_reason,
     )
-    keeps = not a.folds_value_bias and v_bias
-    yield Site(f"{prefix}vo", "vo", out_features=a.out_features, biases=v_bias + out_bias, bias_per_rank=1 if keeps else 0, **common), a.vo_reason
+    # a fused projection whose values alone become thin keeps its bias, theirs (then zero) with it
+    keeps = v_bias > 0 and (not a.folds_value_bias or (a.mount == "values" and a.q.path == a.v.path and a.v.bias is None))
+    yield Site(f"{prefix}vo", "vo", out_features=a.out_features, biases=v_bias + out_bias, bias_per_rank=int(keeps), **common), a.vo_reason
 
 
 def _linear_site(path: str, module: nn.Linear) -> Site:

@@ -11,15 +11,18 @@ from ..sites import Undo
 
 
 def exchange(model: nn.Module, path: str, module: nn.Module) -> Undo:
-    """Put ``module`` at ``path``; undoing puts back the very object that stood there."""
+    """Put ``module`` at ``path``; undoing puts back the very object that stood there, in the model's mode of that time."""
     owner, _, name = path.rpartition(".")
     parent = model.get_submodule(owner)
     before = parent.get_submodule(name)
     module.train(before.training)
     setattr(parent, name, module)
+    training = parent.training
 
     def undo() -> None:
         setattr(parent, name, before)
+        if parent.training != training:
+            before.train(parent.training)
 
     return undo
 

@@ -10,22 +10,16 @@ from __future__ import annotations
 import copy
 import inspect
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedSite
 from ..sites import Attention, Projection, Refusal, Replacement, Undo
-from .anatomy import norm_and_gate, probe
+from .anatomy import Trial, attention_dropout, first_line, norm_and_gate, probe
 from .mounting import all_of, drop_parameter, exchange, set_attribute
 
-# The bias method behind each signature of a forward that comcat can stand in for.
-_WHOLE = {
-    ("x",): None,
-    ("x", "attn_mask"): None,
-    ("x", "attn_mask", "is_causal"): None,
-    ("x", "shared_rel_pos_bias"): "_get_rel_pos_bias",
-    ("x", "mask"): "_get_rel_pos_bias",
-    ("x", "shared_rel_pos"): "rel_pos.get_bias",
-}
+# The signatures of a forward that comcat can stand in for.
+_WHOLE = {("x",), ("x", "attn_mask"), ("x", "attn_mask", "is_causal"), ("x", "shared_rel_pos_bias"), ("x", "mask"), ("x", "shared_rel_pos")}
 
 
 class _Biased(nn.Module):
@@ -46,17 +40,16 @@ class BeitAttention(_Biased):
     """``forward(x, shared_rel_pos_bias)``: BEiT's relative position bias, its own and a shared one."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        own = self.source._get_rel_pos_bias() if self.source.relative_position_bias_table is not None else None
-        return self.core(x, _sum(own, shared_rel_pos_bias))
+        return self.core(x, _sum(_own_bias(self.source), shared_rel_pos_bias))
 
 
 class WindowAttention(_Biased):
     """``forward(x, mask)``: Swin's bias and the mask of shifted windows, (windows, tokens, tokens)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = self.source._get_rel_pos_bias()  # (1, heads, tokens, tokens)
+        bias = _own_bias(self.source)  # (1, heads, tokens, tokens)
         if mask is not None:
-            bias = (bias + mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+            bias = _sum(bias, mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)  # windows vary fastest in the batch
         return self.core(x, bias)
 
 
@@ -64,7 +57,8 @@ class RelPosAttention(_Biased):
     """``forward(x, shared_rel_pos)``: the bias of a relative-position module, or a shared one."""
 
     def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        return self.core(x, self.source.rel_pos.get_bias() if self.source.rel_pos is not None else shared_rel_pos)
+        own = _own_bias(self.source)
+        return self.core(x, shared_rel_pos if own is None else own)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -100,12 +94,12 @@ class TimmHost:
             in_features=in_features, out_features=out.out_features, scale=float(scale) if isinstance(scale, (int, float)) else width**-0.5,
             q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out="proj",
         )  # fmt: skip
-        bias = _bias_method(module, parameters)
         undo = self.observe(module)
         try:
-            found = probe(self, module, local, _probe_tokens(module), bias)
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {_first_line(error)})")
+            tokens, bias = _probe_tokens(module), _own_bias if local.signature in _WRAPPERS else None
+            found = probe(self, module, local, tokens, bias, _trials(module, parameters, heads, tokens))
+        except Exception as error:
+            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {first_line(error)})")
         finally:
             undo()
         norm, gate = norm_and_gate(module)
@@ -115,9 +109,13 @@ class TimmHost:
             qk_reason = _qk_reason(module, parameters)
         if qk_reason is None and not (found.plain and parameters in _WHOLE):
             qk_reason = f"a QK product exists, but comcat cannot stand in for its forward({', '.join(parameters)})"
+        if qk_reason is None and (name := _foreign_dropout(module)):
+            qk_reason = f"a QK product exists, but comcat does not know what its dropout {name!r} acts on"
+        dropout = attention_dropout(module)
+        if qk_reason is not None and vo_reason is None and dropout > 0 and v.bias is not None:
+            vo_reason = "attention dropout keeps the value bias from being folded, and it stands apart from the projection"
         if qk_reason is not None and vo_reason is not None:
             return Refusal(path, f"attention of no known shape: {qk_reason}; {vo_reason}")
-        dropout = getattr(getattr(module, "attn_drop", None), "p", 0.0)
         return Attention(
             path=path, host=self.name, mount="values" if qk_reason else "whole", signature=local.signature, heads=heads, width=width,
             in_features=in_features, out_features=out.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{path}.proj" if path else "proj",
@@ -183,23 +181,48 @@ def _relative(projection: Projection, path: str) -> Projection:
     return Projection(str(cut(projection.path)), projection.start, projection.stop, cut(projection.bias))
 
 
-def _bias_method(module: nn.Module, parameters: tuple[str, ...]) -> str | None:
-    bias = _WHOLE.get(parameters)
-    if bias == "_get_rel_pos_bias" and getattr(module, "relative_position_bias_table", None) is None:
-        return None
-    if bias == "rel_pos.get_bias" and getattr(module, "rel_pos", None) is None:
-        return None
-    return bias
+def _own_bias(module: nn.Module) -> Tensor | None:
+    """The additive bias that a module itself puts on its logits, (1, heads, tokens, tokens), if it has one."""
+    if getattr(module, "relative_position_bias_table", None) is not None and hasattr(module, "_get_rel_pos_bias"):
+        return module._get_rel_pos_bias()
+    rel_pos = getattr(module, "rel_pos", None)
+    return rel_pos.get_bias() if hasattr(rel_pos, "get_bias") else None
+
+
+def _trials(module: nn.Module, parameters: tuple[str, ...], heads: int, tokens: int) -> list[Trial]:
+    """The arguments that callers may pass besides the tokens, on a batch of two, and what they should mean."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, heads, tokens, tokens, generator=generator, dtype=torch.float64)
+    trials = [Trial({}, None)]
+    if "attn_mask" in parameters:
+        keep = (logits[:, :1] > 0) | torch.eye(tokens, dtype=torch.bool)  # every query sees itself
+        trials += [Trial({"attn_mask": mask}, mask) for mask in (keep, logits[:, :1])]
+    if "is_causal" in parameters:
+        trials.append(Trial({"is_causal": True}, torch.ones(tokens, tokens, dtype=torch.bool).tril()))
+    if "mask" in parameters:  # two windows of one picture
+        trials.append(Trial({"mask": logits[:, 0]}, logits[:, :1]))
+    if "shared_rel_pos_bias" in parameters:
+        trials.append(Trial({"shared_rel_pos_bias": logits[:1]}, logits[:1]))
+    if "shared_rel_pos" in parameters:  # the module's own comes first
+        trials.append(Trial({"shared_rel_pos": logits[:1]}, logits[:1] if getattr(module, "rel_pos", None) is None else None))
+    return trials
 
 
 def _probe_tokens(module: nn.Module) -> int:
     index = getattr(module, "relative_position_index", None)
     if isinstance(index, Tensor) and index.ndim == 2:
         return index.shape[0]
-    rel_pos = getattr(module, "rel_pos", None)
-    if isinstance(rel_pos, nn.Module):
-        return _probe_tokens(rel_pos) if getattr(rel_pos, "relative_position_index", None) is not None else int(getattr(rel_pos, "window_area", 5))
-    return 5
+    with torch.no_grad():
+        bias = _own_bias(module)
+    return 5 if bias is None else bias.shape[-1]
+
+
+def _foreign_dropout(module: nn.Module) -> str | None:
+    """A dropout in use that is neither ``attn_drop`` nor ``proj_drop``, the two that the low-rank attention takes over."""
+    modules = {n: m.p for n, m in module.named_children() if isinstance(getattr(m, "p", None), float) and "drop" in type(m).__name__.lower()}
+    numbers = {n: getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")}
+    found = {n: p for n, p in {**numbers, **modules}.items() if isinstance(p, float) and p > 0}
+    return next((n for n in found if n not in ("attn_drop", "proj_drop")), None)
 
 
 def _qk_reason(module: nn.Module, parameters: tuple[str, ...]) -> str:
@@ -232,6 +255,3 @@ def _without_projections(module: nn.Module) -> nn.Module:
     bare.q_bias = bare.k_bias = bare.v_bias = None  # type: ignore[assignment]
     return bare
 
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Attention, Projection, Refusal, Replacement, Undo
-from .anatomy import probe
+from .anatomy import TOLERANCE, attention_dropout, first_line, probe, random_copy
 from .mounting import all_of, exchange, set_attribute
-from .timm import _first_line, _heads, _qk_reason, _relative
+from .timm import _heads, _qk_reason, _relative
 
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 _OUT = ("o_proj", "out_proj", "output.dense")
@@ -26,15 +27,21 @@ class TransformersHost:
     name = "transformers"
 
     def resembles(self, module: nn.Module) -> bool:
-        return _inner(module) is not None and _out(module) is not None
+        inner, out = _inner(module), _out(module)
+        if inner is None or out is None:
+            return False
+        holder = _get(module, inner)
+        values = _get(holder, _names(holder)[2])  # type: ignore
+        # the block around an attention may have an "output.dense" as well: its MLP's
+        return _get(module, out).in_features == values.out_features  # type: ignore[union-attr]
 
     def recognise(self, model: nn.Module, path: str, module: nn.Module) -> Attention | Refusal:
         inner, out = _inner(module), _out(module)
-        holder = _get(module, inner) if inner else module
-        heads = _heads(holder) if holder is not None else None
-        if inner is None or out is None or holder is None or heads is None:
+        holder = None if inner is None else _get(module, inner)
+        names = None if holder is None else _names(holder)
+        heads = None if holder is None else _heads(holder)
+        if inner is None or out is None or holder is None or names is None or heads is None:
             return Refusal(path, "attention of no known shape: no q, k, v and output projections or no number of heads")
-        names = next(ns for ns in _NAMES if _find(module, inner, (ns,)))
         linears = [_get(holder, n) for n in names]
         attention_width = linears[0].out_features
         if any(m.out_features != attention_width for m in linears) or attention_width % heads:
@@ -46,28 +53,29 @@ class TransformersHost:
         q, k, v = (Projection(f"{prefix}{mid}{n}", 0, attention_width) for n in names)
         width = attention_width // heads
         scale = getattr(holder, "scaling", getattr(holder, "scale", width**-0.5))
-        out_linear = _get(module, out)
+        scale = float(scale) if isinstance(scale, int | float) else width**-0.5
+        out_linear = module.get_submodule(out)
         parameters = tuple(inspect.signature(holder.forward).parameters)
         local = Attention(
             path="", host=self.name, mount="parts", signature=parameters[0], heads=heads, width=width, in_features=linears[0].in_features,
-            out_features=out_linear.out_features, scale=float(scale), q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out=out,
+            out_features=out_linear.out_features, scale=scale, q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out=out,
         )  # fmt: skip
+        tokens = _probe_tokens(module, holder)
         try:
-            found = probe(self, module, local, _probe_tokens(module, holder))
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {_first_line(error)})")
+            found = probe(self, module, local, tokens)
+            widens = found.qk and _widens(self, module, local, tokens)
+        except Exception as error:
+            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {first_line(error)})")
         qk_reason = None if found.qk else _qk_reason(holder, parameters)
         vo_reason = None if found.vo else "its output depends on more of W_V and W_O than their product"
-        if qk_reason is None and not isinstance(getattr(holder, "head_dim", None), int):
+        if qk_reason is None and not widens:
             qk_reason = "a QK product exists, but its forward does not read the width of a head from head_dim"
         if qk_reason is not None and vo_reason is not None:
             return Refusal(path, f"attention of no known shape: {qk_reason}; {vo_reason}")
-        dropout = next((d for d in (getattr(holder, n, None) for n in ("attention_dropout", "dropout")) if isinstance(d, float)), 0.0)
-        dropout = getattr(getattr(holder, "dropout", None), "p", dropout)
         return Attention(
             path=path, host=self.name, mount="values" if qk_reason else "parts", signature=local.signature, heads=heads, width=width,
             in_features=local.in_features, out_features=local.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{prefix}{out}",
-            qk_reason=qk_reason, vo_reason=vo_reason, folds_value_bias=found.vo and found.rows_sum_to_one and dropout == 0,
+            qk_reason=qk_reason, vo_reason=vo_reason, folds_value_bias=found.vo and found.rows_sum_to_one and attention_dropout(holder) == 0,
         )  # fmt: skip
 
     def probe(self, module: nn.Module, attention: Attention, x: Tensor, *, grid: bool = True) -> Tensor:
@@ -85,12 +93,46 @@ class TransformersHost:
     def mount(self, model: nn.Module, attention: Attention, replacement: Replacement) -> Undo:
         undos = [exchange(model, p, m) for p, m in (replacement.parts or {}).items()]
         if replacement.width is not None:
-            undos.append(set_attribute(model.get_submodule(attention.path), "head_dim", replacement.width))
+            holder = model.get_submodule(attention.q.path.rpartition(".")[0])
+            undos.append(set_attribute(holder, "head_dim", replacement.width))
         return all_of(undos)
 
 
+def _widens(host: TransformersHost, module: nn.Module, attention: Attention, tokens: int) -> bool:
+    """Whether the forward reads the width of a head from ``head_dim`` (and its scale from elsewhere): heads with one more channel,
+    of zeros, must change nothing.
+    """
+    holder = attention.q.path.rpartition(".")[0]
+    if not isinstance(getattr(module.get_submodule(holder), "head_dim", None), int):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    copied = random_copy(module, generator)
+    x = torch.randn(2, tokens, attention.in_features, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        before = host.probe(copied, attention, x)
+        for p in (attention.q, attention.k, attention.v):
+            linear = copied.get_submodule(p.path)
+            for name, value in linear.named_parameters():
+                wider = F.pad(value.unflatten(0, (attention.heads, attention.width)), (0, 0) * (value.ndim - 1) + (0, 1)).flatten(0, 1)
+                setattr(linear, name, nn.Parameter(wider))
+            linear.out_features += attention.heads
+        out = copied.get_submodule(attention.out)
+        out.weight = nn.Parameter(F.pad(out.weight.unflatten(1, (attention.heads, attention.width)), (0, 1)).flatten(1))
+        out.in_features += attention.heads
+        copied.get_submodule(holder).head_dim = attention.width + 1  # type: ignore[assignment]
+        try:
+            after = host.probe(copied, attention, x)
+        except Exception:  # a forward that reckons with the old width
+            return False
+    return after.shape == before.shape and bool((after - before).abs().max() <= TOLERANCE * (1 + before.abs().max()))
+
+
 def _inner(module: nn.Module) -> str | None:
-    return next((n for n in ("", "self", "attention") if _find(module, n, _NAMES)), None)
+    return next((n for n in ("", "self", "attention") if (holder := _get(module, n)) is not None and _names(holder)), None)
+
+
+def _names(holder: nn.Module) -> tuple[str, str, str] | None:
+    return next((ns for ns in _NAMES if all(isinstance(_get(holder, n), nn.Linear) for n in ns)), None)
 
 
 def _out(module: nn.Module) -> str | None:
@@ -98,16 +140,11 @@ def _out(module: nn.Module) -> str | None:
 
 
 def _get(module: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         module = getattr(module, name, None)  # type: ignore[assignment]
         if not isinstance(module, nn.Module):
             return None
     return module
-
-
-def _find(module: nn.Module, inner: str, names: tuple[tuple[str, ...], ...]) -> bool:
-    holder = _get(module, inner) if inner else module
-    return holder is not None and any(all(isinstance(_get(holder, n), nn.Linear) for n in ns) for ns in names)
 
 
 def _probe_tokens(module: nn.Module, holder: nn.Module) -> int:

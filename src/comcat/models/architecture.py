@@ -15,6 +15,8 @@ _NOT_ARCHITECTURE = frozenset(
     "training p inplace grad_checkpointing gradient_checkpointing fused_attn distilled_training name_or_path "
     "init_values head_init_scale weight_init_mode fix_init initializer_range".split()
 )
+# Attributes of transformers' modules that no forward pass changes; Swin's windows, say, follow the last picture.
+_LASTING = frozenset("num_heads num_attention_heads scale scaling eps".split())
 
 
 def plain(value: Any, where: str) -> Any:
@@ -36,29 +38,38 @@ def tuples(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ comparing
 
 
-def differences(model: nn.Module, twin: nn.Module) -> list[str]:
+def differences(model: nn.Module, twin: nn.Module, *, config_known: bool = False) -> list[str]:
     """What sets ``model`` apart from ``twin``, one phrase each; nothing if they compute the same with equal weights.
 
     Compared are names and shapes of the state dicts, and for each module its class and its plain attributes (head
     counts, window sizes, epsilons: what shapes do not show). Dropout, checkpointing and the choice of kernels are left
     out, and so is whatever lies in a module that comcat put in place.
+
+    config_known: ``twin`` comes from the very config of ``model``, so that only what was changed by hand can differ.
+        Then the projections within attention, which comcat may have narrowed, are not compared, and of the attributes
+        only those that no forward pass changes.
     """
     replaced = [n for n, m in model.named_modules() if _is_ours(m)]
     replaced += [p for p in {n.rpartition(".")[0] for n in replaced} if "Attention" in _kind(model.get_submodule(p))]
 
-    def compared(name: str) -> bool:
-        return not any(name == r or name.startswith(f"{r}.") for r in replaced)
+    narrowed = [n for n, m in model.named_modules() if n and config_known and "Attention" in _kind(m)]
 
-    mine = {k: tuple(v.shape) for k, v in model.state_dict().items() if compared(k)}
-    others = {k: tuple(v.shape) for k, v in twin.state_dict().items() if compared(k)}
+    mine, others = (
+        {k: tuple(v.shape) for k, v in m.state_dict().items() if not _is_within(k, replaced + narrowed)}
+        for m in (model, twin)
+    )
     found = [f"{k} is only in this model" for k in mine if k not in others]
     found += [f"{k} is only in the one built again" for k in others if k not in mine]
     found += [f"{k} is {v} here, {others[k]} built again" for k, v in mine.items() if others.get(k, v) != v]
     modules = dict(twin.named_modules())
     for name, module in model.named_modules():
-        if name in modules and compared(name):
-            found += [f"{name or 'the model'}{text}" for text in _unlike(module, modules[name])]
+        if name in modules and not _is_within(name, replaced):
+            found += [f"{name or 'the model'}{text}" for text in _unlike(module, modules[name], config_known)]
     return found
+
+
+def _is_within(name: str, paths: list[str]) -> bool:
+    return any(name == p or name.startswith(f"{p}.") for p in paths)
 
 
 def _kind(module: nn.Module) -> str:
@@ -69,7 +80,7 @@ def _is_ours(module: nn.Module) -> bool:
     return getattr(module, "comcat_module", False) or type(module).__module__.partition(".")[0] == "comcat"
 
 
-def _unlike(module: nn.Module, twin: nn.Module) -> Iterator[str]:
+def _unlike(module: nn.Module, twin: nn.Module, config_known: bool) -> Iterator[str]:
     kinds = _kind(module), _kind(twin)
     if kinds[0] != kinds[1]:
         if not all(k == "Identity" or "Drop" in k for k in kinds):
@@ -77,6 +88,8 @@ def _unlike(module: nn.Module, twin: nn.Module) -> Iterator[str]:
         return
     for name, value in vars(module).items():
         if name.startswith("_") or name in _NOT_ARCHITECTURE or "drop" in name:
+            continue
+        if config_known and name not in _LASTING:
             continue
         other = vars(twin).get(name, value)
         if _is_setting(value) and _is_setting(other) and tuples(value) != tuples(other):
@@ -139,7 +152,8 @@ def _read_block(block: nn.Module) -> dict[str, Any]:
         read["init_values"] = _deep(block, "ls1.init_values") or 1e-5  # only where training starts; trained since
     second = getattr(mlp, "fc2", None)
     if isinstance(second, nn.Linear):
-        read |= {"swiglu_mlp": _has(mlp, "fc1_g"), "scale_mlp": _has(mlp, "norm")}
+        packed = _deep(mlp, "fc1.out_features") == 2 * second.in_features  # both halves of a gated layer in one
+        read |= {"swiglu_mlp": packed or _has(mlp, "fc1_g"), "scale_mlp": _has(mlp, "norm")}
         read["mlp_ratio"] = _ratio(second.in_features, second.out_features)
     return read
 

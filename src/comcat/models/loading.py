@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,12 @@ def _load(text: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[s
 def _no_folder(place: Path) -> ModelError:
     if place.exists():
         return ModelError(f"{place} is a file, expected the folder that holds it and its config.json")
-    beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
-    hint = nearest(place.name, beside)
-    if not hint and place.name == str(place):
-        hint = f"; did you mean 'timm:{place}'?" if required("timm").is_model(place.name) else ""
+    if place.name == str(place) and find_spec("timm") and required("timm").is_model(place.name):
+        hint = f"; did you mean 'timm:{place}'?"
+    else:
+        hint = nearest(
+            place.name, [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+        )
     return ModelError(f"there is no folder {str(place)!r}, {_EXPECTED}{hint}")
 
 

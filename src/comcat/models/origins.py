@@ -147,7 +147,7 @@ def origin_of(model: nn.Module) -> Origin:
     A model of ``load_model`` or ``Origin.build`` remembers it. For any other model of timm or transformers it is read
     off the model and its config, then verified: the architecture is built on the meta device and compared in the
     names and shapes of its state dict, and in the class and the plain settings (head counts, window sizes, epsilons)
-    of every module. Modules that comcat put in place are not compared.
+    of every module. What comcat has put in place or narrowed is not compared.
 
     Raises ModelError if the model is of another library, or if nothing that can be built fits; the message says what
     differs and how to give the origin explicitly.
@@ -179,7 +179,7 @@ def verified_origin(model: nn.Module, *, source: str = "", given: Mapping[str, A
     best: list[str] | None = None
     for origin in candidates:
         try:
-            found = differences(model, _twin(origin))
+            found = differences(model, _twin(origin), config_known=library == "transformers")
         except ModelError as error:
             found = [str(error)]
         if not found:
@@ -191,7 +191,7 @@ def verified_origin(model: nn.Module, *, source: str = "", given: Mapping[str, A
         raise ModelError(f"this {kind} does not say which architecture of timm it is; {_EXPLICIT}")
     made_with = getattr(model, "_model_args", None) or given or {}
     if hidden := sorted(k for k, v in made_with.items() if v is not None and not _is_plain(v)):
-        best.append(f"its argument {', '.join(hidden)} is not plain data")
+        best.insert(0, f"its argument {', '.join(hidden)} is not plain data")
     more = f"; and {len(best) - 4} more" if len(best) > 4 else ""
     raise ModelError(
         f"this {kind} cannot be built again from what it says of itself: {'; '.join(best[:4])}{more}. "

@@ -35,7 +35,10 @@ def load_transformers(
         return load_timm(f"hf-hub:{name}", spec, pretrained, dtype, model_args)
     config, classes = _vision_classes(config, spec)
     saved_size = getattr(config, "image_size", None)
-    config, extra = type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **rest)
+    try:
+        config, extra = type(config).from_dict(config.to_dict(), return_unused_kwargs=True, **rest)
+    except Exception as error:
+        raise loading_failure(spec, error, local=True) from error
     for cls in classes:
         model, unfit = _make(cls, name, spec, config, pretrained, dtype, rest, {**hub, **extra})
         if not unfit:

@@ -13,6 +13,8 @@ class LowRankLinear(nn.Module):
     Saves only while ``rank · (in + out) < in · out``.
     """
 
+    comcat_module = True
+
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -42,6 +44,8 @@ class LowRankAttention(nn.Module):
         query_bias, value_bias, out_bias: which biases exist. norm, gate: modules of the host that act on the concatenated
             heads (scale norm; sigmoid gate computed from x), or None.
     """
+
+    comcat_module = True
 
     def __init__(
         self,
@@ -111,6 +115,8 @@ class PaddedHeads(nn.Module):
     ``keep`` rows before the heads pass as they are (the q and k of a fused projection whose values alone are thin).
     """
 
+    comcat_module = True
+
     def __init__(self, in_features: int, heads: int, rank: int, width: int, *, keep: int = 0, bias: bool = False, device=None, dtype=None) -> None:
         super().__init__()
         self.heads, self.rank, self.width, self.keep = heads, rank, width, keep
@@ -126,6 +132,8 @@ class PaddedHeads(nn.Module):
 class NarrowHeads(nn.Module):
     """The output projection for :class:`PaddedHeads`: reads the first ``rank`` channels of each head, (..., heads · width) → (..., out)."""
 
+    comcat_module = True
+
     def __init__(self, heads: int, rank: int, width: int, out_features: int, *, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()
         self.heads, self.rank, self.width = heads, rank, width
@@ -138,6 +146,8 @@ class NarrowHeads(nn.Module):
 
 class ConcatLinear(nn.Module):
     """Several linear layers on one input, side by side: a fused projection whose matrices are factorised apart."""
+
+    comcat_module = True
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()

@@ -1,12 +1,34 @@
-"""Baselines' linear layers: matrix, Tucker and tensor-train factors."""
+"""Baselines' linear layers: matrix, Tucker and tensor-train factors.
+
+A *shape* is how a weight (out, in) is seen as a tensor, and its ranks, all of it JSON:
+``{"out": [o_1, …], "in": [i_1, …], "ranks": […]}`` with ``o_1 · o_2 ⋯ = out`` and ``i_1 · i_2 ⋯ = in``; features are
+numbered row-major over their modes, as ``Tensor.view`` does.
+
+- ``"tucker"``: the tensor (o_1, …, i_1, …), one rank a mode, those of ``out`` first. One mode a side is the weight
+  itself, ``U1 G U2ᵀ``.
+- ``"tensor_train"``: as many modes in as out; mode k of the train is the pair (o_k, i_k), and the ranks are those of the
+  bonds between pairs.
+
+Decompositions need the extra ``comcat[baselines]`` (tensorly); the modules, and loading their weights, do not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..errors import ComcatError, NumericsError, PlanError, nearest
+
+SWEEPS = 50
+"""Most sweeps of a Tucker decomposition; it stops sooner, where the relative error changes by less than ``TOLERANCE``."""
+TOLERANCE = 1e-6
 
 
 def matrix_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -16,4 +38,280 @@ def matrix_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return half[:, None] * vh[:rank], u[:, :rank] * half
 
 
-TENSOR_FORMS: dict[str, Callable[[nn.Linear, dict[str, Any], bool], nn.Module]] = {}
+class TuckerLinear(nn.Module):
+    """``y = W x + b`` with the weight in Tucker form (Tucker 1966; Xiao et al. 2023, Table 4), never put together.
+
+    With one mode a side ``W = U1 G U2ᵀ`` and ``y = U1 (G (U2ᵀ x)) + b``: three thin matrices. With more modes ``x`` is
+    seen as a tensor (i_1, …), each of its modes is projected to its rank, the core maps these to the ranks of the out
+    modes, and each of those is expanded.
+
+    Parameters: ``in_factors[k]`` (rank, i_k), ``core`` (product of out ranks, product of in ranks), ``out_factors[k]``
+    (o_k, rank), ``bias`` (out).
+
+    Args:
+        shape: see the module's docstring.
+
+    Raises:
+        PlanError: if the shape is malformed or does not fit the features.
+    """
+
+    comcat_module = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        shape: Mapping[str, Any],
+        *,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_shape("tucker", shape, in_features, out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.out_modes, self.in_modes, self.ranks = (tuple(shape[key]) for key in ("out", "in", "ranks"))
+        out_ranks, in_ranks = self.ranks[: len(self.out_modes)], self.ranks[len(self.out_modes) :]
+
+        def empty(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+        self.in_factors = nn.ParameterList([empty(r, n) for n, r in zip(self.in_modes, in_ranks, strict=True)])
+        self.core = empty(math.prod(out_ranks), math.prod(in_ranks))
+        self.out_factors = nn.ParameterList([empty(n, r) for n, r in zip(self.out_modes, out_ranks, strict=True)])
+        self.bias = empty(out_features) if bias else None
+        _initialise(self)
+
+    def decompose_(self, weight: Tensor) -> None:
+        """Fill in the Tucker form of a weight (out, in): higher-order orthogonal iteration (De Lathauwer et al. 2000).
+
+        Raises ComcatError without tensorly, NumericsError for a weight with NaN or infinity.
+        """
+        tensor = _float64(weight).reshape(*self.out_modes, *self.in_modes)
+        if not tensor.any():  # the iteration divides by the norm
+            with torch.no_grad():
+                self.core.zero_()
+            return
+        order = len(self.ranks)
+        with _tensorly() as tensorly:
+            # The start, an SVD of each unfolding, is the best there is for a matrix; more modes are improved in turn.
+            sweeps = 1 if order == 2 else SWEEPS
+            core, factors = tensorly.decomposition.tucker(
+                tensor, rank=list(self.ranks), n_iter_max=sweeps, tol=TOLERANCE, random_state=0
+            )
+        split = len(self.out_modes)
+        _fill(self.core, core.reshape(self.core.shape))
+        for target, factor in zip(self.out_factors, factors[:split], strict=True):
+            _fill(target, factor)
+        for target, factor in zip(self.in_factors, factors[split:], strict=True):
+            _fill(target, factor.T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = _along_modes(x.reshape(-1, self.in_features), list(self.in_factors))  # (rows, product of in ranks)
+        y = _along_modes(F.linear(z, self.core), list(self.out_factors), self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_modes}, out={self.out_modes}, ranks={self.ranks}"
+
+
+class TensorTrainLinear(nn.Module):
+    """``y = W x + b`` with the weight a tensor train of matrices (Oseledets 2011), never put together.
+
+    ``W[(o_1, …, o_d), (i_1, …, i_d)] = G_1[o_1, i_1] G_2[o_2, i_2] ⋯ G_d[o_d, i_d]``, where ``G_k[o, i]`` is a matrix
+    (r_{k−1}, r_k) and r_0 = r_d = 1. The input meets one core after the other. Core k costs
+    ``o_1⋯o_k · r_{k−1} r_k · i_k⋯i_d`` multiply-accumulates a row and leaves ``o_1⋯o_k · r_k · i_{k+1}⋯i_d`` numbers: a
+    train saves parameters long before it saves work or memory.
+
+    Parameters: ``cores[k]`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out).
+
+    Args:
+        shape: see the module's docstring.
+
+    Raises:
+        PlanError: if the shape is malformed or does not fit the features.
+    """
+
+    comcat_module = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        shape: Mapping[str, Any],
+        *,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_shape("tensor_train", shape, in_features, out_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.out_modes, self.in_modes, self.ranks = (tuple(shape[key]) for key in ("out", "in", "ranks"))
+        bonds = (1, *self.ranks, 1)
+        pairs = zip(self.out_modes, self.in_modes, bonds, bonds[1:], strict=False)
+        cores = [torch.empty(o * after, before * i, device=device, dtype=dtype) for o, i, before, after in pairs]
+        self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        _initialise(self)
+
+    def decompose_(self, weight: Tensor) -> None:
+        """Fill in the tensor train of a weight (out, in): a sequence of truncated SVDs (TT-SVD, Oseledets 2011).
+
+        Raises ComcatError without tensorly, NumericsError for a weight with NaN or infinity.
+        """
+        tensor = _float64(weight).reshape(*self.out_modes, *self.in_modes)
+        with _tensorly() as tensorly:
+            train = tensorly.decomposition.tensor_train_matrix(tensor, rank=[1, *self.ranks, 1])
+        for target, core in zip(self.cores, train.factors, strict=True):  # core (r_{k−1}, o_k, i_k, r_k)
+            _fill(target, core.transpose(1, 3, 0, 2).reshape(target.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.reshape(-1, self.in_features)
+        rest = self.in_features
+        for core, mode in zip(self.cores, self.in_modes, strict=True):
+            rest //= mode  # what of the input no core has met yet, innermost
+            y = _apply(core, y, rest)  # (rows · o_1⋯o_{k−1}, o_k · r_k, rest)
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_modes}, out={self.out_modes}, ranks={self.ranks}"
+
+
+def check_shape(form: str, shape: Any, in_features: int, out_features: int) -> None:
+    """Raise PlanError where a shape is malformed, does not make up (out, in), or a rank is more than others can carry."""
+    if form not in TENSOR_FORMS:
+        raise PlanError(f"got form {form!r}, expected one of {', '.join(TENSOR_FORMS)}{nearest(form, TENSOR_FORMS)}")
+    keys = ("out", "in", "ranks")
+    if not isinstance(shape, Mapping) or set(shape) != set(keys):
+        raise PlanError(f"{form}: got shape {shape!r}, expected an object with 'out', 'in' and 'ranks'")
+    for key in keys:
+        if not isinstance(shape[key], list | tuple) or not all(type(n) is int and n >= 1 for n in shape[key]):
+            raise PlanError(f"{form}: got {key} {shape[key]!r}, expected whole numbers from 1 on")
+    for key, features in (("out", out_features), ("in", in_features)):
+        if not shape[key] or math.prod(shape[key]) != features:
+            raise PlanError(f"{form}: got {key} {list(shape[key])}, expected modes whose product is {features}")
+    limits = _tucker_limits(shape) if form == "tucker" else _train_limits(shape)
+    if len(shape["ranks"]) != len(limits):
+        raise PlanError(f"{form}: got {len(shape['ranks'])} ranks, expected {len(limits)}")
+    for k, (rank, limit) in enumerate(zip(shape["ranks"], limits, strict=True)):
+        if rank > limit:
+            raise PlanError(f"{form}: got ranks {list(shape['ranks'])}, expected 1 to {limit} for number {k + 1}")
+
+
+def shape_parameters(form: str, shape: Mapping[str, Any]) -> int:
+    """Parameters of a weight in a form, without the bias; the shape must have passed :func:`check_shape`."""
+    out, into, ranks = shape["out"], shape["in"], shape["ranks"]
+    if form == "tucker":
+        return math.prod(ranks) + sum(n * r for n, r in zip([*out, *into], ranks, strict=True))
+    bonds = [1, *ranks, 1]
+    return sum(o * i * bonds[k] * bonds[k + 1] for k, (o, i) in enumerate(zip(out, into, strict=True)))
+
+
+def _tucker_limits(shape: Mapping[str, Any]) -> list[int]:
+    """A mode's rank is at most its size, and at most the product of the other ranks, as wide as the core's unfolding."""
+    modes, ranks = [*shape["out"], *shape["in"]], shape["ranks"]
+    if len(ranks) != len(modes):
+        return modes
+    others = [math.prod(ranks[:k]) * math.prod(ranks[k + 1 :]) for k in range(len(ranks))]
+    return [min(mode, other) for mode, other in zip(modes, others, strict=True)]
+
+
+def _train_limits(shape: Mapping[str, Any]) -> list[int]:
+    """A bond's rank is at most what the core on either side can carry: its pair's size times its other rank."""
+    if len(shape["out"]) != len(shape["in"]):
+        raise PlanError(
+            f"tensor_train: got out {list(shape['out'])} and in {list(shape['in'])}, expected as many modes of each"
+        )
+    sizes = [o * i for o, i in zip(shape["out"], shape["in"], strict=True)]
+    bonds = [1, *shape["ranks"], 1]
+    if len(bonds) != len(sizes) + 1:
+        return sizes[1:]
+    return [min(bonds[k] * sizes[k], bonds[k + 2] * sizes[k + 1]) for k in range(len(sizes) - 1)]
+
+
+def _along_modes(z: Tensor, matrices: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+    """Multiply each mode by its matrix (m_k, n_k), the last mode first: (rows, n_1 ⋯ n_d) → (rows, m_1 ⋯ m_d)."""
+    if len(matrices) == 1:
+        return F.linear(z, matrices[0], bias)
+    suffix = 1
+    for matrix in reversed(matrices):
+        z = _apply(matrix, z, suffix)
+        suffix *= len(matrix)
+    z = z.reshape(-1, suffix)
+    return z if bias is None else z + bias.to(z.dtype)
+
+
+def _apply(matrix: Tensor, z: Tensor, suffix: int) -> Tensor:
+    """``matrix`` (m, n) on the middle of z seen as (rows, n, suffix): (rows, m, suffix), or (rows, m) if suffix is 1."""
+    n = matrix.shape[1]
+    if suffix == 1:
+        return F.linear(z.reshape(-1, n), matrix)
+    return matrix @ z.reshape(-1, n, suffix)
+
+
+def _initialise(module: nn.Module) -> None:
+    """Matrices that keep the variance of what they multiply; a zero bias."""
+    for parameter in module.parameters():
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+        else:
+            nn.init.zeros_(parameter)
+
+
+def _float64(weight: Tensor) -> Any:
+    """The weight as a NumPy array: tensorly's decompositions are the same on every device that way."""
+    if not torch.isfinite(weight).all():
+        raise NumericsError("a weight to decompose holds NaN or infinite values")
+    return weight.detach().double().cpu().numpy()
+
+
+def _fill(target: Tensor, value: Any) -> None:
+    with torch.no_grad():
+        target.copy_(torch.from_numpy(value.copy()))
+
+
+@contextmanager
+def _tensorly() -> Iterator[ModuleType]:
+    """tensorly with its NumPy backend in this thread, and the backend that was chosen before afterwards."""
+    try:
+        import tensorly
+        import tensorly.decomposition
+    except ImportError as error:
+        raise ComcatError("tensor forms need tensorly; install it with: pip install 'comcat[baselines]'") from error
+    before = tensorly.get_backend()
+    # Not tensorly's own context: leaving it sets the backend of every thread.
+    tensorly.set_backend("numpy", local_threadsafe=True)
+    try:
+        yield tensorly
+    finally:
+        tensorly.set_backend(before, local_threadsafe=True)
+
+
+def _tucker(dense: nn.Linear, shape: dict[str, Any], weights: bool) -> nn.Module:
+    return _built(TuckerLinear, dense, shape, weights)
+
+
+def _tensor_train(dense: nn.Linear, shape: dict[str, Any], weights: bool) -> nn.Module:
+    return _built(TensorTrainLinear, dense, shape, weights)
+
+
+def _built(
+    form: type[TuckerLinear] | type[TensorTrainLinear], dense: nn.Linear, shape: dict[str, Any], weights: bool
+) -> nn.Module:
+    factory = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+    module = form(dense.in_features, dense.out_features, shape, bias=dense.bias is not None, **factory)
+    if weights:
+        module.decompose_(dense.weight)
+        if module.bias is not None:
+            with torch.no_grad():
+                module.bias.copy_(dense.bias)
+    return module
+
+
+TENSOR_FORMS: dict[str, Callable[[nn.Linear, dict[str, Any], bool], nn.Module]] = {
+    "tucker": _tucker,
+    "tensor_train": _tensor_train,
+}
+"""Form → builder(dense layer, shape, weights). Without ``weights`` the structure alone, for loading a state dict."""

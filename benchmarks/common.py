@@ -1,0 +1,95 @@
+"""What the benchmark scripts share: where results go, and what a number needs as context."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comcat.measure import environment
+
+RESULTS = Path(__file__).parent / "results"
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def machine() -> str:
+    """A folder name for this machine: its GPU, or its processor and cores."""
+    about = environment()
+    if torch.cuda.is_available():
+        return _slug(torch.cuda.get_device_name())
+    return _slug(f"{about.get('cpu', 'cpu')} {torch.get_num_threads()} threads")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def write(name: str, result: dict[str, Any]) -> Path:
+    """Write a result with its environment to ``results/<machine>/<name>.json``."""
+    folder = RESULTS / machine()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    content = {"benchmark": name, "command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "environment": environment(), **result}
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+    print(f"wrote {path}")
+    return path
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--no-write", action="store_true", help="print only")
+    return p
+
+
+def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **arguments: Any) -> nn.Module:
+    """A timm model with random weights: enough for time, memory and counts."""
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained=False, **arguments).eval().to(device=device, dtype=dtype)
+
+
+def random_pictures(count: int, batch: int, size: int = 224, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(min(batch, count - i), 3, size, size, generator=generator).to(device) for i in range(0, count, batch)]
+
+
+def interleaved(calls: dict[str, Any], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call, round after round, all in one run."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            synchronize()
+            start = time.perf_counter()
+            call()
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def table(head: list[str], rows: list[list[Any]]) -> None:
+    cells = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in r] for r in [head, *rows]]
+    widths = [max(len(r[i]) for r in cells) for i in range(len(head))]
+    for i, row in enumerate(cells):
+        print("  ".join(c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))))
+        if i == 0:
+            print("  ".join("-" * w for w in widths))

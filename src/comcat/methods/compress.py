@@ -1,0 +1,287 @@
+"""The whole way from a model and some pictures to a smaller model: calibrate, propose a plan, apply it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibrate import STATISTICS, StatisticName, Statistics, calibrate
+from ..errors import BudgetError, DataError, ModelError, SettingsError, nearest
+from ..factors import Statistic, Weights
+from ..hosts import find_sites
+from ..linalg import Factorization
+from ..measure import count_macs, count_parameters, evaluate
+from ..plan import Handle, Plan, Record, apply_
+from ..sites import Site, Sites
+from .allocate import Budget, RankRule, allocate, spectra
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressSettings:
+    """What to compress and how; the command line and recipes are made from these fields."""
+
+    reduce: float | None = None
+    """Share of the whole model's cost to save, for example 0.5."""
+    max_drop: float | None = None
+    """Instead of reduce: save as much as loses at most so many points on held-out pictures (top-1, or agreement without labels)."""
+    budget: Budget = "parameters"
+    """What cost is: parameters or macs (multiply-accumulates)."""
+    statistic: StatisticName = "loss"
+    """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
+    ranks: RankRule = "waterfill"
+    """How ranks are chosen: the same share everywhere, the same share of singular values, or least predicted loss."""
+    energy: float = 0.9
+    """Share of the singular values to keep with ranks 'energy' where neither reduce nor max_drop is given."""
+    multiple: int = 1
+    """Round ranks to multiples of it; 8 suits 16-bit kernels on a GPU."""
+    tie: bool = False
+    """Give QK and VO of a layer one rank."""
+    per_head: bool = False
+    """Let the heads of a layer have ranks of their own, padded to the largest."""
+    joint_refit: bool = True
+    """After truncation, refit the output projection over all heads at once."""
+    sequential: bool = False
+    """Calibrate block after block on the model whose earlier blocks are already small."""
+    only: tuple[str, ...] = ()
+    """Kinds (qk, vo, linear) or path prefixes (blocks.3) that may shrink; by default all."""
+    pictures: int = 512
+    """How many pictures to calibrate on."""
+    seed: int = 0
+    """Seed of the choice of pictures and of sampled labels."""
+
+    def __post_init__(self) -> None:
+        if self.reduce is not None and self.max_drop is not None:
+            raise SettingsError("got both reduce and max_drop, expected one of them")
+        if self.reduce is None and self.max_drop is None and self.ranks != "energy":
+            raise SettingsError("say how far to go: reduce=0.5 (share to save) or max_drop=1.0 (points that may be lost)")
+        if self.max_drop is not None and not self.max_drop > 0:
+            raise SettingsError(f"got max_drop={self.max_drop:g}, expected points above 0")
+        if self.statistic not in STATISTICS:
+            raise SettingsError(f"got statistic {self.statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(self.statistic, STATISTICS)}")
+        if self.pictures < 1:
+            raise SettingsError(f"got pictures={self.pictures}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that rank choice needs, found once: sites, what was measured, and the factorisation of every site."""
+
+    sites: Sites
+    statistic: Statistic
+    factorizations: Mapping[str, Factorization]
+    total: float
+    macs: Callable[[Site, int | None], float] | None = None
+    example: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """What :func:`compress_` did: the handle to take it back, and what it was based on."""
+
+    handle: Handle
+    plan: Plan
+    prepared: Prepared
+    notes: tuple[str, ...] = field(default=())
+
+
+def compress(model: nn.Module, calibration: Iterable | None = None, *, held_out: Iterable | None = None, progress: bool = False, **settings: Any) -> nn.Module:
+    """A smaller copy of a model; the model itself is untouched.
+
+    Args:
+        calibration: batches of pictures (batch, channels, height, width), with or without labels, which are ignored. Not needed with ``statistic="weights"``
+            and a parameter budget.
+        held_out: batches to measure the drop on, with ``max_drop``: training pictures that the calibration did not see, never the evaluation set.
+        settings: fields of :class:`CompressSettings`; at least ``reduce`` or ``max_drop``.
+
+    Returns:
+        An ordinary module with ``comcat_record``, ready for :func:`comcat.save`.
+    """
+    chosen = make_settings(settings)
+    training = model.training
+    small = copy.deepcopy(model).eval()
+    compress_(small, calibration, chosen, held_out=held_out, progress=progress)
+    return small.train(training)
+
+
+def make_settings(settings: Mapping[str, Any]) -> CompressSettings:
+    """Settings from keywords; an unknown one is told with the nearest known."""
+    known = CompressSettings.__dataclass_fields__
+    for name in settings:
+        if name not in known:
+            raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
+    return CompressSettings(**settings)
+
+
+def compress_(
+    model: nn.Module, calibration: Iterable | None, settings: CompressSettings, *, held_out: Iterable | None = None, plan: Plan | None = None, progress: bool = False
+) -> Compressed:
+    """Compress a model in place; see :func:`compress`. With a ``plan``, ranks are the plan's and only weights are computed."""
+    before = origin_or_none(model)
+    prepared = prepare(model, calibration, settings, progress=progress)
+    notes: list[str] = []
+    if plan is None:
+        plan = propose(model, prepared, settings, held_out=held_out, notes=notes)
+    if settings.sequential:
+        handle = _apply_sequentially(model, plan, prepared, calibration, settings, progress)
+    else:
+        handle = apply_(model, plan, prepared.statistic, sites=prepared.sites, factorizations=prepared.factorizations, joint_refit=settings.joint_refit)
+    record = Record(plan=plan, settings=asdict(settings), **before)
+    model.comcat_record = record  # type: ignore[assignment]
+    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=tuple(notes))
+
+
+def prepare(model: nn.Module, calibration: Iterable | None, settings: CompressSettings, *, progress: bool = False) -> Prepared:
+    """Find the sites, calibrate, factorise and count: everything that does not depend on the budget's size."""
+    sites = find_sites(model)
+    if settings.only:
+        chosen = sites.only(*settings.only)
+        if not len(chosen):
+            known = {"qk", "vo", "linear", *(s.path for s in sites.values())}
+            raise SettingsError(f"only={', '.join(settings.only)} leaves no site{nearest(settings.only[0], known)}")
+        sites = chosen
+    if not len(sites):
+        raise ModelError("nothing in this model can shrink: " + "; ".join(map(str, sites.refused[:3])))
+    example = None
+    if calibration is not None:
+        calibration = calibration if hasattr(calibration, "__len__") or iter(calibration) is not calibration else list(calibration)
+        example = _first_picture(calibration)
+    if settings.statistic == "weights":
+        statistic: Statistic = Weights()
+    else:
+        if calibration is None:
+            raise SettingsError(f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'")
+        statistic = calibrate(model, calibration, statistic=settings.statistic, sites=sites, limit=settings.pictures, seed=settings.seed, progress=progress)
+        sites = Sites({n: s for n, s in sites.items() if n not in statistic.unreached}, sites.refused)
+    total, macs = float(count_parameters(model)), None
+    if settings.budget == "macs":
+        if example is None:
+            raise SettingsError("budget 'macs' needs calibration pictures, at least one")
+        total = float(count_macs(model, example))
+        flow = statistic if isinstance(statistic, Statistics) else calibrate(model, [example], statistic="activation", sites=sites)
+
+        def macs(site: Site, rank: int | None) -> float:
+            return site.macs(rank, flow.rows.get(site.name, 0.0), flow.pairs.get(site.name, 0.0))
+
+    return Prepared(sites=sites, statistic=statistic, factorizations=spectra(model, sites, statistic), total=total, macs=macs, example=example)
+
+
+def propose(model: nn.Module, prepared: Prepared, settings: CompressSettings, *, held_out: Iterable | None = None, notes: list[str] | None = None) -> Plan:
+    """Ranks for the budget; with ``max_drop``, the largest saving whose measured drop on held-out pictures stays within it."""
+
+    def plan_for(reduce: float | None) -> Plan:
+        return allocate(
+            model, prepared.statistic, reduce=reduce, rule=settings.ranks, budget=settings.budget, sites=prepared.sites, factorizations=prepared.factorizations,
+            multiple=settings.multiple, energy=settings.energy, tie=settings.tie, per_head=settings.per_head, total=prepared.total, macs=prepared.macs,
+        )  # fmt: skip
+
+    if settings.max_drop is None:
+        return plan_for(settings.reduce)
+    if held_out is None:
+        raise SettingsError("max_drop needs held_out: pictures to measure the drop on, from the training data and apart from the calibration's")
+    return _largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)
+
+
+def _largest_within(
+    model: nn.Module, prepared: Prepared, settings: CompressSettings, plan_for: Callable[[float | None], Plan], held_out: Iterable, notes: list[str]
+) -> Plan:
+    """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a saving."""
+    assert settings.max_drop is not None
+    held_out = held_out if hasattr(held_out, "__len__") or iter(held_out) is not held_out else list(held_out)
+    reference = copy.deepcopy(model)
+    dense = evaluate(model, held_out)
+
+    def drop(plan: Plan) -> float:
+        handle = apply_(model, plan, prepared.statistic, sites=prepared.sites, factorizations=prepared.factorizations, joint_refit=settings.joint_refit)
+        try:
+            measured = evaluate(model, held_out, reference=None if dense.top1 is not None else reference)
+        finally:
+            handle.revert()
+        if dense.top1 is not None and measured.top1 is not None:
+            return dense.top1 - measured.top1
+        if measured.agreement is not None:
+            return 100.0 - measured.agreement
+        if measured.cosine is not None:
+            return 100.0 * (1 - measured.cosine)
+        raise DataError("max_drop needs a model whose output can be compared")
+
+    best: Plan | None = None
+    low, high = 0.0, 1.0
+    while high - low > 0.01:
+        middle = (low + high) / 2
+        try:
+            plan = plan_for(middle)
+        except BudgetError:
+            high = middle
+            continue
+        if drop(plan) <= settings.max_drop:
+            best, low = plan, middle
+        else:
+            high = middle
+    if best is None:
+        raise BudgetError(f"got max_drop={settings.max_drop:g}, but saving as little as 1 % already loses more on the held-out pictures")
+    what = "top-1" if dense.top1 is not None else "agreement"
+    notes.append(f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor evaluation saw")
+    return replace(best, made_by={**best.made_by, "max_drop": settings.max_drop, "held_out": dense.count})
+
+
+def _apply_sequentially(model: nn.Module, plan: Plan, prepared: Prepared, calibration: Iterable | None, settings: CompressSettings, progress: bool) -> Handle:
+    """Apply a plan block after block, each calibrated on the model whose earlier blocks are already small."""
+    if settings.statistic == "weights" or calibration is None:
+        raise SettingsError("sequential calibration needs a statistic of activations or of the loss, and pictures")
+    groups: dict[str, dict[str, Any]] = {}
+    for name, entry in plan.sites.items():
+        groups.setdefault(block_of(prepared.sites[name].path), {})[name] = entry
+    handles: list[Handle] = []
+    try:
+        for entries in groups.values():
+            # paths of later sites do not move while earlier blocks change, so the sites found at the start stay good
+            sites = Sites({n: s for n, s in prepared.sites.items() if n in entries or _sibling(n, entries)}, prepared.sites.refused)
+            statistic = calibrate(model, calibration, statistic=settings.statistic, sites=sites, limit=settings.pictures, seed=settings.seed, progress=progress)
+            handles.append(apply_(model, Plan(sites=entries), statistic, sites=sites, joint_refit=settings.joint_refit))
+    except BaseException:
+        for handle in reversed(handles):
+            handle.revert()
+        raise
+    return Handle(model, plan, [h.revert for h in handles])  # type: ignore[list-item]
+
+
+def _sibling(name: str, entries: Mapping[str, Any]) -> bool:
+    path, _, kind = name.rpartition(":")
+    return bool(path) and f"{path}:{'vo' if kind == 'qk' else 'qk'}" in entries
+
+
+def block_of(path: str) -> str:
+    """The block that a path belongs to: up to its last number, ``layers.0.blocks.1`` of ``layers.0.blocks.1.attn``."""
+    match = re.match(r"(.*(?:^|\.)\d+)\.", path)
+    return match.group(1) if match else path
+
+
+def origin_or_none(model: nn.Module) -> dict[str, Any]:
+    """Where a model comes from and how pictures are prepared for it, as far as it can be told."""
+    from ..models import class_names_of, origin_of, preprocess_of
+
+    try:
+        origin = origin_of(model)
+    except ModelError:
+        return {}
+    names = class_names_of(model)
+    try:
+        preprocess = preprocess_of(model).to_dict()
+    except ModelError:
+        preprocess = None
+    return {"origin": origin.to_dict(), "preprocess": preprocess, "class_names": names}
+
+
+def _first_picture(calibration: Iterable) -> Tensor:
+    for batch in calibration:
+        images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, (tuple, list)) else batch
+        if isinstance(images, torch.Tensor) and len(images):
+            return images[:1]
+        break
+    raise DataError("no pictures to calibrate on: got an empty iterable or batches without pictures")

@@ -1,0 +1,169 @@
+"""The model card: what a saved model says of itself to people and to the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from ..plan import Plan
+from ..report.units import number, row_label
+
+_KINDS = {"qk": "QK products", "vo": "VO products", "linear": "linear layers"}
+
+
+def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
+    """A model card in Markdown, with the front matter that the hub reads.
+
+    config: what ``config.json`` holds (``comcat.json`` of a stock export, which has ``stock``). name: of the folder.
+    """
+    before, after = config["parameters"]["before"], config["parameters"]["after"]
+    origin = config["origin"]
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(config), sort_keys=False, allow_unicode=True)}---",
+        f"# {name}",
+        f"`{origin['name']}` of {origin['library']}, compressed with comcat {config['comcat_version']}: {after:,} parameters instead of "
+        f"{before:,} ({_change(before, after)}).",
+        "## How to load it",
+        _loading(config, name),
+        *_input(config),
+        "## What was done",
+        "Products of attention weights (W_Q W_Kᵀ and W_V W_O of every head) and linear layers were replaced by thin factors; "
+        "`plan.json` holds the rank of each. The method follows COMCAT (Xiao et al., ICML 2023).",
+        _table(("what", "how many", "rank", "full rank"), _ranks(plan)),
+        *_section("How the ranks were found", _table(("setting", "value"), _settings(config, plan))),
+        *_section("Numbers", _numbers(config["results"])),
+        "## Limitations",
+        _limitations(config),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+    origin = config["origin"]
+    stock = "stock" in config
+    front: dict[str, Any] = {"library_name": "transformers" if stock else "comcat"}
+    front["pipeline_tag"] = "image-classification" if _classifies(origin) else "image-feature-extraction"
+    front["tags"] = ["comcat", "model-compression", "low-rank", "vision", origin["library"]]
+    if base := _base_model(origin):
+        front["base_model"] = base
+    licence = origin["pretrained_cfg"].get("license")
+    if isinstance(licence, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        front["license"] = licence
+    return front
+
+
+def _classifies(origin: Mapping[str, Any]) -> bool:
+    if origin["library"] == "transformers":
+        return "ForImageClassification" in origin["name"]
+    return origin["arguments"].get("num_classes", origin["pretrained_cfg"].get("num_classes", 1000)) != 0
+
+
+def _base_model(origin: Mapping[str, Any]) -> str | None:
+    """The hub's name of the model before, if what the user typed says it."""
+    source = origin["source"]
+    for prefix in ("hf:", "timm:hf-hub:"):
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", source.removeprefix(prefix)) and source.startswith(prefix):
+            return source.removeprefix(prefix)
+    if re.fullmatch(r"timm:[\w.]+", source):
+        tag = origin["pretrained_cfg"].get("tag")
+        full = source.removeprefix("timm:")
+        return f"timm/{full}" if "." in full or not tag else f"timm/{full}.{tag}"
+    return None
+
+
+def _change(before: int, after: int) -> str:
+    return f"{100 * (after - before) / before:+.1f} %".replace("-", "−")
+
+
+def _loading(config: Mapping[str, Any], name: str) -> str:
+    gives = "outputs" if not _classifies(config["origin"]) else "logits"
+    if "stock" in config:
+        automatic = "AutoModelForImageClassification" if _classifies(config["origin"]) else "AutoModel"
+        lines = [f"from transformers import {automatic}", f'model = {automatic}.from_pretrained("{name}").eval()', "outputs = model(pictures)"]
+        note = "No code of comcat is needed: it is an ordinary checkpoint whose heads are narrower (`head_dim` in its config)."
+    else:
+        of = ".logits" if gives == "logits" and config["origin"]["library"] == "transformers" else ""
+        lines = ["import comcat", f'model = comcat.load("{name}")  # this folder, or the name of its repository', f"{gives} = model(pictures){of}"]
+        note = f"Install it with `pip install 'comcat[{config['origin']['library']}]'`."
+    return "```python\n" + "\n".join(lines) + f"\n```\n\n{note}"
+
+
+def _input(config: Mapping[str, Any]) -> list[str]:
+    p = config["preprocess"]
+    if not p:
+        return []
+    height, width = p["size"]
+    means, stds = (", ".join(f"{v:.4g}" for v in p[k]) for k in ("mean", "std"))
+    return [
+        f"`pictures` is (batch, {p.get('channels', 3)}, {height}, {width}): resized ({p['interpolation']}, {p['crop_mode']}, {100 * p['crop_pct']:.4g} % "
+        f"of the picture), scaled to 0…1 and normalised with mean {means} and standard deviation {stds}."
+    ]
+
+
+def _ranks(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    groups: dict[tuple[str, int, str], list[int]] = {}
+    for name, entry in plan.sites.items():
+        kind = name.rpartition(":")[2] if name.endswith((":qk", ":vo")) else "linear"
+        groups.setdefault((kind, entry.full_rank, entry.form), []).append(entry.rank)
+    for (kind, full, form), ranks in groups.items():
+        what = _KINDS[kind] + ("" if form == "product" else f" ({form.replace('_', ' ')} form)")
+        lowest, highest = min(ranks), max(ranks)
+        yield what, str(len(ranks)), str(lowest) if lowest == highest else f"{lowest} to {highest}", str(full)
+
+
+def _settings(config: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, str]]:
+    for key, value in {**config["settings"], **plan.made_by}.items():
+        if value not in (None, "", [], {}):
+            yield key, _shown(value)
+
+
+def _numbers(results: Mapping[str, Any]) -> str:
+    before, after = results.get("before"), results.get("after")
+    parts = []
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        keys = [k for k in {**before, **after} if before.get(k) is not None or after.get(k) is not None]
+        parts.append(_table(("", "before", "after"), ((row_label(k), *(_measured(k, side.get(k)) for side in (before, after))) for k in keys)))
+        results = {k: v for k, v in results.items() if k not in ("before", "after")}
+    parts.append(_table(("what", "value"), _flat(results)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in results.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None and not isinstance(value, list):
+            yield f"{prefix}{key}", _shown(value)
+
+
+def _limitations(config: Mapping[str, Any]) -> str:
+    points = [
+        "What the model before compression gets wrong or is biased about, this one does too; its licence and terms of use hold.",
+        "Compression can cost some classes or kinds of pictures more than others: check on your own data before you rely on it.",
+        "Fewer parameters and operations do not always make a model faster; measure on the device it is to run on.",
+    ]
+    if not _numbers(config["results"]):
+        points.insert(0, "Its accuracy was not measured when it was saved.")
+    return "\n".join(f"- {p}" for p in points)
+
+
+def _section(title: str, text: str) -> list[str]:
+    return [f"## {title}", text] if text else []
+
+
+def _table(header: tuple[str, ...], rows: Any) -> str:
+    lines = ["| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + " --- |" * len(header), *lines]) if lines else ""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

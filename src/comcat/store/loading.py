@@ -1,0 +1,161 @@
+"""Reading a compressed model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..errors import ComcatError, ModelError, PlanError, SettingsError, StoreError, nearest
+from ..models import Origin
+from ..plan import Plan, Record
+from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256, surviving
+from .hub import download, looks_like_repo
+from .rebuilding import rebuild
+from .tensors import fill, read_tensors
+
+_log = logging.getLogger(__name__)
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
+    """A compressed model that :func:`comcat.save` wrote, in eval mode and with its ``comcat_record``.
+
+    Args:
+        source: a folder, or the hub's ``"user/repo"``. device: where to put it. dtype: None keeps what was saved.
+        revision, token: of the hub: branch, tag or commit, and the access token (True for the one logged in with).
+
+    Raises:
+        StoreError: if the folder is missing, incomplete, damaged, foreign or of a newer format, or if its plan or weights do not fit.
+        ModelError: if the installed libraries cannot build the architecture. SettingsError: for a device or dtype that cannot be used.
+    """
+    _check_place(device, dtype)
+    folder = _folder(source, revision, token)
+    config = read_config(folder)
+    check_files(folder, config)
+    record = _record(folder, config)
+    try:
+        model = rebuild(Origin.from_dict(record.origin), record.plan).model
+        fill(model, read_tensors(folder / WEIGHTS))
+    except StoreError as error:
+        raise StoreError(f"{folder}: {error}") from error
+    model.comcat_record = record  # type: ignore[assignment]
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of a saved model, checked against its own hash. Raises StoreError as :func:`load`."""
+    path = folder / CONFIG
+    if (folder / STOCK_CONFIG).is_file():
+        raise StoreError(
+            f"{folder} is a stock export, which needs no comcat: load it with transformers' from_pretrained, or by comcat.load_model({str(folder)!r})"
+        )
+    if not path.is_file():
+        raise StoreError(f"{folder} has no {CONFIG}, so comcat did not save it; it {_holds(folder)}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict) or "comcat_version" not in config:
+        raise StoreError(f"{folder} is no model that comcat saved; {_foreign(folder, config)}")
+    if not isinstance(config.get("format"), int) or not isinstance(config.get("sha256"), dict):
+        raise StoreError(f"{path} is damaged: it lacks 'format' or 'sha256'")
+    if config["format"] > FORMAT:
+        raise StoreError(
+            f"{folder} was saved by comcat {config['comcat_version']} in format {config['format']}; this is comcat {__version__}, "
+            f"which reads formats up to {FORMAT}: upgrade comcat"
+        )
+    found, noted = own_hash(config, CONFIG), config["sha256"].get(CONFIG)
+    if found != noted:
+        raise _damaged(path, found, noted)
+    return config
+
+
+def check_files(folder: Path, config: dict[str, Any]) -> None:
+    """Compare the files that make the model with their hashes. The card and the report are for people, who may edit them."""
+    for name in (WEIGHTS, PLAN):
+        path = folder / name
+        if not path.is_file():
+            raise StoreError(f"{folder} is incomplete: {name} is missing; it {_holds(folder)}")
+        found, noted = sha256(path), config["sha256"].get(name)
+        if found != noted:
+            raise _damaged(path, found, noted)
+    for name in (CARD, REPORT):
+        path, noted = folder / name, config["sha256"].get(name)
+        if noted and path.is_file() and (found := sha256(path)) != noted:
+            _log.info("%s was changed since it was saved: its SHA-256 is %s, it was %s", path, found, noted)
+
+
+def _damaged(path: Path, found: str, noted: str | None) -> StoreError:
+    return StoreError(f"{path} is damaged or was changed since it was saved: its SHA-256 is {found}, expected {noted}")
+
+
+def _check_place(device: str | torch.device, dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SettingsError(f"dtype: got {dtype!r}, expected a floating-point one such as torch.float16, or None")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SettingsError(f"device: got {str(device)!r}, which cannot be used here: {reason}") from None
+
+
+def _folder(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    text = os.fspath(source)
+    folder = surviving(Path(text).expanduser())
+    if folder.is_dir():
+        if revision is not None:
+            raise SettingsError(f"revision: got {revision!r}, but {text!r} is a folder, which has none")
+        return folder
+    if folder.exists():
+        raise StoreError(f"{text!r} is a file, expected the folder that holds it, or 'user/repo' of the hub")
+    if isinstance(source, str) and looks_like_repo(text):
+        return download(text, revision=revision, token=token)
+    beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
+    raise StoreError(f"there is no folder {text!r}, expected one or 'user/repo' of the hub{nearest(folder.name, beside)}")
+
+
+def _record(folder: Path, config: dict[str, Any]) -> Record:
+    try:
+        plan = Plan.load(folder / PLAN)
+        origin = Origin.from_dict(config["origin"])
+    except (PlanError, UnicodeDecodeError) as error:
+        raise StoreError(f"{folder / PLAN}: {error}") from error
+    except (KeyError, ModelError) as error:
+        raise StoreError(f"{folder / CONFIG} says nothing usable of the model's origin: {error}") from error
+    names = config.get("class_names")
+    return Record(
+        plan=plan,
+        origin=origin.to_dict(),
+        settings=config.get("settings") or {},
+        preprocess=config.get("preprocess"),
+        class_names=None if names is None else tuple(names),
+        results=config.get("results") or {},
+    )
+
+
+def _holds(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return "holds " + (", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "") or "nothing")
+
+
+def _foreign(folder: Path, config: Any) -> str:
+    """What a folder looks like that comcat did not save."""
+    load_it = f"load it by comcat.load_model({str(folder)!r})"
+    if isinstance(config, dict) and "model_type" in config:
+        return f"it looks like a transformers folder (model type {config['model_type']!r}): {load_it}"
+    if isinstance(config, dict) and "architecture" in config:
+        return f"it looks like a local-dir folder of timm (architecture {config['architecture']!r}): {load_it}"
+    return f"its {CONFIG} names no comcat_version; it {_holds(folder)}"

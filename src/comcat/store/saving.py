@@ -1,0 +1,186 @@
+"""Writing a compressed model."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._version import __version__
+from ..errors import ModelError, PlanError, SettingsError, StoreError
+from ..models import Origin, class_names_of, origin_of, preprocess_of
+from ..models.origins import remembered_origin, unwrapped
+from ..plan import Plan, Record
+from .card import model_card
+from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, check_replaceable, replacing, write_config
+from .rebuilding import Rebuilt, rebuild
+from .tensors import listed, unlike, write_tensors
+
+if TYPE_CHECKING:
+    from ..report import ReportData
+
+
+def save(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    report: ReportData | None = None,
+    stock: bool = False,
+    overwrite: bool = True,
+    origin: Origin | None = None,
+    plan: Plan | None = None,
+    record: Record | None = None,
+) -> Path:
+    """Write a compressed model to a folder, whole or not at all, and return the folder.
+
+    The folder gets ``model.safetensors``, ``plan.json``, ``config.json`` (where the model comes from, settings, versions, hashes),
+    a model card ``README.md`` and, if ``report`` is given, ``report.html``. A folder that comcat wrote before is replaced in
+    one step: until then, and if anything fails or the process is killed, it stays as it was. Other files in it are kept.
+
+    Args:
+        stock: write a checkpoint that plain transformers loads instead, with no code of ours. It needs a plan that brings the QK and VO of
+            all attention layers to one rank and nothing else, on a ViT, DeiT, DINOv2, BEiT or the like; a ViT or DeiT of timm is translated.
+        overwrite: False refuses a folder that is not empty.
+        origin: how to build the model before compression, where it cannot be told from the model.
+        plan, record: what was done to the model, if :func:`comcat.apply_` did it: :func:`comcat.compress` leaves it on the model.
+
+    Raises:
+        StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's or cannot be written.
+        ModelError: if its origin cannot be told.
+    """
+    target = Path(folder)
+    model = _bare(model)
+    record = _record(model, plan, record)
+    check_replaceable(target.expanduser(), overwrite)
+    origin, rebuilt = _origin(model, origin, record)
+    record = _completed(model, record, origin)
+    config = _config(model, origin, record, rebuilt)
+    with replacing(target, overwrite=overwrite) as new:
+        if stock:
+            from .stock import write_stock
+
+            config |= {"stock": write_stock(model, origin, record, rebuilt.sites, new)}
+        else:
+            write_tensors(model.state_dict(), new / WEIGHTS)
+        (new / PLAN).write_text(record.plan.to_json(), encoding="utf-8")
+        (new / CARD).write_text(model_card(config, record.plan, name=Path(os.path.abspath(target)).name), encoding="utf-8")
+        if report is not None:
+            from ..report import write
+
+            write(report, new / REPORT)
+        write_config(new, STOCK_CONFIG if stock else CONFIG, config)
+    return target
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``torch.compile`` and data parallelism."""
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while (inner := model.module if isinstance(model, parallel) else unwrapped(model)) is not model:
+        model = inner
+    return model
+
+
+def _record(model: nn.Module, plan: Plan | None, record: Record | None) -> Record:
+    if plan is not None and record is not None:
+        raise SettingsError("got both plan and record, which holds a plan; expected one of them")
+    if plan is not None:
+        return Record(plan=plan)
+    record = getattr(model, "comcat_record", None) if record is None else record
+    if record is None:
+        raise StoreError(
+            f"nothing says how this {type(model).__name__} was compressed: make it with comcat.compress, or after comcat.apply_(model, plan) "
+            "say comcat.save(model, folder, plan=plan)"
+        )
+    return record
+
+
+def _origin(model: nn.Module, given: Origin | None, record: Record) -> tuple[Origin, Rebuilt]:
+    """The origin from which ``record``'s plan makes a structure that holds the model's weights, and that structure."""
+    if given is not None:
+        candidates = [given]
+    else:  # what the model remembers is brought up to date with its classes and picture size; the record is not
+        noted = None if record.origin is None else Origin.from_dict(record.origin)
+        candidates = [noted] if noted is not None else []
+        if noted is None or remembered_origin(model) is not None:
+            candidates.insert(0, origin_of(model))
+    state = model.state_dict()
+    found: list[str] = []
+    for candidate in candidates:
+        try:
+            rebuilt = rebuild(candidate, record.plan)
+        except StoreError as error:
+            found = found or [str(error)]
+            continue
+        phrases = unlike(state, rebuilt.model.state_dict())
+        if not phrases:
+            return candidate, rebuilt
+        found = found or phrases
+    raise StoreError(
+        f"this {type(model).__name__} is not what its plan makes of {candidates[0].name}, so it could not be loaded again: {listed(found)}. "
+        "If it was changed by other means, or its compression was taken back, it cannot be saved as compressed"
+    )
+
+
+def _completed(model: nn.Module, record: Record, origin: Origin) -> Record:
+    """The record with what the model still says of its pictures and classes."""
+    preprocess, names = record.preprocess, record.class_names
+    try:
+        preprocess = preprocess_of(model).to_dict() if preprocess is None else preprocess
+        names = class_names_of(model) if names is None else names
+    except (ModelError, SettingsError):
+        pass  # unknown
+    return replace(record, origin=origin.to_dict(), preprocess=preprocess, class_names=names)
+
+
+def _config(model: nn.Module, origin: Origin, record: Record, rebuilt: Rebuilt) -> dict[str, Any]:
+    statistic = record.plan.made_by.get("statistic", record.settings.get("statistic"))
+    config = {
+        "comcat_version": __version__,
+        "format": FORMAT,
+        "base_model": origin.source or None,
+        "origin": origin.to_dict(),
+        "settings": record.settings,
+        "statistic": statistic,
+        "results": record.results,
+        "parameters": {"before": rebuilt.parameters, "after": sum(p.numel() for p in model.parameters())},
+        "preprocess": record.preprocess,
+        "class_names": record.class_names,
+        "libraries": _versions(origin.library),
+    }
+    return {key: _plain(value, key) for key, value in config.items()}
+
+
+def _versions(library: str) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "safetensors", library):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _plain(value: Any, where: str) -> Any:
+    """``value`` as JSON holds it: lists for tuples, text for paths, dtypes, NaN and infinity."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v, where) for v in value]
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # scalars of NumPy and torch
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike | torch.dtype | torch.device):
+        return str(value)
+    what = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise StoreError(f"{where} of the model's record is {what}, expected what JSON can hold")
