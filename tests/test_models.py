@@ -286,6 +286,15 @@ def test_modules_of_comcat_are_not_compared(path):
     assert origin_of(model) == expected
 
 
+def test_attention_narrowed_in_a_transformers_model_is_not_compared():
+    model = tiny_hf("ViTForImageClassification")
+    expected = origin_of(model)
+    attention = model.vit.layers[0].attention
+    attention.k_proj, attention.head_dim = nn.Linear(48, 24, bias=False), 8
+    model.vit.layers[1].mlp.fc1 = _Replacement()
+    assert origin_of(model) == expected
+
+
 def test_a_model_of_another_library_is_refused():
     with pytest.raises(ModelError, match=r"Sequential is a model of neither timm nor transformers.*origin=Origin"):
         origin_of(nn.Sequential(nn.Linear(2, 2)))
@@ -376,6 +385,16 @@ def test_a_home_folder(tmp_path, monkeypatch):
     assert load_model("~/m").num_classes == 5
 
 
+def test_timm_weights_from_a_file(tmp_path):
+    model = tiny()
+    folder = local_dir(tmp_path / "m", model)
+    overlay = {"file": f"{folder}/model.safetensors", "num_classes": 5}
+    loaded = load_model("timm:vit_base_patch16_gap_224", pretrained_cfg_overlay=overlay, **VIT, global_pool="token",
+                        class_token=True, fc_norm=False)  # fmt: skip
+    assert_same(loaded, model)
+    assert folder not in json.dumps(origin_of(loaded).to_dict())
+
+
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_of_two_towers_the_one_that_sees(kind, tmp_path):
     text = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -427,6 +446,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         ModelError, match=r"do not fit ViTForImageClassification: .*layernorm_before\.weight is missing"
     ):
         load_model(folder)
+    with pytest.raises(ModelError, match="is missing"):  # a new head excuses no other tensor, whatever its shape
+        load_model(folder, num_labels=48)
     save_file({**weights, key: torch.zeros(5)}, f"{folder}/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"layernorm_before\.weight is \(5,\), expected \(48,\)"):
         load_model(folder)
@@ -514,6 +535,7 @@ def test_bad_folders(tmp_path):
         ('{"model_type": "videomae", "architectures": ["VideoMAEModel"]}', "of single pictures"),
         ('{"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}', "takes 'input_ids', expected"),
         ('{"architecture": "vit_tini"}', "vit_tini"),
+        ('{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}', "no model type 'x'"),
     ],
 )
 def test_bad_configs(text, message, tmp_path):
@@ -528,6 +550,7 @@ def test_bad_configs(text, message, tmp_path):
         ({"dtype": "float16"}, SettingsError, "dtype: got 'float16', expected"),
         ({"dtype": torch.int8}, SettingsError, "expected a floating-point one"),
         ({"device": "gpu"}, SettingsError, "device: got 'gpu'"),
+        ({"device": "cuda:99"}, SettingsError, "device: got 'cuda:99'"),
         ({"colour": 3}, ModelError, "unexpected keyword argument 'colour'"),
     ],
 )

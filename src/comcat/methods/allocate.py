@@ -151,9 +151,8 @@ def allocate(
 def _curve(site: Site, found: Factorization, multiple: int, cost: Callable[[Site, int | None], float], relative: bool) -> Curve:
     tail = tail_loss(found.singular_values, relative=relative)
     dense = cost(site, None)
-    steps = sorted({*range(multiple, site.full_rank, multiple), *([site.full_rank] if site.kind != "linear" else [])} or {min(multiple, site.full_rank)})
+    steps = [*range(multiple, site.full_rank, multiple), site.full_rank]
     ranks = [r for r in steps if cost(site, r) < dense]
-    ranks = ranks or [1] if site.kind != "linear" else ranks
     return Curve(site, (*ranks, None), (*(cost(site, r) for r in ranks), dense), (*(float(tail[r]) for r in ranks), 0.0))
 
 

@@ -1,11 +1,11 @@
 """What factorising products of heads is compared with (Xiao et al. 2023, Tables 1 and 4).
 
-Each function proposes a plan that saves a share of the parameters of some sites, every site keeping the same share of its
-own. Ranks grow together; the last steps go to the sites in the order of the model, until the next one would not fit. So
-the budget is met within one rank step of one site, and ranks of equal sites differ by one step at most.
+Each function proposes a plan that saves a share of the parameters of some sites, every site keeping the same share of
+its own. Ranks grow together; the last steps go to the sites in the order of the model, until the next one would not
+fit. So the budget is met within one rank step of one site, and ranks of equal sites differ by one step at most.
 
-``total`` is what ``reduce`` is a share of: the parameters of all attention, of all feed-forward layers, of the whole model.
-By default it is the parameters of the sites that the plan is for, biases included.
+``total`` is what ``reduce`` is a share of: the parameters of all attention, of all feed-forward layers, of the whole
+model. By default it is the parameters of the sites that the plan is for, biases included.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def tucker_plan(
 ) -> Plan:
     """Linear layers in Tucker form (Table 4), from the linear sites given.
 
-    Order 2 leaves the weight a matrix: ranks (r, r), ``r (in + out) + r²`` parameters. A higher order, an even one, splits
-    either side into ``order / 2`` modes of nearly equal size (1536 → 48 · 32, 384 → 24 · 16); a prime side keeps one mode.
-    Ranks are the same share of every mode.
+    Order 2 leaves the weight a matrix: ranks (r, r), ``r (in + out) + r²`` parameters. A higher order, an even one,
+    splits either side into ``order / 2`` modes of nearly equal size (1536 → 48 · 32, 384 → 24 · 16); a prime side keeps
+    one mode. Ranks are the same share of every mode.
 
     Raises:
         SettingsError: if the order is odd or below 2.
@@ -115,11 +115,12 @@ def tensor_train_plan(
 ) -> Plan:
     """Linear layers as trains of ``order`` matrices (Table 4), from the linear sites given.
 
-    Either side is split into ``order`` modes of nearly equal size, those of ``out`` from small to large and those of ``in``
-    from large to small: pairs of about equal size, contracted the cheaper way round (1536 × 384 → pairs 32 × 24 and
-    48 × 16). Pairs of 1 × 1 are left out. All bonds have one rank, or their largest possible. Order 2 is a sum of r
-    Kronecker products (Van Loan and Pitsianis 1993). A train costs more work in a forward pass than the dense layer unless
-    its ranks are very small, and the more so the more modes: see :class:`comcat.modules.tensor.TensorTrainLinear`.
+    Either side is split into ``order`` modes of nearly equal size, those of ``out`` from small to large and those of
+    ``in`` from large to small: pairs of about equal size, contracted the cheaper way round (1536 × 384 → pairs 32 × 24
+    and 48 × 16). Pairs of 1 × 1 are left out. All bonds have one rank, or their largest possible. Order 2 is a sum of r
+    Kronecker products (Van Loan and Pitsianis 1993). A train costs more work in a forward pass than the dense layer
+    unless its ranks are very small, and the more so the more modes: see
+    :class:`comcat.modules.tensor.TensorTrainLinear`.
 
     Raises:
         SettingsError: if the order is below 2.
@@ -187,7 +188,7 @@ BASELINES: dict[str, Baseline] = {
 
 
 def near_equal(number: int, parts: int) -> list[int]:
-    """Split a whole number into factors, ascending, about equal: each is the divisor nearest to the root of what is left.
+    """Split a whole number into factors about equal, ascending: each the divisor nearest to the root of what is left.
 
     ``near_equal(1536, 2) == [32, 48]``, ``near_equal(17, 2) == [1, 17]``.
     """

@@ -51,7 +51,6 @@ def differences(model: nn.Module, twin: nn.Module, *, config_known: bool = False
     """
     replaced = [n for n, m in model.named_modules() if _is_ours(m)]
     replaced += [p for p in {n.rpartition(".")[0] for n in replaced} if "Attention" in _kind(model.get_submodule(p))]
-
     narrowed = [n for n, m in model.named_modules() if n and config_known and "Attention" in _kind(m)]
 
     mine, others = (
@@ -126,9 +125,9 @@ def changeable_arguments(model: nn.Module) -> dict[str, Any]:
     return live
 
 
-def read_arguments(model: nn.Module) -> dict[str, Any]:
+def read_arguments(model: Any) -> dict[str, Any]:
     """Constructor arguments as far as they can be read off the modules of timm's ViT, BEiT, EVA and Swin families."""
-    stages = [s for s in getattr(model, "layers", ()) if hasattr(s, "blocks")]
+    stages: list[Any] = [s for s in getattr(model, "layers", ()) if hasattr(s, "blocks")]
     blocks = list(getattr(model, "blocks", ())) or [b for s in stages for b in s.blocks]
     if not blocks or _deep(model, "patch_embed.patch_size") is None:
         return {}
@@ -139,7 +138,7 @@ def read_arguments(model: nn.Module) -> dict[str, Any]:
     return {k: plain(v, k) for k, v in read.items() if v is not None and k in accepted}
 
 
-def _read_block(block: nn.Module) -> dict[str, Any]:
+def _read_block(block: Any) -> dict[str, Any]:
     read: dict[str, Any] = {}
     attn, mlp = getattr(block, "attn", None), getattr(block, "mlp", None)
     projection = getattr(attn, "qkv", None) or getattr(attn, "q_proj", None)
@@ -158,7 +157,7 @@ def _read_block(block: nn.Module) -> dict[str, Any]:
     return read
 
 
-def _read_vit(model: nn.Module, blocks: list[nn.Module]) -> dict[str, Any]:
+def _read_vit(model: Any, blocks: list[Any]) -> dict[str, Any]:
     attn = getattr(blocks[0], "attn", None)
     positions, registers = _has(model, "pos_embed"), getattr(model, "num_reg_tokens", 0)
     read = {k: getattr(model, k, None) for k in ("no_embed_class", "dynamic_img_size", "pool_include_prefix")}
@@ -172,7 +171,7 @@ def _read_vit(model: nn.Module, blocks: list[nn.Module]) -> dict[str, Any]:
     return read
 
 
-def _read_swin(model: nn.Module, stages: list[nn.Module]) -> dict[str, Any]:
+def _read_swin(model: Any, stages: list[Any]) -> dict[str, Any]:
     heads = [_deep(s.blocks[0], "attn.num_heads") for s in stages]
     windows = getattr(model, "_ref_window_sizes", None) or [s.blocks[0].window_size for s in stages]
     read: dict[str, Any] = {"embed_dim": stages[0].dim, "depths": [len(s.blocks) for s in stages]}

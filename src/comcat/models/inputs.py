@@ -66,8 +66,9 @@ def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
     else:
         names, count = getattr(model.config, "id2label", None) or {}, getattr(model.config, "num_labels", None)
     if isinstance(names, Mapping):
-        by_id = {int(k): v for k, v in names.items()}
-        names = [by_id[i] for i in range(len(by_id))] if set(by_id) == set(range(len(by_id))) else ()
+        by_id = {str(k): v for k, v in names.items()}  # JSON makes text of the ids
+        names = [by_id.get(str(i)) for i in range(len(by_id))]
+        names = () if None in names else names
     names = tuple(str(n) for n in names)
     if not names or len(names) != count or names == tuple(f"LABEL_{i}" for i in range(len(names))):
         return None
@@ -118,6 +119,7 @@ def processor_settings(
         percent = processor.get("crop_pct") if keeps_shape and min(resized) < 384 and crop is None else None
         share = percent or min(min(target) / min(resized), 1.0)
         mode = "center" if keeps_shape and ("crop_pct" not in processor or percent) else "squash"
+    resample = Resampling.BICUBIC if processor.get("resample") is None else processor["resample"]
     scale = 255 * processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 255.0
     normalised = processor.get("do_normalize", True)
     mean = processor.get("image_mean", _IMAGENET_MEAN) if normalised else (0.0,)
@@ -126,7 +128,7 @@ def processor_settings(
         "size": target,
         "mean": tuple(m / scale for m in _for_channels(mean, channels)),
         "std": tuple(s / scale for s in _for_channels(std, channels)),
-        "interpolation": Resampling(int(processor.get("resample", Resampling.BICUBIC))).name.lower(),
+        "interpolation": Resampling(int(resample)).name.lower(),
         "crop_pct": share,
         "crop_mode": mode,
         "channels": channels,

@@ -261,7 +261,7 @@ def _twin(origin: Origin) -> nn.Module:
 # -------------------------------------------------------------------------------------------------- reading
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
+def _config(model: Any) -> dict[str, Any]:
     """A transformers model's whole config (defaults too: they may change with the library), as plain data."""
 
     def cleaned(value: Any) -> Any:
@@ -272,7 +272,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return cleaned(json.loads(model.config.to_json_string(use_diff=False)))
 
 
-def _transformers_candidate(model: nn.Module) -> Origin:
+def _transformers_candidate(model: Any) -> Origin:
     arguments = _config(model)
     attention = getattr(model.config, "_attn_implementation", None)
     if attention in ("eager", "sdpa"):  # the others depend on the machine

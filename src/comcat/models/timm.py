@@ -22,11 +22,13 @@ def load_timm(name: str, spec: str, pretrained: bool, dtype: torch.dtype, model_
     timm = required("timm")
     local = name.startswith("local-dir:")
     if not local and not name.startswith("hf-hub:"):
-        _check_name(name, pretrained)
+        elsewhere = {"pretrained_cfg", "pretrained_cfg_overlay"} & set(model_args)  # says where the weights are
+        _check_name(name, pretrained and not elsewhere)
     try:
         model = timm.create_model(name, pretrained=pretrained, **model_args)
     except Exception as error:  # timm raises anything here, from AssertionError to KeyError
-        raise loading_failure(spec, error, local=local or not pretrained) from error
+        needs_hub = name.startswith("hf-hub:") or (pretrained and not local)
+        raise loading_failure(spec, error, local=not needs_hub) from error
     remember_origin(model, spec, given=model_args)
     return model.to(dtype)
 

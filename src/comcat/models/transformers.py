@@ -57,7 +57,7 @@ def _config(name: str, spec: str, hub: Mapping[str, Any]) -> Any:
     transformers = required("transformers")
     local = Path(name).is_dir()
     try:
-        return transformers.AutoConfig.from_pretrained(name, **hub)
+        return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except Exception as error:
         found = json.loads((Path(name) / "config.json").read_text())["model_type"] if local else None
         if local and found not in transformers.CONFIG_MAPPING:
@@ -76,7 +76,7 @@ def _vision_classes(config: Any, spec: str) -> tuple[Any, list[Any]]:
         return [cls for cls in (f[0] if isinstance(f, tuple) else f for f in found) if _takes_pictures(cls)]
 
     named = (config.architectures or [""])[0]
-    cls = getattr(transformers, named, None) if named else None
+    cls: Any = getattr(transformers, named, None) if named else None
     if cls is not None and _takes_pictures(cls):
         return config, [cls]
     tower = getattr(config, "vision_config", None)
@@ -118,12 +118,14 @@ def _make(
             )
     except Exception as error:
         raise loading_failure(spec, error, local=Path(name).is_dir() or not pretrained) from error
-    classes = config.num_labels if {"num_labels", "id2label"} & set(asked) else None
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     lacking = {key: f"{key} is missing" for key in info["missing_keys"]}
+    new = {key for key in lacking if "pooler" in key.split(".")}  # which many checkpoints never trained
     lacking |= {key: f"{key} is {tuple(a)}, expected {tuple(b)}" for key, a, b in info["mismatched_keys"]}
-    new = {k for k in lacking if "pooler" in k.split(".") or (classes and shapes.get(k, ())[:1] == (classes,))}
-    if new:  # a pooler that nobody trained is common in checkpoints
+    if {"num_labels", "id2label"} & set(asked):
+        shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+        heads = {k for k in lacking if not k.startswith(f"{cls.base_model_prefix}.")}
+        new |= {key for key in heads if shapes.get(key, ())[:1] == (config.num_labels,)}
+    if new:
         _log.warning("%s: not in the checkpoint, so with random weights: %s", spec, ", ".join(sorted(new)))
     return model, [text for key, text in sorted(lacking.items()) if key not in new] + list(info["error_msgs"])
 
@@ -144,36 +146,43 @@ def _quiet() -> Iterator[None]:
 
 
 def image_processor(name: str, hub: Mapping[str, Any] | None = None, *, only_local: bool = False) -> dict[str, Any]:
-    """The image processor's config at ``name`` (a folder, or the hub's name of a model), or ``{}`` if there is none."""
-    found = _processor_file(name, dict(hub or {}), only_local)
+    """The image processor's config at ``name`` (a folder, or the hub's name of a model), or ``{}`` if there is none.
+
+    only_local: look in folders and in the hub's cache alone.
+    """
+    hub = dict(hub or {})
+    found = _processor_file(name, hub, only_local=True)
+    if not found and not only_local and not Path(name).is_dir():
+        found = _processor_file(name, hub, only_local=False)
     if {"size", "image_mean", "image_std", "resample"} <= set(found) and isinstance(found["size"], dict):
         return found
     if found:  # an old file that leaves things to its class
         from transformers import AutoImageProcessor
 
         try:
-            return json.loads(AutoImageProcessor.from_pretrained(name, **(hub or {})).to_json_string())
+            processor = AutoImageProcessor.from_pretrained(
+                name, trust_remote_code=False, local_files_only=only_local, **hub
+            )
+            return json.loads(processor.to_json_string())
         except Exception as error:
             _log.info("%s: its image processor's config is incomplete: %s", name, first_line(error))
     return found
 
 
-def _processor_file(name: str, hub: dict[str, Any], only_local: bool) -> dict[str, Any]:
+def _processor_file(name: str, hub: dict[str, Any], *, only_local: bool) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
-    for local in (True,) if only_local or not name or Path(name).is_dir() else (True, False):
-        for file in ("preprocessor_config.json", "processor_config.json"):
-            if not name:
-                continue
-            try:
-                path = cached_file(name, file, local_files_only=local, **quiet, **hub)
-                found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-            except (OSError, ValueError) as error:
-                _log.info("%s: its %s cannot be read: %s", name, file, first_line(error))
-                continue
-            if isinstance(found.get("image_processor", found), dict) and found:
-                return found.get("image_processor", found)
+    for file in ("preprocessor_config.json", "processor_config.json") if name else ():
+        try:
+            path = cached_file(name, file, local_files_only=only_local, **quiet, **hub)
+            found = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+        except (OSError, ValueError) as error:
+            _log.info("%s: its %s cannot be read: %s", name, file, first_line(error))
+            return {}
+        found = found.get("image_processor", found) if isinstance(found, dict) else {}
+        if isinstance(found, dict) and found:
+            return found
     return {}
 
 

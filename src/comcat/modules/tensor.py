@@ -6,8 +6,8 @@ numbered row-major over their modes, as ``Tensor.view`` does.
 
 - ``"tucker"``: the tensor (o_1, …, i_1, …), one rank a mode, those of ``out`` first. One mode a side is the weight
   itself, ``U1 G U2ᵀ``.
-- ``"tensor_train"``: as many modes in as out; mode k of the train is the pair (o_k, i_k), and the ranks are those of the
-  bonds between pairs.
+- ``"tensor_train"``: as many modes in as out; mode k of the train is the pair (o_k, i_k), and the ranks are
+  those of the bonds between pairs.
 
 Decompositions need the extra ``comcat[baselines]`` (tensorly); the modules, and loading their weights, do not.
 """
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import ComcatError, NumericsError, PlanError, nearest
 
 SWEEPS = 50
-"""Most sweeps of a Tucker decomposition; it stops sooner, where the relative error changes by less than ``TOLERANCE``."""
+"""Most sweeps of a Tucker decomposition; it stops where the relative error changes by less than ``TOLERANCE``."""
 TOLERANCE = 1e-6
 
 
@@ -180,7 +180,7 @@ class TensorTrainLinear(nn.Module):
 
 
 def check_shape(form: str, shape: Any, in_features: int, out_features: int) -> None:
-    """Raise PlanError where a shape is malformed, does not make up (out, in), or a rank is more than others can carry."""
+    """Raise PlanError where a shape is malformed, does not make up (out, in), or holds too large a rank."""
     if form not in TENSOR_FORMS:
         raise PlanError(f"got form {form!r}, expected one of {', '.join(TENSOR_FORMS)}{nearest(form, TENSOR_FORMS)}")
     keys = ("out", "in", "ranks")
@@ -210,7 +210,7 @@ def shape_parameters(form: str, shape: Mapping[str, Any]) -> int:
 
 
 def _tucker_limits(shape: Mapping[str, Any]) -> list[int]:
-    """A mode's rank is at most its size, and at most the product of the other ranks, as wide as the core's unfolding."""
+    """A mode's rank is at most its size, and at most the product of the others, for no unfolding is wider."""
     modes, ranks = [*shape["out"], *shape["in"]], shape["ranks"]
     if len(ranks) != len(modes):
         return modes
@@ -244,7 +244,7 @@ def _along_modes(z: Tensor, matrices: Sequence[Tensor], bias: Tensor | None = No
 
 
 def _apply(matrix: Tensor, z: Tensor, suffix: int) -> Tensor:
-    """``matrix`` (m, n) on the middle of z seen as (rows, n, suffix): (rows, m, suffix), or (rows, m) if suffix is 1."""
+    """``matrix`` (m, n) on the middle of z seen as (rows, n, suffix): (rows, m, suffix), or (rows, m) for 1."""
     n = matrix.shape[1]
     if suffix == 1:
         return F.linear(z.reshape(-1, n), matrix)

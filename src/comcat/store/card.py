@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ..plan import Plan
-from ..report.units import number, row_label
+from ..report.units import cell, metric, share
 
 _KINDS = {"qk": "QK products", "vo": "VO products", "linear": "linear layers"}
 
@@ -24,14 +24,14 @@ def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config), sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
-        f"`{origin['name']}` of {origin['library']}, compressed with comcat {config['comcat_version']}: {after:,} parameters instead of "
-        f"{before:,} ({_change(before, after)}).",
+        f"`{origin['name']}` of {origin['library']}, compressed with comcat {config['comcat_version']}: "
+        f"{after:,} parameters instead of {before:,} ({share(before, after)}).",
         "## How to load it",
         _loading(config, name),
         *_input(config),
         "## What was done",
-        "Products of attention weights (W_Q W_Kᵀ and W_V W_O of every head) and linear layers were replaced by thin factors; "
-        "`plan.json` holds the rank of each. The method follows COMCAT (Xiao et al., ICML 2023).",
+        "Products of attention weights (W_Q W_Kᵀ and W_V W_O of every head) and linear layers were replaced by thin "
+        "factors; `plan.json` holds the rank of each. The method follows COMCAT (Xiao et al., ICML 2023).",
         _table(("what", "how many", "rank", "full rank"), _ranks(plan)),
         *_section("How the ranks were found", _table(("setting", "value"), _settings(config, plan))),
         *_section("Numbers", _numbers(config["results"])),
@@ -74,19 +74,25 @@ def _base_model(origin: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _change(before: int, after: int) -> str:
-    return f"{100 * (after - before) / before:+.1f} %".replace("-", "−")
-
-
 def _loading(config: Mapping[str, Any], name: str) -> str:
     gives = "outputs" if not _classifies(config["origin"]) else "logits"
     if "stock" in config:
         automatic = "AutoModelForImageClassification" if _classifies(config["origin"]) else "AutoModel"
-        lines = [f"from transformers import {automatic}", f'model = {automatic}.from_pretrained("{name}").eval()', "outputs = model(pictures)"]
-        note = "No code of comcat is needed: it is an ordinary checkpoint whose heads are narrower (`head_dim` in its config)."
+        lines = [
+            f"from transformers import {automatic}",
+            f'model = {automatic}.from_pretrained("{name}").eval()',
+            "outputs = model(pictures)",
+        ]
+        note = (
+            "No code of comcat is needed: it is an ordinary checkpoint with narrower heads (`head_dim` in its config)."
+        )
     else:
         of = ".logits" if gives == "logits" and config["origin"]["library"] == "transformers" else ""
-        lines = ["import comcat", f'model = comcat.load("{name}")  # this folder, or the name of its repository', f"{gives} = model(pictures){of}"]
+        lines = [
+            "import comcat",
+            f'model = comcat.load("{name}")  # this folder, or the name of its repository',
+            f"{gives} = model(pictures){of}",
+        ]
         note = f"Install it with `pip install 'comcat[{config['origin']['library']}]'`."
     return "```python\n" + "\n".join(lines) + f"\n```\n\n{note}"
 
@@ -98,8 +104,9 @@ def _input(config: Mapping[str, Any]) -> list[str]:
     height, width = p["size"]
     means, stds = (", ".join(f"{v:.4g}" for v in p[k]) for k in ("mean", "std"))
     return [
-        f"`pictures` is (batch, {p.get('channels', 3)}, {height}, {width}): resized ({p['interpolation']}, {p['crop_mode']}, {100 * p['crop_pct']:.4g} % "
-        f"of the picture), scaled to 0…1 and normalised with mean {means} and standard deviation {stds}."
+        f"`pictures` is (batch, {p.get('channels', 3)}, {height}, {width}): "
+        f"resized ({p['interpolation']}, {p['crop_mode']}, {100 * p['crop_pct']:.4g} % of the picture), "
+        f"scaled to 0…1 and normalised with mean {means} and standard deviation {stds}."
     ]
 
 
@@ -125,7 +132,12 @@ def _numbers(results: Mapping[str, Any]) -> str:
     parts = []
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         keys = [k for k in {**before, **after} if before.get(k) is not None or after.get(k) is not None]
-        parts.append(_table(("", "before", "after"), ((row_label(k), *(_measured(k, side.get(k)) for side in (before, after))) for k in keys)))
+        parts.append(
+            _table(
+                ("", "before", "after"),
+                ((metric(k).label, *(cell(side.get(k), metric(k)) for side in (before, after))) for k in keys),
+            )
+        )
         results = {k: v for k, v in results.items() if k not in ("before", "after")}
     parts.append(_table(("what", "value"), _flat(results)))
     return "\n\n".join(part for part in parts if part)
@@ -141,8 +153,8 @@ def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 def _limitations(config: Mapping[str, Any]) -> str:
     points = [
-        "What the model before compression gets wrong or is biased about, this one does too; its licence and terms of use hold.",
-        "Compression can cost some classes or kinds of pictures more than others: check on your own data before you rely on it.",
+        "What the model before compression gets wrong, this one does too; its licence and terms of use hold.",
+        "Compression can cost some classes or kinds of pictures more than others: check it on your own data.",
         "Fewer parameters and operations do not always make a model faster; measure on the device it is to run on.",
     ]
     if not _numbers(config["results"]):

@@ -79,11 +79,11 @@ def replacing(folder: Path, *, overwrite: bool = True) -> Iterator[Path]:
     Until then, and if anything fails or the process is killed, what was at ``folder`` stays whole. Files there that
     comcat did not write are carried over. Raises StoreError if ``folder`` is not ours to replace or cannot be written.
     """
-    target = Path(os.path.realpath(folder.expanduser()))
-    check_replaceable(target, overwrite)
+    target = Path(os.path.realpath(folder))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(target)
+        check_replaceable(target, overwrite)
         new, lock = _new_sibling(target)
         try:
             yield new
@@ -193,7 +193,7 @@ def _sync(folder: Path) -> None:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put ``new`` at ``target``; what stood there, if anything, is at ``new`` afterwards. One step for whoever looks."""
+    """Put ``new`` at ``target`` in one step; what stood there, if anything, is at ``new`` afterwards."""
     try:
         os.rename(new, target)  # nothing there, or an empty folder
     except OSError as error:

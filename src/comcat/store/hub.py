@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
@@ -11,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import StoreError
-from .folder import CONFIG, FILES, STOCK_CONFIG, own_config
+from .folder import FILES, STOCK_CONFIG, own_config
 
 _MESSAGE = "Upload a model compressed with comcat"
 
@@ -31,8 +30,9 @@ def download(repo_id: str, *, revision: str | None = None, token: str | bool | N
     try:
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=[*FILES, STOCK_CONFIG]))
     except Exception as error:  # anything from HTTP errors to OSError, depending on where it fails
+        at = f" at {revision!r}" if revision else ""
         raise StoreError(
-            f"there is no folder {repo_id!r}, and the hub's {repo_id}{f' at {revision!r}' if revision else ''} cannot be had: {_reason(error)}"
+            f"there is no folder {repo_id!r}, and the hub's {repo_id}{at} cannot be had: {_reason(error)}"
         ) from error
 
 
@@ -46,8 +46,8 @@ def push_to_hub(
 ) -> str:
     """Upload a compressed model, or a folder that :func:`comcat.save` wrote, to the hub as ``"user/repo"``.
 
-    The repository is made if it is not there (``private`` counts only then). Of a folder only what comcat wrote goes up.
-    Returns the repository's address. Raises StoreError if the folder is not comcat's or damaged, or if the hub refuses.
+    The repository is made if it is not there (``private`` counts only then). Of a folder, only what comcat wrote goes
+    up. Returns the repository's address. Raises StoreError if the folder is not comcat's or damaged, or if the hub refuses.
     """
     if not looks_like_repo(repo_id):
         raise StoreError(f"got the repository {repo_id!r}, expected 'user/repo'")

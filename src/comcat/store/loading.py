@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._version import __version__
-from ..errors import ComcatError, ModelError, PlanError, SettingsError, StoreError, nearest
+from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
 from ..models import Origin
 from ..plan import Plan, Record
 from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256, surviving
@@ -38,8 +38,10 @@ def load(
         revision, token: of the hub: branch, tag or commit, and the access token (True for the one logged in with).
 
     Raises:
-        StoreError: if the folder is missing, incomplete, damaged, foreign or of a newer format, or if its plan or weights do not fit.
-        ModelError: if the installed libraries cannot build the architecture. SettingsError: for a device or dtype that cannot be used.
+        StoreError: if the folder is missing, incomplete, damaged, foreign or of a newer format, or if its plan or
+            weights do not fit.
+        ModelError: if the installed libraries cannot build the architecture.
+        SettingsError: for a device or dtype that cannot be used.
     """
     _check_place(device, dtype)
     folder = _folder(source, revision, token)
@@ -60,7 +62,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if (folder / STOCK_CONFIG).is_file():
         raise StoreError(
-            f"{folder} is a stock export, which needs no comcat: load it with transformers' from_pretrained, or by comcat.load_model({str(folder)!r})"
+            f"{folder} is a stock export, which needs no comcat: load it with transformers' from_pretrained, "
+            f"or by comcat.load_model({str(folder)!r})"
         )
     if not path.is_file():
         raise StoreError(f"{folder} has no {CONFIG}, so comcat did not save it; it {_holds(folder)}")
@@ -74,8 +77,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged: it lacks 'format' or 'sha256'")
     if config["format"] > FORMAT:
         raise StoreError(
-            f"{folder} was saved by comcat {config['comcat_version']} in format {config['format']}; this is comcat {__version__}, "
-            f"which reads formats up to {FORMAT}: upgrade comcat"
+            f"{folder} was saved by comcat {config['comcat_version']} in format {config['format']}; "
+            f"this is comcat {__version__}, which reads formats up to {FORMAT}: upgrade comcat"
         )
     found, noted = own_hash(config, CONFIG), config["sha256"].get(CONFIG)
     if found != noted:
@@ -84,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_files(folder: Path, config: dict[str, Any]) -> None:
-    """Compare the files that make the model with their hashes. The card and the report are for people, who may edit them."""
+    """Compare the files that make the model with their hashes. People may edit the card and the report."""
     for name in (WEIGHTS, PLAN):
         path = folder / name
         if not path.is_file():
@@ -124,7 +127,9 @@ def _folder(source: str | os.PathLike[str], revision: str | None, token: str | b
     if isinstance(source, str) and looks_like_repo(text):
         return download(text, revision=revision, token=token)
     beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
-    raise StoreError(f"there is no folder {text!r}, expected one or 'user/repo' of the hub{nearest(folder.name, beside)}")
+    raise StoreError(
+        f"there is no folder {text!r}, expected one or 'user/repo' of the hub{nearest(folder.name, beside)}"
+    )
 
 
 def _record(folder: Path, config: dict[str, Any]) -> Record:

@@ -16,7 +16,7 @@ from ..sites import Sites
 
 @dataclass(frozen=True, kw_only=True)
 class Rebuilt:
-    """A compressed structure without its weights, and what stood there before: its sites and its number of parameters."""
+    """A compressed structure without its weights; sites and number of parameters are those before compression."""
 
     model: nn.Module
     sites: Sites

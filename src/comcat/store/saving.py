@@ -15,13 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..errors import ModelError, PlanError, SettingsError, StoreError
+from ..errors import ModelError, SettingsError, StoreError
 from ..models import Origin, class_names_of, origin_of, preprocess_of
 from ..models.origins import remembered_origin, unwrapped
 from ..plan import Plan, Record
 from .card import model_card
-from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, check_replaceable, replacing, write_config
+from .folder import (
+    CARD,
+    CONFIG,
+    FORMAT,
+    PLAN,
+    REPORT,
+    STOCK_CONFIG,
+    WEIGHTS,
+    check_replaceable,
+    replacing,
+    write_config,
+)
 from .rebuilding import Rebuilt, rebuild
+from .stock import write_stock
 from .tensors import listed, unlike, write_tensors
 
 if TYPE_CHECKING:
@@ -41,37 +53,41 @@ def save(
 ) -> Path:
     """Write a compressed model to a folder, whole or not at all, and return the folder.
 
-    The folder gets ``model.safetensors``, ``plan.json``, ``config.json`` (where the model comes from, settings, versions, hashes),
-    a model card ``README.md`` and, if ``report`` is given, ``report.html``. A folder that comcat wrote before is replaced in
-    one step: until then, and if anything fails or the process is killed, it stays as it was. Other files in it are kept.
+    The folder gets ``model.safetensors``, ``plan.json``, ``config.json`` (where the model comes from, settings,
+    versions, hashes), a model card ``README.md`` and, if ``report`` is given, ``report.html``. A folder that comcat
+    wrote before is replaced in one step: until then, and if anything fails or the process is killed, it stays as it
+    was. Other files in it are kept.
 
     Args:
-        stock: write a checkpoint that plain transformers loads instead, with no code of ours. It needs a plan that brings the QK and VO of
-            all attention layers to one rank and nothing else, on a ViT, DeiT, DINOv2, BEiT or the like; a ViT or DeiT of timm is translated.
+        stock: write a checkpoint that plain transformers loads instead, with no code of ours. It needs a plan that
+            brings the QK and VO of all attention layers to one rank and nothing else, on a ViT, DeiT, DINOv2, BEiT or
+            the like; a ViT or DeiT of timm is translated.
         overwrite: False refuses a folder that is not empty.
         origin: how to build the model before compression, where it cannot be told from the model.
-        plan, record: what was done to the model, if :func:`comcat.apply_` did it: :func:`comcat.compress` leaves it on the model.
+        plan, record: what was done to the model, if :func:`comcat.apply_` did it; :func:`comcat.compress` leaves it on
+            the model. Of the two, give one.
 
     Raises:
-        StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's or cannot be written.
+        StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's
+            or cannot be written, or a stock export is not possible.
         ModelError: if its origin cannot be told.
     """
-    target = Path(folder)
+    target = Path(folder).expanduser()
     model = _bare(model)
     record = _record(model, plan, record)
-    check_replaceable(target.expanduser(), overwrite)
+    check_replaceable(target, overwrite)  # before any work
     origin, rebuilt = _origin(model, origin, record)
     record = _completed(model, record, origin)
     config = _config(model, origin, record, rebuilt)
     with replacing(target, overwrite=overwrite) as new:
         if stock:
-            from .stock import write_stock
-
             config |= {"stock": write_stock(model, origin, record, rebuilt.sites, new)}
         else:
             write_tensors(model.state_dict(), new / WEIGHTS)
         (new / PLAN).write_text(record.plan.to_json(), encoding="utf-8")
-        (new / CARD).write_text(model_card(config, record.plan, name=Path(os.path.abspath(target)).name), encoding="utf-8")
+        (new / CARD).write_text(
+            model_card(config, record.plan, name=Path(os.path.abspath(target)).name), encoding="utf-8"
+        )
         if report is not None:
             from ..report import write
 
@@ -96,8 +112,8 @@ def _record(model: nn.Module, plan: Plan | None, record: Record | None) -> Recor
     record = getattr(model, "comcat_record", None) if record is None else record
     if record is None:
         raise StoreError(
-            f"nothing says how this {type(model).__name__} was compressed: make it with comcat.compress, or after comcat.apply_(model, plan) "
-            "say comcat.save(model, folder, plan=plan)"
+            f"nothing says how this {type(model).__name__} was compressed: make it with comcat.compress, "
+            "or after comcat.apply_(model, plan) say comcat.save(model, folder, plan=plan)"
         )
     return record
 
@@ -124,7 +140,8 @@ def _origin(model: nn.Module, given: Origin | None, record: Record) -> tuple[Ori
             return candidate, rebuilt
         found = found or phrases
     raise StoreError(
-        f"this {type(model).__name__} is not what its plan makes of {candidates[0].name}, so it could not be loaded again: {listed(found)}. "
+        f"this {type(model).__name__} is not what its plan makes of {candidates[0].name}, "
+        f"so it could not be loaded again: {listed(found)}. "
         "If it was changed by other means, or its compression was taken back, it cannot be saved as compressed"
     )
 

@@ -43,7 +43,9 @@ def write_tensors(state: Mapping[str, Tensor], path: Path) -> None:
     try:
         save_file(tensors, path, metadata=metadata)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise StoreError(f"the weights cannot be written to {path.name}: {error}; what was saved before is unchanged") from error
+        raise StoreError(
+            f"the weights cannot be written to {path.name}: {error}; what was saved before is unchanged"
+        ) from error
 
 
 def _check(name: str, tensor: object) -> None:

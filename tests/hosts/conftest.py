@@ -1,0 +1,46 @@
+"""Every test that asks for a ``case`` runs on every model of the registry."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+from torch import Tensor, nn
+
+from comcat.hosts import find_sites
+from comcat.sites import Sites
+
+from . import zoo
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model of the registry, its sites and its output on two pictures. Tests work on copies of the model."""
+
+    case: zoo.Case
+    original: nn.Module
+    sites: Sites
+    images: Tensor
+    output: Tensor
+
+    def copy(self) -> nn.Module:
+        return copy.deepcopy(self.original)
+
+
+_SUBJECTS: dict[str, Subject] = {}
+
+
+def subject_of(name: str) -> Subject:
+    """The model of a name, built once a session."""
+    if name not in _SUBJECTS:
+        case = zoo.CASES[name]
+        model = case.model()
+        images = case.images()
+        _SUBJECTS[name] = Subject(case, model, find_sites(model), images, zoo.run(model, images).detach())
+    return _SUBJECTS[name]
+
+
+@pytest.fixture(params=list(zoo.CASES))
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return subject_of(request.param)

@@ -1,0 +1,30 @@
+"""Tiny models and pictures that several tests share."""
+
+import torch
+from torch import Tensor, nn
+
+
+def tiny_vit(**arguments) -> nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5, **arguments}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **settings).eval()
+    shake(model)
+    return model
+
+
+def shake(model: nn.Module, scale: float = 0.4) -> None:
+    """Random values everywhere, biases and zero initialisations included, so that nothing is trivially right."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim < 2:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+            else:
+                p.copy_(torch.randn(p.shape, generator=generator) * scale * p.shape[-1] ** -0.5 * 2)
+
+
+def pictures(count: int = 12, batch: int = 4, size: int = 32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(min(batch, count - i), 3, size, size, generator=generator) for i in range(0, count, batch)]
