@@ -5,7 +5,7 @@
     python benchmarks/accuracy.py --choose              # on a slice of the training pictures: how the defaults were chosen
 
 Columns are shares of parameters saved in the attention (MHA), in the feed-forward layers (FFN) or in the whole model. Calibration draws 512 training pictures per
-seed; accuracy is top-1 on the whole validation set. Rank multiple 1. Statistics of data are means over seeds with their spread;
+seed; accuracy is top-1 on the whole validation set. Rank multiple 1; accuracy in bfloat16. Statistics of data are means over seeds with their spread;
 data-free methods have none. Results are kept as they come, so an interrupted run goes on where it stopped.
 """
 
@@ -15,9 +15,13 @@ import copy
 import json
 import statistics as stats
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from common import RESULTS, SHARED, machine, parser, table, write
+from torch import nn
 
 from comcat import batches, load_model, open_pictures, preprocess_of
 from comcat.calibrate import calibrate
@@ -26,6 +30,7 @@ from comcat.hosts import find_sites
 from comcat.measure import count_parameters, evaluate
 from comcat.methods.allocate import allocate, spectra
 from comcat.methods.baselines import ffn_sites, matrix_plan, mha_sites, tensor_train_plan, tucker_plan
+from comcat.methods.compress import compress_, make_settings
 from comcat.plan import apply_
 
 SHARES = {
@@ -44,7 +49,11 @@ def main() -> None:
     p.add_argument("--seeds", type=int, default=5)
     p.add_argument("--pictures", type=int, default=512)
     p.add_argument("--quick", action="store_true")
-    p.add_argument("--choose", action="store_true", help="evaluate on 2,000 held-out training pictures instead of the validation set")
+    p.add_argument(
+        "--choose",
+        action="store_true",
+        help="evaluate on 2,000 held-out training pictures instead of the validation set",
+    )
     p.add_argument("--only", nargs="*", default=list(SHARES))
     p.add_argument("--shares", type=float, nargs="*", default=None)
     p.add_argument("--variants", nargs="*", default=[], help="also: no-refit, sequential")
@@ -57,8 +66,10 @@ def main() -> None:
     rest, held = train.split(0.1, seed=1)
     judged = held.take(2000, seed=0) if a.choose else open_pictures(a.validation)
     judged = judged.take(1000, seed=0) if a.quick else judged
-    cached = [(x.to(a.device), y) for x, y in batches(judged, prepare, batch_size=250)]  # decoded once
-    calibration = {s: [x for x, _ in batches(rest.take(a.pictures, seed=s), prepare, batch_size=64)] for s in range(seeds)}
+    cached = [(x.to(a.device, torch.bfloat16), y) for x, y in batches(judged, prepare, batch_size=50)]  # decoded once
+    calibration = {
+        s: [x for x, _ in batches(rest.take(a.pictures, seed=s), prepare, batch_size=64)] for s in range(seeds)
+    }
     name = a.name or ("accuracy-choose" if a.choose else "accuracy-quick" if a.quick else "accuracy")
     store = _Store(RESULTS / machine() / f".{name}-partial.json")
 
@@ -72,70 +83,108 @@ def main() -> None:
             measured[kind, seed] = calibrate(model, calibration[seed], statistic=kind, sites=sites, seed=seed)  # type: ignore[arg-type]
         return measured[kind, seed]
 
+    def top1(judged: nn.Module) -> float:
+        """In bfloat16, which on these processors is three times as fast; calibration and factorisation are in float32."""
+        return float(evaluate(copy.deepcopy(judged).to(torch.bfloat16), cached).top1 or 0.0)
+
     def judge(plan, found: Statistic | None, refit: bool = True, factorizations=None) -> float:
         handle = apply_(model, plan, found, sites=sites, joint_refit=refit, factorizations=factorizations)
         try:
-            return float(evaluate(model, [(x, y) for x, y in cached]).top1 or 0.0)
+            return top1(model)
         finally:
             handle.revert()
 
-    dense = store.get("dense", lambda: float(evaluate(model, cached).top1 or 0.0))
+    dense = store.get("dense", lambda: top1(model))
     print(f"dense {dense:.2f} %")
+
+    def results(part: str, share: float) -> dict[str, list[float]]:
+        chosen, total = parts[part], totals[part]
+        found: dict[str, list[float]] = {}
+
+        def keep(label: str, seed: int | None, compute: Callable[[], float]) -> None:
+            key = f"{part} {share} {label}" + ("" if seed is None else f" {seed}")
+            found.setdefault(label, []).append(store.get(key, compute))
+
+        def data_free(statistic: Statistic, rule: str) -> float:
+            return judge(allocate(model, statistic, reduce=share, rule=rule, sites=chosen, total=total), statistic)  # type: ignore[arg-type]
+
+        def data_aware(kind: str, rule: str, seed: int, variant: str) -> float:
+            seen = statistic(kind, seed)
+            factorizations = spectra(model, chosen, seen)
+            plan = allocate(
+                model,
+                seen,
+                reduce=share,
+                rule=rule,  # type: ignore[arg-type]
+                sites=chosen,
+                total=total,
+                factorizations=factorizations,
+            )
+            if variant == "sequential":
+                small = copy.deepcopy(model)
+                asked = make_settings({"reduce": share, "statistic": kind, "sequential": True, "seed": seed})
+                compress_(small, calibration[seed], asked, plan=plan)
+                return top1(small)
+            return judge(plan, seen, refit=variant != "no-refit", factorizations=factorizations)
+
+        for label, free in (("weights", Weights()), ("paper code", PaperCode()), ("unilateral", Unilateral())):
+            for rule in ("uniform", "waterfill"):
+                if part != "ffn" or label == "weights":  # elsewhere the three are the same there
+                    keep(f"{label} {rule}", None, partial(data_free, free, rule))
+        for label, build in BASELINES.get(part, {}).items():
+            keep(label, None, lambda build=build: judge(build(model, chosen, share, total), None))
+        for kind in ("activation", "loss"):
+            for rule in ("uniform", "waterfill"):
+                for variant in ("", *a.variants):
+                    for seed in range(seeds):
+                        label = f"{kind} {rule}{' ' + variant if variant else ''}"
+                        keep(label, seed, partial(data_aware, kind, rule, seed, variant))
+        return found
+
     rows = []
     for part in a.only:
-        chosen, total = parts[part], totals[part]
         for share in a.shares or SHARES[part]:
-            result: dict[str, list[float]] = {}
-            for label, found in (("weights", Weights()), ("paper code", PaperCode()), ("unilateral", Unilateral())):
-                for rule in ("uniform", "waterfill"):
-                    if part == "ffn" and label != "weights":
-                        continue  # the same as weights there
-                    key = f"{part} {share} {label} {rule}"
-                    result[f"{label} {rule}"] = [store.get(key, lambda f=found, r=rule: judge(allocate(model, f, reduce=share, rule=r, sites=chosen, total=total), f))]
-            for label, build in _baselines(part):
-                key = f"{part} {share} {label}"
-                result[label] = [store.get(key, lambda b=build: judge(b(model, chosen, share, total), None))]
-            for kind in ("activation", "loss"):
-                for rule in ("uniform", "waterfill"):
-                    for variant in ("", *a.variants):
-                        label = f"{kind} {rule}{' ' + variant if variant else ''}"
-                        values = [
-                            store.get(f"{part} {share} {label} {seed}", lambda k=kind, s=seed, r=rule, v=variant: _data(model, judge, statistic(k, s), chosen, share, total, r, v, calibration[s], s, cached))
-                            for seed in range(seeds)
-                        ]
-                        result[label] = values
-            rows.append({"part": part, "reduce": share, "top1": {k: {"mean": stats.mean(v), "spread": (max(v) - min(v)) if len(v) > 1 else None, "values": v} for k, v in result.items()}})
-            base = result["weights uniform"][0]
+            result = results(part, share)
+            row = {"part": part, "reduce": share, "top1": {k: summary(v) for k, v in result.items()}}
             best = stats.mean(result[DEFAULT])
-            won = 100 * (best - base) / (dense - base) if dense - base > 0 else float("nan")
-            rows[-1]["won_back_of_weights_uniform_percent"] = won
-            if "paper code uniform" in result and dense - result["paper code uniform"][0] > 0:
-                rows[-1]["won_back_of_paper_code_percent"] = 100 * (best - result["paper code uniform"][0]) / (dense - result["paper code uniform"][0])
-            print(f"\n{part} −{100 * share:g} %  (default wins back {won:.0f} % of what weights uniform loses)", flush=True)
-            table(["method", "top-1", "spread"], [[k, stats.mean(v), max(v) - min(v) if len(v) > 1 else "–"] for k, v in result.items()])
+            for baseline in ("weights uniform", "paper code uniform"):
+                lost = dense - result[baseline][0] if baseline in result else 0.0
+                if lost > 0:
+                    row[f"won back of {baseline}, %"] = 100 * (best - result[baseline][0]) / lost
+            rows.append(row)
+            print(
+                f"\n{part} −{100 * share:g} %", {k: round(v) for k, v in row.items() if k.startswith("won")}, flush=True
+            )
+            spread = [max(v) - min(v) if len(v) > 1 else "–" for v in result.values()]
+            table(
+                ["method", "top-1", "spread"],
+                [[k, stats.mean(v), d] for (k, v), d in zip(result.items(), spread, strict=True)],
+            )
     if not a.no_write:
-        write(name, {"model": Path(a.model).name, "dense_top1": dense, "pictures": sum(len(y) for _, y in cached), "seeds": seeds, "calibration_pictures": a.pictures, "default": DEFAULT, "rows": rows})
+        write(
+            name,
+            {
+                "model": Path(a.model).name,
+                "dense_top1": dense,
+                "pictures": sum(len(y) for _, y in cached),
+                "seeds": seeds,
+                "calibration_pictures": a.pictures,
+                "default": DEFAULT,
+                "rows": rows,
+            },
+        )
         store.path.unlink(missing_ok=True)
 
 
-def _baselines(part: str) -> list[tuple[str, Callable]]:
-    if part == "mha":
-        return [("matrix-level SVD", matrix_plan)]
-    if part == "ffn":
-        return [("Tucker", tucker_plan), ("tensor train", tensor_train_plan)]
-    return []
+BASELINES: dict[str, dict[str, Callable]] = {
+    "mha": {"matrix-level SVD": matrix_plan},
+    "ffn": {"Tucker": tucker_plan, "tensor train": tensor_train_plan},
+}
 
 
-def _data(model, judge, found, chosen, share, total, rule, variant, calibration, seed, cached) -> float:
-    factorizations = spectra(model, chosen, found)
-    plan = allocate(model, found, reduce=share, rule=rule, sites=chosen, total=total, factorizations=factorizations)
-    if variant == "sequential":
-        from comcat.methods.compress import compress_, make_settings
-
-        small = copy.deepcopy(model)
-        compress_(small, calibration, make_settings({"reduce": share, "statistic": found.name, "sequential": True, "seed": seed}), plan=plan)
-        return float(evaluate(small, cached).top1 or 0.0)
-    return judge(plan, found, refit=variant != "no-refit", factorizations=factorizations)
+def summary(values: list[float]) -> dict[str, Any]:
+    spread = max(values) - min(values) if len(values) > 1 else None
+    return {"mean": stats.mean(values), "spread": spread, "values": values}
 
 
 def _cost(sites) -> int:

@@ -45,7 +45,9 @@ def main() -> None:
     interleaved(calls, 1)
     seconds = interleaved(calls, a.repeats)
     times = {k: median(v) for k, v in seconds.items()}
-    ratios = {k: median([s / f for s, f in zip(seconds[k], seconds["forward"], strict=True)]) for k in ("activation", "loss")}
+    ratios = {
+        k: median([s / f for s, f in zip(seconds[k], seconds["forward"], strict=True)]) for k in ("activation", "loss")
+    }
     memory = {}
     for statistic in ("activation", "loss"):
         for pictures in (a.batch_size, 4 * a.batch_size, 8 * a.batch_size):
@@ -54,11 +56,23 @@ def main() -> None:
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             memory[f"{statistic}-{pictures}"] = int(done.stdout.split()[-1])
-    print(f"{a.model}, {a.pictures} pictures: forward {times['forward']:.1f} s, activation {ratios['activation']:.2f}×, loss {ratios['loss']:.2f}×")
+    print(
+        f"{a.model}, {a.pictures} pictures: forward {times['forward']:.1f} s, activation {ratios['activation']:.2f}×, loss {ratios['loss']:.2f}×"
+    )
     for k, v in memory.items():
         print(f"  peak resident memory, {k} pictures: {v / 2**20:.0f} MiB")
     if not a.no_write:
-        write(f"calibrate-{a.model}", {"seconds": times, "ratios": ratios, "samples": seconds, "peak_rss_bytes": memory, "pictures": a.pictures, "batch_size": a.batch_size})
+        write(
+            f"calibrate-{a.model}",
+            {
+                "seconds": times,
+                "ratios": ratios,
+                "samples": seconds,
+                "peak_rss_bytes": memory,
+                "pictures": a.pictures,
+                "batch_size": a.batch_size,
+            },
+        )
 
 
 def argparse_note() -> str:

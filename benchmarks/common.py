@@ -36,7 +36,13 @@ def write(name: str, result: dict[str, Any]) -> Path:
     folder = RESULTS / machine()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    content = {"benchmark": name, "command": "python " + " ".join(sys.argv), "date": time.strftime("%Y-%m-%d"), "environment": environment(), **result}
+    content = {
+        "benchmark": name,
+        "command": "python " + " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%d"),
+        "environment": environment(),
+        **result,
+    }
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
@@ -61,7 +67,10 @@ def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **ar
 
 def random_pictures(count: int, batch: int, size: int = 224, device: str = "cpu") -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(min(batch, count - i), 3, size, size, generator=generator).to(device) for i in range(0, count, batch)]
+    return [
+        torch.randn(min(batch, count - i), 3, size, size, generator=generator).to(device)
+        for i in range(0, count, batch)
+    ]
 
 
 def interleaved(calls: dict[str, Any], repeats: int) -> dict[str, list[float]]:

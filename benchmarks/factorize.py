@@ -17,7 +17,12 @@ from comcat.methods.allocate import spectra
 def main() -> None:
     p = parser(__doc__)
     p.add_argument("--model", default="deit_base_patch16_224")
-    p.add_argument("--heads", type=int, default=None, help="dense way on so many heads a site only, and scaled up (for a quick look)")
+    p.add_argument(
+        "--heads",
+        type=int,
+        default=None,
+        help="dense way on so many heads a site only, and scaled up (for a quick look)",
+    )
     a = p.parse_args()
     model = vit(a.model, a.device)
     sites = find_sites(model).only("qk", "vo")
@@ -39,13 +44,28 @@ def main() -> None:
         for name, site in sites.items():
             left, right = weight_factors(model, site, with_bias=False)
             assert left is not None and right is not None
-            ours = found[name].singular_values[: a.heads] if site.kind == "vo" else _without_bias(model, site)[: a.heads]
-            worst = max(worst, float(((ours - dense[name][:, : site.full_rank]).abs().max(-1).values / dense[name][:, 0]).max()))
+            ours = (
+                found[name].singular_values[: a.heads] if site.kind == "vo" else _without_bias(model, site)[: a.heads]
+            )
+            worst = max(
+                worst, float(((ours - dense[name][:, : site.full_rank]).abs().max(-1).values / dense[name][:, 0]).max())
+            )
     scale = 1.0 if a.heads is None else next(iter(sites.values())).heads / a.heads
     ratio = median(slow) * scale / median(fast)
-    print(f"{a.model}: dense {median(slow) * scale:.1f} s, Grams {median(fast):.3f} s: {ratio:.0f}×; largest difference of a singular value {worst:.1e}")
+    print(
+        f"{a.model}: dense {median(slow) * scale:.1f} s, Grams {median(fast):.3f} s: {ratio:.0f}×; largest difference of a singular value {worst:.1e}"
+    )
     if not a.no_write:
-        write(f"factorize-{a.model}", {"dense_s": median(slow) * scale, "gram_s": median(fast), "ratio": ratio, "largest_relative_difference": worst, "heads_measured": a.heads})
+        write(
+            f"factorize-{a.model}",
+            {
+                "dense_s": median(slow) * scale,
+                "gram_s": median(fast),
+                "ratio": ratio,
+                "largest_relative_difference": worst,
+                "heads_measured": a.heads,
+            },
+        )
 
 
 def _without_bias(model, site):

@@ -51,7 +51,10 @@ def main() -> None:
                             "throughput": timings[plan].throughput, "dense_throughput": timings["dense"].throughput,
                         }  # fmt: skip
                         rows.append(row)
-                        print(f"{name} {plan} {dtype} batch {batch}{' compiled' if compiled else ''}: {speed[0]:.2f}× ({speed[1]:.2f}–{speed[2]:.2f}), MACs {mac_ratio:.2f}×, {row['of_mac_ratio']:.2f} of it", flush=True)
+                        print(
+                            f"{name} {plan} {dtype} batch {batch}{' compiled' if compiled else ''}: {speed[0]:.2f}× ({speed[1]:.2f}–{speed[2]:.2f}), MACs {mac_ratio:.2f}×, {row['of_mac_ratio']:.2f} of it",
+                            flush=True,
+                        )
             for m in models.values():
                 m.to(torch.float32)
     if not a.no_write:

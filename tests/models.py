@@ -8,7 +8,15 @@ def tiny_vit(**arguments) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5, **arguments}
+    settings = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+        **arguments,
+    }
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **settings).eval()
     shake(model)
     return model

@@ -45,7 +45,10 @@ def test_budget_is_met_within_one_rank_step(model, rule, reduce, multiple):
 
 def _step(site: Site, multiple: int) -> int:
     """The costliest step of a site: a rank step, or the jump from factors to the dense layer."""
-    top = max((r for r in range(multiple, site.full_rank + 1, multiple) if site.parameters(r) < site.parameters()), default=multiple)
+    top = max(
+        (r for r in range(multiple, site.full_rank + 1, multiple) if site.parameters(r) < site.parameters()),
+        default=multiple,
+    )
     return max(multiple * site.parameters_per_rank, site.parameters() - site.parameters(top))
 
 
@@ -81,9 +84,17 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
 
     plan = allocate(torch.nn.Identity(), Loss(), reduce=reduce, sites=sites, factorizations=found, total=total)
     tails = {n: tail_loss(f.singular_values) for n, f in found.items()}
-    options = {n: [(s.parameters(r), float(tails[n][r])) for r in range(1, 5) if s.parameters(r) < s.parameters()] + [(s.parameters(), 0.0)] for n, s in sites.items()}
+    options = {
+        n: [(s.parameters(r), float(tails[n][r])) for r in range(1, 5) if s.parameters(r) < s.parameters()]
+        + [(s.parameters(), 0.0)]
+        for n, s in sites.items()
+    }
     target = (1 - reduce) * total
-    best = min(sum(loss for _, loss in combo) for combo in itertools.product(*options.values()) if sum(c for c, _ in combo) <= target + 1e-9)
+    best = min(
+        sum(loss for _, loss in combo)
+        for combo in itertools.product(*options.values())
+        if sum(c for c, _ in combo) <= target + 1e-9
+    )
     got = sum(float(tails[n][plan.sites[n].rank]) if n in plan.sites else 0.0 for n in sites)
     # Lagrangian choice reaches the convex hull; what is left is at most one site's largest jump between neighbouring options
     jump = max(a[1] - b[1] for o in options.values() for a, b in itertools.pairwise(o))
@@ -93,7 +104,10 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
 
 def test_waterfill_beats_uniform_in_predicted_loss(model):
     found = calibrate(model, pictures(), statistic="loss")
-    losses = {rule: allocate(model, found, reduce=0.5, rule=rule).made_by["predicted_loss"] for rule in ("uniform", "waterfill", "energy")}
+    losses = {
+        rule: allocate(model, found, reduce=0.5, rule=rule).made_by["predicted_loss"]
+        for rule in ("uniform", "waterfill", "energy")
+    }
     assert losses["waterfill"] < losses["uniform"] and losses["waterfill"] < losses["energy"]
 
 
@@ -113,7 +127,18 @@ def test_budget_that_cannot_be_met_says_the_most_that_can(model):
         allocate(model, reduce=0.99)
 
 
-@pytest.mark.parametrize("bad", [{"reduce": 0.0}, {"reduce": 1.0}, {"reduce": math.nan}, {"reduce": 0.5, "rule": "watrfill"}, {"reduce": 0.5, "multiple": 0}, {}, {"reduce": 0.5, "budget": "macs"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"reduce": 0.0},
+        {"reduce": 1.0},
+        {"reduce": math.nan},
+        {"reduce": 0.5, "rule": "watrfill"},
+        {"reduce": 0.5, "multiple": 0},
+        {},
+        {"reduce": 0.5, "budget": "macs"},
+    ],
+)
 def test_absurd_settings_are_refused(model, bad):
     with pytest.raises(SettingsError):
         allocate(model, **bad)
@@ -122,7 +147,10 @@ def test_absurd_settings_are_refused(model, bad):
 def test_tie_gives_one_rank_to_both_products(model):
     plan = allocate(model, reduce=0.4, tie=True)
     for layer in ("blocks.0.attn", "blocks.1.attn"):
-        assert {plan.sites[f"{layer}:{k}"].rank for k in ("qk", "vo") if f"{layer}:{k}" in plan.sites} in ({plan.sites[f"{layer}:qk"].rank}, set())
+        assert {plan.sites[f"{layer}:{k}"].rank for k in ("qk", "vo") if f"{layer}:{k}" in plan.sites} in (
+            {plan.sites[f"{layer}:qk"].rank},
+            set(),
+        )
 
 
 def test_per_head_ranks_are_padded_to_the_largest(model):

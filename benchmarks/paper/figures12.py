@@ -19,7 +19,9 @@ from comcat.report.collect import weight_spectra
 
 def main(given: list[str] | None = None) -> dict:
     a = arguments(__doc__, "deit_base_patch16_224", given, data=False)
-    model = load_model(a.model if ":" in a.model or Path(a.model).exists() else f"timm:{a.model}", pretrained=a.pretrained)
+    model = load_model(
+        a.model if ":" in a.model or Path(a.model).exists() else f"timm:{a.model}", pretrained=a.pretrained
+    )
     spectra = weight_spectra(model, find_sites(model))
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -30,7 +32,9 @@ def main(given: list[str] | None = None) -> dict:
         needed[s.matrix] = needed.get(s.matrix, 0.0) + s.parameters_per_rank * rank_for_energy(s.singular_values, 0.9)
     for matrices, product in ((("W_Q", "W_K"), "QK"), (("W_V", "W_O"), "VO")):
         apart = sum(needed.get(m, 0.0) for m in matrices)
-        print(f"90 % of the singular values: {' + '.join(matrices)} {apart / 1e6:.2f} M parameters, {product} {needed.get(product, 0.0) / 1e6:.2f} M")
+        print(
+            f"90 % of the singular values: {' + '.join(matrices)} {apart / 1e6:.2f} M parameters, {product} {needed.get(product, 0.0) / 1e6:.2f} M"
+        )
     (out / "figure2.json").write_text(json.dumps(needed, indent=1) + "\n")
     return needed
 

@@ -24,9 +24,16 @@ def main(given: list[str] | None = None) -> dict:
     total = sum(s.parameters() for s in mha.values())
     rows = {f"{k} (published)": v for k, v in PUBLISHED.items()} if run.published else {}
     rows["matrix level"] = [run.top1(matrix_plan(run.model, mha, share, total), None) for share in SHARES]
-    for label, statistic in (("head level, biases zeroed", PaperCode()), ("head level, exact", Weights()), *run.data_statistics()):
+    for label, statistic in (
+        ("head level, biases zeroed", PaperCode()),
+        ("head level, exact", Weights()),
+        *run.data_statistics(),
+    ):
         for rule in ("uniform", "waterfill"):
-            rows[f"{label}, {rule}"] = [run.top1(allocate(run.model, statistic, reduce=s, rule=rule, sites=mha, total=total), statistic) for s in SHARES]
+            rows[f"{label}, {rule}"] = [
+                run.top1(allocate(run.model, statistic, reduce=s, rule=rule, sites=mha, total=total), statistic)
+                for s in SHARES
+            ]
     return run.report("table1", [f"−{100 * s:g} %" for s in SHARES], rows)
 
 

@@ -39,7 +39,12 @@ def main(given: list[str] | None = None) -> dict:
         handle = apply_(run.model, plan, statistic, sites=run.sites)
         timings = benchmark({"dense": dense, "small": run.model}, run.example, repeats=a.repeats)
         small = f"{name} −{100 * share:g} % ({label}, no fine-tuning)"
-        rows[small] = [count_parameters(run.model) / 1e6, count_macs(run.model, run.example[:1]) / 1e9, top1, timings["small"].throughput]
+        rows[small] = [
+            count_parameters(run.model) / 1e6,
+            count_macs(run.model, run.example[:1]) / 1e9,
+            top1,
+            timings["small"].throughput,
+        ]
         rows[name][3] = timings["dense"].throughput
         print(f"{name}: speed-up {ratio(timings, 'dense', 'small')[0]:.2f}×")
         handle.revert()

@@ -35,7 +35,10 @@ def main(given: list[str] | None = None) -> dict:
         "tensor train": (None, lambda s: tensor_train_plan(run.model, ffn, s, total)),
     }
     for label, statistic in run.data_statistics():
-        methods[f"SVD, {label}"] = (statistic, lambda s, f=statistic: allocate(run.model, f, reduce=s, sites=ffn, total=total))
+        methods[f"SVD, {label}"] = (
+            statistic,
+            lambda s, f=statistic: allocate(run.model, f, reduce=s, sites=ffn, total=total),
+        )
     rows = {f"{k} (published)": v for k, v in PUBLISHED.items()} if run.published else {}
     for label, (statistic, plan_for) in methods.items():
         rows[label], rows[f"{label}, images/s"] = [], []
@@ -43,7 +46,9 @@ def main(given: list[str] | None = None) -> dict:
             plan = plan_for(share)
             rows[label].append(run.top1(plan, statistic))
             handle = apply_(run.model, plan, statistic, sites=run.sites)
-            rows[f"{label}, images/s"].append(benchmark({"small": run.model}, run.example, repeats=a.repeats, min_seconds=0.2)["small"].throughput)
+            rows[f"{label}, images/s"].append(
+                benchmark({"small": run.model}, run.example, repeats=a.repeats, min_seconds=0.2)["small"].throughput
+            )
             handle.revert()
     return run.report("table4", [f"−{100 * s:g} %" for s in SHARES], rows)
 

@@ -27,8 +27,12 @@ def arguments(doc: str | None, model: str, given: list[str] | None, *, data: boo
     p.add_argument("--model", default=model, help="a timm name, timm:NAME, hf:NAME or a folder")
     p.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights (a smoke test)")
     if data:
-        p.add_argument("--data", required=True, help="evaluation pictures with labels, for example ImageNet's val folder")
-        p.add_argument("--calibration", help="training pictures to calibrate on; without, only data-free methods are run")
+        p.add_argument(
+            "--data", required=True, help="evaluation pictures with labels, for example ImageNet's val folder"
+        )
+        p.add_argument(
+            "--calibration", help="training pictures to calibrate on; without, only data-free methods are run"
+        )
         p.add_argument("--pictures", type=int, default=512, help="calibration pictures")
         p.add_argument("--limit", type=int, help="evaluate on so many pictures only")
         p.add_argument("--batch-size", type=int, default=64)
@@ -67,7 +71,9 @@ class Run:
     def data_statistics(self) -> list[tuple[str, Statistic]]:
         if not self._statistics and self.calibration is not None:
             for name in ("activation", "loss"):
-                self._statistics.append((name, calibrate(self.model, self.calibration, statistic=name, sites=self.sites, progress=True)))  # type: ignore[arg-type]
+                self._statistics.append(
+                    (name, calibrate(self.model, self.calibration, statistic=name, sites=self.sites, progress=True))
+                )  # type: ignore[arg-type]
         from comcat.factors import Weights
 
         return self._statistics or [("weights", Weights())]
@@ -91,6 +97,8 @@ def prepared(a: argparse.Namespace, name: str | None = None) -> Run:
     judged = batches(pictures, prepare, batch_size=a.batch_size, limit=a.limit)
     calibration = None
     if a.calibration is not None:
-        calibration = batches(open_pictures(a.calibration).take(a.pictures, 0), prepare, batch_size=min(32, a.batch_size))
+        calibration = batches(
+            open_pictures(a.calibration).take(a.pictures, 0), prepare, batch_size=min(32, a.batch_size)
+        )
     example = torch.randn(a.batch_size, prepare.channels, *prepare.size, device=a.device)
     return Run(model, find_sites(model), judged, calibration, example, a.pretrained, a)

@@ -20,7 +20,7 @@ _WHERE = {
     "ComcatError": "errors",
 }  # fmt: skip
 
-__all__ = ["__version__", *sorted(_WHERE)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
     from .calibrate import Statistics as Statistics

@@ -42,7 +42,14 @@ class Moments:
         self.outer = torch.zeros(heads, width, width, dtype=torch.float64, device=device)
         self.square = torch.zeros(heads, dtype=torch.float64, device=device)
 
-    def add(self, x: Tensor, pictures: int, *, centred: Literal["no", "all", "set"] = "no", per: Literal["row", "picture"] = "row") -> None:
+    def add(
+        self,
+        x: Tensor,
+        pictures: int,
+        *,
+        centred: Literal["no", "all", "set"] = "no",
+        per: Literal["row", "picture"] = "row",
+    ) -> None:
         """Add a batch.
 
         Args:
@@ -117,7 +124,9 @@ class Statistics:
         """``G_A`` and ``G_B`` of a site (references: the module's docstring), shrunk towards those of the weights."""
         prior_a, prior_b = Weights().grams(model, site)
         prior_a, prior_b = (g if g.ndim == 3 else g[None] for g in (prior_a, prior_b))
-        g_a, g_b = (self._side(site, side, prior.to(self._device(site))) for side, prior in (("a", prior_a), ("b", prior_b)))
+        g_a, g_b = (
+            self._side(site, side, prior.to(self._device(site))) for side, prior in (("a", prior_a), ("b", prior_b))
+        )
         return (g_a[0], g_b[0]) if site.kind == "linear" else (g_a, g_b)
 
     def mean(self, site: Site) -> Tensor | None:
@@ -161,7 +170,9 @@ def calibrate(
         DataError: without pictures. NumericsError: where an activation or gradient is not finite; the message names the site.
     """
     if statistic not in STATISTICS:
-        raise SettingsError(f"got statistic {statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(statistic, STATISTICS)}")
+        raise SettingsError(
+            f"got statistic {statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(statistic, STATISTICS)}"
+        )
     sites = find_sites(model) if sites is None else sites
     if statistic == "weights":
         raise SettingsError("statistic 'weights' needs no calibration: leave the statistics out")
@@ -216,7 +227,13 @@ def _images(batches: Iterable, limit: int | None, progress: bool):
     seen = 0
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     for batch in tqdm(batches, total=total, desc="calibrating", unit="batch", disable=not progress, leave=False):
-        images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, (tuple, list)) else batch
+        images = (
+            batch.get("pixel_values")
+            if isinstance(batch, Mapping)
+            else batch[0]
+            if isinstance(batch, (tuple, list))
+            else batch
+        )
         if not isinstance(images, Tensor) or images.ndim < 3 or not len(images):
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise DataError(f"got a batch of {got}, expected a tensor of pictures (batch, channels, height, width)")
@@ -333,11 +350,15 @@ class _Recorder:
     def check(self) -> None:
         for (name, _), moments in self.moments.items():
             if not moments.finite():
-                raise NumericsError(f"{name}: its activations or gradients hold NaN or infinite values on the calibration pictures")
+                raise NumericsError(
+                    f"{name}: its activations or gradients hold NaN or infinite values on the calibration pictures"
+                )
 
     def statistics(self, name: str, seen: int) -> Statistics:
         reached = {n for n, _ in self.moments}
-        return Statistics(name, seen, self.moments, self.rows, self.pairs, tuple(n for n in self.sites if n not in reached))
+        return Statistics(
+            name, seen, self.moments, self.rows, self.pairs, tuple(n for n in self.sites if n not in reached)
+        )
 
 
 class _hook:

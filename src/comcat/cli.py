@@ -144,7 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"comcat {__version__}")
         return 0
     try:
-        command = tyro.cli(Command, args=_with_recipe(arguments), prog="comcat", description="Attention-based vision models, smaller and faster.")  # type: ignore[arg-type]
+        command = tyro.cli(
+            Command,
+            args=_with_recipe(arguments),
+            prog="comcat",
+            description="Attention-based vision models, smaller and faster.",
+        )  # type: ignore[arg-type]
         return {Inspect: inspect, Compress: compress, Eval: evaluate, Bench: bench, Demo: demo}[type(command)](command)  # type: ignore[index,operator]
     except ComcatError as error:
         print(f"comcat: {error}", file=sys.stderr)
@@ -205,11 +210,10 @@ def _without(options: list[str], flags: set[str]) -> list[str]:
 
 
 def inspect(command: Inspect) -> int:
+    from .factors import Weights, factorize_site
     from .hosts import find_sites
-    from .linalg import product_singular_values
     from .measure import count_parameters
     from .report import rank_for_energy
-    from .factors import Weights, factorize_site
 
     model = _load(command, command.model)
     sites, total = find_sites(model), count_parameters(model)
@@ -223,7 +227,17 @@ def inspect(command: Inspect) -> int:
             "rank_for_90_percent": rank_for_energy(values.tolist(), 0.9),
         })  # fmt: skip
     if command.json:
-        print(json.dumps({"model": command.model, "parameters": total, "sites": rows, "refused": [{"site": r.name, "reason": r.reason} for r in sites.refused]}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "model": command.model,
+                    "parameters": total,
+                    "sites": rows,
+                    "refused": [{"site": r.name, "reason": r.reason} for r in sites.refused],
+                },
+                indent=1,
+            )
+        )
         return 0
     _table(
         ["site", "kind", "full rank", "90 % energy", "saves up to rank", "parameters", "share"],
@@ -261,7 +275,9 @@ def _compress(command: Compress, model: Any, *, shown: str | None = None) -> int
     pictures = open_pictures(command.data)
     evaluation = None if command.eval is None else open_pictures(command.eval)
     if command.eval is not None and _same_place(command.data, command.eval):
-        raise DataError(f"--data and --eval are both {command.eval!r}: accuracy on pictures that were calibrated on says nothing; give separate ones")
+        raise DataError(
+            f"--data and --eval are both {command.eval!r}: accuracy on pictures that were calibrated on says nothing; give separate ones"
+        )
     plan = None if command.plan is None else Plan.load(command.plan)
     rest, held = pictures.split(0.2, command.seed)
     notes: list[str] = []
@@ -272,20 +288,34 @@ def _compress(command: Compress, model: Any, *, shown: str | None = None) -> int
     preprocess = preprocess_of(model)
     load = _Loader(preprocess, command.batch_size)
     if evaluation is not None and (shared := overlap(calibration, evaluation)):
-        raise DataError(f"{shared} of the calibration pictures are also in --eval {command.eval!r}: accuracy there would not be honest")
+        raise DataError(
+            f"{shared} of the calibration pictures are also in --eval {command.eval!r}: accuracy there would not be honest"
+        )
     settings = CompressSettings(**{f.name: getattr(command, f.name) for f in fields(CompressSettings)})
     before = copy.deepcopy(model)
-    done = compress_(model, load(calibration), settings, held_out=load(held.take(2000, command.seed)) if command.max_drop is not None else None, plan=plan, progress=True)
+    done = compress_(
+        model,
+        load(calibration),
+        settings,
+        held_out=load(held.take(2000, command.seed)) if command.max_drop is not None else None,
+        plan=plan,
+        progress=True,
+    )
     notes += _skipped(calibration)
     from .measure import evaluate
 
     judged = evaluation if evaluation is not None else (held if len_or(held) else pictures)
     if evaluation is None:
         judged = judged.take(min(1000, command.pictures), command.seed + 1)
-        notes.append("Fidelity and accuracy were measured on pictures of the calibration's source, for want of an evaluation set.")
+        notes.append(
+            "Fidelity and accuracy were measured on pictures of the calibration's source, for want of an evaluation set."
+        )
     limited = judged if command.eval_limit is None else judged.take(command.eval_limit, command.seed)
     _check_classes(model, limited)
-    say = (evaluate(before, load(limited), progress=True), evaluate(model, load(limited), reference=before, progress=True))
+    say = (
+        evaluate(before, load(limited), progress=True),
+        evaluate(model, load(limited), reference=before, progress=True),
+    )
     timings = _time({"before": before, "after": model}, done.prepared.example, command) if command.bench else None
     report = collect(
         before, model, done, title=f"{command.model}, compressed", model=command.model, command=shown or "comcat " + shlex.join(sys.argv[1:]),
@@ -310,7 +340,11 @@ def evaluate(command: Eval) -> int:
         pictures = pictures.take(command.limit, command.seed)
     _check_classes(model, pictures)
     load = _Loader(preprocess_of(model), command.batch_size)
-    result = {k: v for k, v in judge(model, load(pictures), reference=against, progress=not command.json).to_dict().items() if v is not None}
+    result = {
+        k: v
+        for k, v in judge(model, load(pictures), reference=against, progress=not command.json).to_dict().items()
+        if v is not None
+    }
     if command.json:
         print(json.dumps({"model": command.model, "data": command.data, **result}, indent=1))
         return 0
@@ -334,7 +368,9 @@ def bench(command: Bench) -> int:
     first = next(iter(models.values()))
     prepared = preprocess_of(first)
     p = next(first.parameters())
-    example = torch.randn(command.batch_size, prepared.channels, *prepared.size, generator=torch.Generator().manual_seed(command.seed)).to(p)
+    example = torch.randn(
+        command.batch_size, prepared.channels, *prepared.size, generator=torch.Generator().manual_seed(command.seed)
+    ).to(p)
     timings = _time(models, example, command)
     rows = {
         name: {
@@ -344,12 +380,25 @@ def bench(command: Bench) -> int:
     }  # fmt: skip
     speed = None if command.against is None else ratio(timings, command.against, command.model)
     if command.json:
-        print(json.dumps({"models": rows, "speed_up": speed, "batch_size": command.batch_size, "compiled": command.compile, "environment": environment()}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "models": rows,
+                    "speed_up": speed,
+                    "batch_size": command.batch_size,
+                    "compiled": command.compile,
+                    "environment": environment(),
+                },
+                indent=1,
+            )
+        )
         return 0
     keys = ["parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_s", "low_s", "high_s", "throughput"]
     _table(["measure", *rows], [[_LABELS[k], *(_number(k, r[k]) for r in rows.values())] for k in keys])
     if speed is not None:
-        print(f"\nSpeed-up {speed[0]:.2f}× (quartiles {speed[1]:.2f}–{speed[2]:.2f}), batch {command.batch_size}, {'compiled' if command.compile else 'eager'}, {command.dtype}, interleaved.")
+        print(
+            f"\nSpeed-up {speed[0]:.2f}× (quartiles {speed[1]:.2f}–{speed[2]:.2f}), batch {command.batch_size}, {'compiled' if command.compile else 'eager'}, {command.dtype}, interleaved."
+        )
     return 0
 
 
@@ -357,7 +406,9 @@ def demo(command: Demo) -> int:
     from .demo import digits_model
     from .store import save  # noqa: F401  (fails early where an extra is missing)
 
-    model = digits_model(command.out.parent / "cache" / f"digits-vit-{command.seed}.safetensors", seed=command.seed).to(_device(command.device))
+    model = digits_model(command.out.parent / "cache" / f"digits-vit-{command.seed}.safetensors", seed=command.seed).to(
+        _device(command.device)
+    )
     settings = Compress(
         model="a small ViT trained on digits", data="digits:train", eval="digits:test", out=command.out, reduce=command.reduce, seed=command.seed, device=command.device, overwrite=True,
     )  # fmt: skip
@@ -383,7 +434,9 @@ def _load(command: Common, spec: str) -> Any:
 
     from .models import load_model
 
-    return load_model(spec, pretrained=command.pretrained, device=_device(command.device), dtype=getattr(torch, command.dtype))
+    return load_model(
+        spec, pretrained=command.pretrained, device=_device(command.device), dtype=getattr(torch, command.dtype)
+    )
 
 
 def _device(name: str) -> str:
@@ -407,14 +460,18 @@ def _time(models: dict[str, Any], example: Any, command: Any) -> Any:
     size = command.batch_size
     if len(example) != size:
         example = torch.randn(size, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    return benchmark(models, example.to(p), repeats=getattr(command, "repeats", 10), compile=getattr(command, "compile", False))
+    return benchmark(
+        models, example.to(p), repeats=getattr(command, "repeats", 10), compile=getattr(command, "compile", False)
+    )
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.is_file():
         raise SettingsError(f"--out {str(out)!r} is a file, expected a folder to write to")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise SettingsError(f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder")
+        raise SettingsError(
+            f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder"
+        )
 
 
 def _check_classes(model: Any, pictures: Any) -> None:
@@ -435,7 +492,11 @@ def len_or(pictures: Any) -> int:
 
 
 def _skipped(pictures: Any) -> list[str]:
-    return [f"{len(pictures.skipped)} unreadable pictures were skipped, the first: {pictures.skipped[0]}"] if pictures.skipped else []
+    return (
+        [f"{len(pictures.skipped)} unreadable pictures were skipped, the first: {pictures.skipped[0]}"]
+        if pictures.skipped
+        else []
+    )
 
 
 def _plain(command: Any) -> dict[str, Any]:
@@ -445,7 +506,16 @@ def _plain(command: Any) -> dict[str, Any]:
 def _with_results(record: Any, report: Any) -> Any:
     from dataclasses import replace
 
-    return replace(record, results={"before": report.before, "after": report.after, "agreement": report.agreement, "predicted_loss": report.predicted_loss, "measured_loss": report.measured_loss})
+    return replace(
+        record,
+        results={
+            "before": report.before,
+            "after": report.after,
+            "agreement": report.agreement,
+            "predicted_loss": report.predicted_loss,
+            "measured_loss": report.measured_loss,
+        },
+    )
 
 
 _LABELS = {
@@ -483,7 +553,11 @@ def _print_report(report: Any, seconds: float) -> None:
             rows.append([_LABELS[key], _number(key, old), _number(key, new), change])
     print()
     _table(["", "before", "after", "change"], rows)
-    said = [f"{_LABELS[k]} {_number(k, report.agreement[k])}" for k in ("agreement", "cosine", "divergence") if report.agreement.get(k) is not None]
+    said = [
+        f"{_LABELS[k]} {_number(k, report.agreement[k])}"
+        for k in ("agreement", "cosine", "divergence")
+        if report.agreement.get(k) is not None
+    ]
     if said:
         print(f"\nAgainst the model before, on {int(report.agreement['count'] or 0)} pictures: {', '.join(said)}.")
     if report.predicted_loss is not None and report.measured_loss is not None:
@@ -496,7 +570,11 @@ def _print_report(report: Any, seconds: float) -> None:
 def _table(head: list[str], rows: list[list[str]]) -> None:
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     for i, row in enumerate([head, *rows]):
-        print("  ".join(c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))).rstrip())
+        print(
+            "  ".join(
+                c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+        )
         if i == 0:
             print("  ".join("─" * w for w in widths))
 

@@ -14,7 +14,13 @@ from .errors import ModelError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGUMENTS = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3, "num_classes": 10}
-DATA_CONFIG = {"input_size": (3, 32, 32), "mean": (0.3,) * 3, "std": (0.38,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+DATA_CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.3,) * 3,
+    "std": (0.38,) * 3,
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+}
 
 
 def digits_model(cache: Path, *, epochs: int = 25, seed: int = 0, progress: bool = True) -> nn.Module:
@@ -42,7 +48,17 @@ def digits_model(cache: Path, *, epochs: int = 25, seed: int = 0, progress: bool
     return model
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, progress: bool, batch_size: int = 64, rate: float = 1e-3) -> None:
+def train(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    seed: int,
+    progress: bool,
+    batch_size: int = 64,
+    rate: float = 1e-3,
+) -> None:
     """AdamW with a cosine, shifts by up to three pixels as augmentation; images (n, 3, height, width) all in memory."""
     from tqdm import tqdm
 

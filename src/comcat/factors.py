@@ -18,14 +18,21 @@ from torch import Tensor, nn
 
 from .errors import NumericsError
 from .linalg import Factorization, factorize, gram, refit
-from .sites import Attention, Site
+from .sites import Attention, Site, part
 
 
 class Statistic(Protocol):
     """What a site's error is measured by."""
 
-    name: str
-    zero_biases: bool
+    @property
+    def name(self) -> str:
+        """What it is called in plans and reports; the losses predicted under ``"loss"`` are in nats a picture."""
+        ...
+
+    @property
+    def zero_biases(self) -> bool:
+        """Whether the attention's biases are set to zero (a baseline's flaw)."""
+        ...
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         """``G_A`` and ``G_B``, (heads, k, k) for products, (k, k) for linear layers with k the narrower side."""
@@ -118,7 +125,7 @@ def weight_factors(model: nn.Module, site: Site, *, with_bias: bool = True) -> t
         NumericsError: if a weight holds NaN or infinity; the message names the site.
     """
     if site.kind == "linear":
-        weight = _checked(site, model.get_submodule(site.path).get_parameter("weight"))
+        weight = _checked(site, part(model, site.path).get_parameter("weight"))
         return (None, weight) if site.in_features <= site.out_features else (weight.mT, None)
     a = _attention(site)
     if site.kind == "qk":
@@ -128,7 +135,7 @@ def weight_factors(model: nn.Module, site: Site, *, with_bias: bool = True) -> t
             q = torch.cat([q, _checked(site, bias).view(a.heads, 1, a.width)], dim=1)
         return q, k
     v = _per_head(_checked(site, a.v.weight(model)), a)
-    out = _checked(site, model.get_submodule(a.out).get_parameter("weight"))
+    out = _checked(site, part(model, a.out).get_parameter("weight"))
     return v, out.view(a.out_features, a.heads, a.width).transpose(0, 1)  # (heads, out, width)
 
 
@@ -138,7 +145,13 @@ def factorize_site(model: nn.Module, site: Site, statistic: Statistic) -> Factor
 
 
 def truncate_site(
-    model: nn.Module, site: Site, factorization: Factorization, rank: int, statistic: Statistic, head_ranks: tuple[int, ...] | None = None, joint_refit: bool = True
+    model: nn.Module,
+    site: Site,
+    factorization: Factorization,
+    rank: int,
+    statistic: Statistic,
+    head_ranks: tuple[int, ...] | None = None,
+    joint_refit: bool = True,
 ) -> Products | Values | Linears:
     """The thin weights of a site at a rank, in float64.
 
@@ -168,9 +181,11 @@ def _truncate_qk(model: nn.Module, site: Site, left: Tensor, right: Tensor, stat
     return Products((q @ left).mT, q_bias, (k @ right).mT)
 
 
-def _truncate_vo(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic, joint_refit: bool) -> Values:
+def _truncate_vo(
+    model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic, joint_refit: bool
+) -> Values:
     a = _attention(site)
-    out_module = model.get_submodule(a.out)
+    out_module = part(model, a.out)
     weight = out_module.get_parameter("weight").double()  # (out, heads · width)
     v = _per_head(a.v.weight(model).double(), a) @ left  # (heads, in, rank)
     bias = a.v.bias_or_none(model)
@@ -193,7 +208,7 @@ def _truncate_vo(model: nn.Module, site: Site, left: Tensor, right: Tensor, stat
 
 
 def _truncate_linear(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic) -> Linears:
-    module = model.get_submodule(site.path)
+    module = part(model, site.path)
     weight = module.get_parameter("weight").double()  # (out, in)
     if site.in_features <= site.out_features:
         first, last = left.mT, weight @ right

@@ -38,7 +38,7 @@ class Factorization:
     singular_values: Tensor
 
     def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The first ``rank`` columns of both maps, each (..., k, rank)."""
+        """The first ``rank`` columns of both maps, each (..., k, rank). Raises SettingsError where the rank is out of range."""
         full = self.singular_values.shape[-1]
         if not 1 <= rank <= full:
             raise SettingsError(f"got rank {rank}, expected 1 to {full}")
@@ -61,8 +61,7 @@ def root(matrix: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
         NumericsError: if the matrix holds NaN or infinity.
     """
     matrix = matrix.double()
-    if not torch.isfinite(matrix).all():
-        raise NumericsError("a Gram matrix holds NaN or infinite values")
+    _check_finite("a Gram matrix", matrix)
     k = matrix.shape[-1]
     matrix = (matrix + matrix.mT) / 2
     scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
@@ -83,7 +82,11 @@ def root(matrix: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
 def factorize(gram_a: Tensor, gram_b: Tensor, *, ridge: float = RIDGE) -> Factorization:
     """Factorise a batch of products from the Grams of their two sides (..., k, k); see :class:`Factorization`.
 
-    Full rank reproduces ``A Bᵀ`` to rounding. Cost: three k × k decompositions a product, whatever m and n are.
+    Full rank reproduces ``A Bᵀ`` to rounding. Where a Gram is all zero every singular value is: there is nothing to lose.
+    Cost: three k × k decompositions a product, whatever m and n are.
+
+    Raises:
+        SettingsError: if the shapes differ or are not square. NumericsError: if a Gram holds NaN or infinity.
     """
     if gram_a.shape != gram_b.shape or gram_a.shape[-1] != gram_a.shape[-2]:
         raise SettingsError(f"got Grams of shapes {tuple(gram_a.shape)} and {tuple(gram_b.shape)}, expected two equal (..., k, k)")
@@ -91,11 +94,17 @@ def factorize(gram_a: Tensor, gram_b: Tensor, *, ridge: float = RIDGE) -> Factor
     root_b, inverse_b = root(gram_b, ridge=ridge)
     p, sigma, rt = torch.linalg.svd(root_a.mT @ root_b)
     half = sigma.sqrt()[..., None, :]
-    return Factorization(inverse_a @ p * half, inverse_b @ rt.mT * half, sigma)
+    occurs = [g.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) > 0 for g in (gram_a, gram_b)]
+    return Factorization(inverse_a @ p * half, inverse_b @ rt.mT * half, sigma * (occurs[0] & occurs[1]))
 
 
 def product_singular_values(a: Tensor, b: Tensor) -> Tensor:
-    """Singular values of ``A Bᵀ`` for thin factors (..., m, k) and (..., n, k): two thin QRs and a k × k SVD; (..., k)."""
+    """Singular values of ``A Bᵀ`` for thin factors (..., m, k) and (..., n, k): two thin QRs and a k × k SVD; (..., k).
+
+    Raises:
+        NumericsError: if a factor holds NaN or infinity.
+    """
+    _check_finite("a factor", a, b)
     ra = torch.linalg.qr(a.double(), mode="r").R
     rb = torch.linalg.qr(b.double(), mode="r").R
     return torch.linalg.svdvals(ra @ rb.mT)
@@ -125,10 +134,10 @@ def shrinkage_weight(moment: Tensor, target: Tensor, mean_square: Tensor, count:
 
 
 def match_trace(target: Tensor, moment: Tensor) -> Tensor:
-    """``target`` scaled to the trace of ``moment``, both (..., k, k)."""
+    """``target`` scaled to the trace of ``moment``, both (..., k, k); a target of zeros stays one."""
     trace = target.diagonal(dim1=-2, dim2=-1).sum(-1)
     wanted = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return target * (wanted / trace.clamp_min(1e-300))[..., None, None]
+    return target * torch.where(trace > 0, wanted / trace.clamp_min(1e-300), 0.0)[..., None, None]
 
 
 def refit(covariance: Tensor, basis: Tensor, weight: Tensor, *, ridge: float = 1e-6) -> Tensor:
@@ -141,11 +150,20 @@ def refit(covariance: Tensor, basis: Tensor, weight: Tensor, *, ridge: float = 1
         covariance: C (D, D). basis: T (D, R). weight: W (D, out). ridge: λ relative to the mean diagonal of ``Tᵀ C T``.
 
     Returns:
-        S (R, out), float64.
+        S (R, out), float64. Its error ``‖C^½ (W − T S)‖²`` is at most that of any other S', plus λ ‖S'‖².
+
+    Raises:
+        NumericsError: if an argument holds NaN or infinity.
     """
     basis, weight, covariance = basis.double(), weight.double(), covariance.double()
+    _check_finite("an argument of the refit", covariance, basis, weight)
     moment = covariance @ basis
     normal = basis.mT @ moment
     level = normal.diagonal().mean().clamp_min(1e-300)
     normal = normal + ridge * level * torch.eye(normal.shape[-1], dtype=normal.dtype, device=normal.device)
     return torch.linalg.solve(normal, moment.mT @ weight)
+
+
+def _check_finite(what: str, *tensors: Tensor) -> None:
+    if not all(torch.isfinite(t).all() for t in tensors):
+        raise NumericsError(f"{what} holds NaN or infinite values")

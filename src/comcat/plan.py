@@ -22,8 +22,8 @@ from .hosts import find_sites, host_of
 from .hosts.anatomy import norm_and_gate
 from .linalg import Factorization
 from .modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
-from .modules.tensor import TENSOR_FORMS, matrix_factors
-from .sites import Attention, Replacement, Site, Sites, Undo
+from .modules.tensor import TENSOR_FORMS, check_shape, matrix_factors, shape_parameters
+from .sites import Attention, Replacement, Site, Sites, Undo, part
 
 VERSION = 1
 
@@ -63,7 +63,10 @@ class Plan:
         return Plan.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict:
-        sites = {n: {k: v for k, v in asdict(s).items() if v not in (None, {}) and (k, v) != ("form", "product")} for n, s in self.sites.items()}
+        sites = {
+            n: {k: v for k, v in asdict(s).items() if v not in (None, {}) and (k, v) != ("form", "product")}
+            for n, s in self.sites.items()
+        }
         return {"comcat_plan": self.version, "made_by": dict(self.made_by), "sites": sites}
 
     @classmethod
@@ -77,9 +80,13 @@ class Plan:
         for name, entry in data["sites"].items():
             known = set(SitePlan.__dataclass_fields__)
             if not isinstance(entry, dict) or not {"rank", "full_rank"} <= set(entry) <= known:
-                raise PlanError(f"{name}: got {entry!r}, expected an object with 'rank' and 'full_rank' out of {', '.join(sorted(known))}")
+                raise PlanError(
+                    f"{name}: got {entry!r}, expected an object with 'rank' and 'full_rank' out of {', '.join(sorted(known))}"
+                )
             if not all(isinstance(entry[k], int) and not isinstance(entry[k], bool) for k in ("rank", "full_rank")):
-                raise PlanError(f"{name}: got ranks {entry['rank']!r} and {entry['full_rank']!r}, expected whole numbers")
+                raise PlanError(
+                    f"{name}: got ranks {entry['rank']!r} and {entry['full_rank']!r}, expected whole numbers"
+                )
             heads = entry.get("head_ranks")
             sites[name] = SitePlan(**{**entry, "head_ranks": None if heads is None else tuple(heads)})
         return cls(sites=sites, made_by=data.get("made_by", {}))
@@ -113,23 +120,54 @@ class Plan:
         for name, entry in self.sites.items():
             site = sites[name]
             if entry.full_rank != site.full_rank:
-                raise PlanError(f"{name}: the plan was made for a full rank of {entry.full_rank}, the model has {site.full_rank}")
+                raise PlanError(
+                    f"{name}: the plan was made for a full rank of {entry.full_rank}, the model has {site.full_rank}"
+                )
             limit = site_rank_limit(site, entry.form)
             if not 1 <= entry.rank <= limit:
                 raise PlanError(f"{name}: got rank {entry.rank}, expected 1 to {limit}")
             if entry.form not in ("product", "matrix", *TENSOR_FORMS):
-                raise PlanError(f"{name}: got form {entry.form!r}, expected one of product, matrix, {', '.join(TENSOR_FORMS)}")
-            if site.kind != "linear" and entry.form in TENSOR_FORMS:
-                raise PlanError(f"{name}: form {entry.form!r} is for linear layers")
-            if entry.head_ranks is not None and (len(entry.head_ranks) != site.heads or not all(1 <= r <= entry.rank for r in entry.head_ranks)):
-                raise PlanError(f"{name}: got head ranks {entry.head_ranks}, expected {site.heads} of 1 to {entry.rank}")
+                raise PlanError(
+                    f"{name}: got form {entry.form!r}, expected one of product, matrix, {', '.join(TENSOR_FORMS)}"
+                )
+            if entry.form in TENSOR_FORMS:
+                if site.kind != "linear":
+                    raise PlanError(f"{name}: form {entry.form!r} is for linear layers")
+                try:
+                    check_shape(entry.form, entry.shape, site.in_features, site.out_features)
+                except PlanError as error:
+                    raise PlanError(f"{name}: {error}") from None
+            other = self.sites.get(f"{site.path}:{'vo' if site.kind == 'qk' else 'qk'}")
+            if (
+                site.attention is not None
+                and other is not None
+                and (other.form == "matrix") != (entry.form == "matrix")
+            ):
+                raise PlanError(f"{name}: form 'matrix' is for QK and VO of a layer together")
+            if entry.head_ranks is not None and (
+                len(entry.head_ranks) != site.heads or not all(1 <= r <= entry.rank for r in entry.head_ranks)
+            ):
+                raise PlanError(
+                    f"{name}: got head ranks {entry.head_ranks}, expected {site.heads} of 1 to {entry.rank}"
+                )
 
 
 def site_rank_limit(site: Site, form: str = "product") -> int:
     """The largest rank a site can have in a form."""
     if form == "matrix" and site.kind != "linear":
-        return min(site.in_features, site.heads * site.full_rank)
+        return min(site.in_features, site.out_features, site.heads * site.full_rank)
     return site.full_rank
+
+
+def planned_parameters(site: Site, entry: SitePlan | None) -> int:
+    """Parameters of a site as a plan has it; None for as it stands. Columns that pad a head's rank count, since they are stored."""
+    if entry is None or entry.form == "product":
+        return site.parameters(None if entry is None else entry.rank)
+    if entry.form == "matrix":
+        if site.kind == "linear":
+            return entry.rank * (site.in_features + site.out_features) + site.biases
+        return entry.rank * (site.in_features + site.out_features + 2 * site.heads * site.full_rank) + site.biases
+    return shape_parameters(entry.form, entry.shape) + site.biases
 
 
 class Handle:
@@ -209,7 +247,14 @@ Planned = tuple[Site, "SitePlan | None"]
 class _Builder:
     """Builds the modules of a plan and fills in their weights."""
 
-    def __init__(self, model: nn.Module, statistic: Statistic, factorizations: Mapping[str, Factorization], joint_refit: bool, weights: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        statistic: Statistic,
+        factorizations: Mapping[str, Factorization],
+        joint_refit: bool,
+        weights: bool,
+    ) -> None:
         self.model, self.statistic, self.known = model, statistic, factorizations
         self.joint_refit, self.weights = joint_refit, weights
 
@@ -218,10 +263,12 @@ class _Builder:
         if plan is None:
             return _identity_factors(self.model, site)
         factorization = self.known.get(site.name) or factorize_site(self.model, site, self.statistic)
-        return truncate_site(self.model, site, factorization, plan.rank, self.statistic, plan.head_ranks, self.joint_refit)
+        return truncate_site(
+            self.model, site, factorization, plan.rank, self.statistic, plan.head_ranks, self.joint_refit
+        )
 
     def linear(self, site: Site, plan: SitePlan) -> nn.Module:
-        dense = self.model.get_submodule(site.path)
+        dense = part(self.model, site.path)
         assert isinstance(dense, nn.Linear)
         if plan.form in TENSOR_FORMS:
             return TENSOR_FORMS[plan.form](dense, plan.shape, self.weights)
@@ -247,9 +294,9 @@ class _Builder:
         return self._whole(a, qk, vo)
 
     def _whole(self, a: Attention, qk: Planned, vo: Planned | None) -> Replacement:
-        host = self.model.get_submodule(a.path)
+        host = part(self.model, a.path)
         norm, gate = norm_and_gate(host)
-        out = self.model.get_submodule(a.out)
+        out = part(self.model, a.out)
         rank_qk, rank_vo = (a.width if p is None or p[1] is None else p[1].rank for p in (qk, vo))
         value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
         module = LowRankAttention(
@@ -271,12 +318,13 @@ class _Builder:
     def _parts(self, a: Attention, qk: Planned, vo: Planned) -> Replacement:
         rank_qk, rank_vo = (a.width if plan is None else plan.rank for _, plan in (qk, vo))
         width = max(rank_qk, rank_vo)
-        out = self.model.get_submodule(a.out)
+        out = part(self.model, a.out)
         factory = _factory(out)
         query_bias = a.q.bias_or_none(self.model) is not None
         value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
         q, k, v = (
-            _heads_linear(a, rank, width, bias, factory) for rank, bias in ((rank_qk, query_bias), (rank_qk, False), (rank_vo, value_bias))
+            _heads_linear(a, rank, width, bias, factory)
+            for rank, bias in ((rank_qk, query_bias), (rank_qk, False), (rank_vo, value_bias))
         )
         o = (
             nn.Linear(a.heads * width, a.out_features, **factory)
@@ -286,22 +334,36 @@ class _Builder:
         if self.weights:
             products: Products = self.truncated(*qk)
             values: Values = self.truncated(*vo)
-            for module, weight, bias in ((q, products.q, products.q_bias), (k, products.k, None), (v, values.v, values.v_bias)):
+            for module, weight, bias in (
+                (q, products.q, products.q_bias),
+                (k, products.k, None),
+                (v, values.v, values.v_bias),
+            ):
                 _fill(_inner(module).weight, weight.flatten(0, 1))
                 _fill(_inner(module).bias, bias)
             _fill(_inner(o).weight, values.out)
             _fill(_inner(o).bias, values.out_bias)
-        return Replacement(parts={a.q.path: q, a.k.path: k, a.v.path: v, a.out: o}, width=width, without_value_bias=True)
+        return Replacement(
+            parts={a.q.path: q, a.k.path: k, a.v.path: v, a.out: o}, width=width, without_value_bias=True
+        )
 
     def _values_alone(self, a: Attention, site: Site, plan: SitePlan) -> Replacement:
-        factory = _factory(self.model.get_submodule(a.out))
+        factory = _factory(part(self.model, a.out))
         fused = a.q.path == a.v.path
-        host = self.model.get_submodule(a.v.path)
+        host = part(self.model, a.v.path)
         keep = a.v.start if fused else 0
         kept_bias = fused and host.bias is not None
         value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
         apart = a.v.bias is not None
-        projection = PaddedHeads(a.in_features, a.heads, plan.rank, a.width, keep=keep, bias=kept_bias or (value_bias and not apart), **factory)
+        projection = PaddedHeads(
+            a.in_features,
+            a.heads,
+            plan.rank,
+            a.width,
+            keep=keep,
+            bias=kept_bias or (value_bias and not apart),
+            **factory,
+        )
         out = NarrowHeads(a.heads, plan.rank, a.width, a.out_features, **factory)
         if self.weights:
             values: Values = self.truncated(site, plan)
@@ -318,13 +380,19 @@ class _Builder:
 
     def _matrices(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         """Each matrix of a pair at low rank, apart: what factorising products is compared with. Biases stay where they are."""
-        ranks = {side: plan.rank if plan is not None else None for (_, plan), sides in ((qk or (None, None), "qk"), (vo or (None, None), "vo")) for side in sides}
+        ranks = {
+            side: plan.rank if plan is not None else None
+            for (_, plan), sides in ((qk or (None, None), "qk"), (vo or (None, None), "vo"))
+            for side in sides
+        }
         layers: dict[str, list[nn.Module]] = {}
         for side, projection in (("q", a.q), ("k", a.k), ("v", a.v)):
             bias = None if projection.bias is not None else projection.bias_or_none(self.model)
-            layers.setdefault(projection.path, []).append(self._matrix(projection.weight(self.model), bias, ranks[side]))
+            layers.setdefault(projection.path, []).append(
+                self._matrix(projection.weight(self.model), bias, ranks[side])
+            )
         parts = {path: found[0] if len(found) == 1 else ConcatLinear(found) for path, found in layers.items()}
-        out = self.model.get_submodule(a.out)
+        out = part(self.model, a.out)
         parts[a.out] = self._matrix(out.get_parameter("weight"), out.bias, ranks["o"])
         return Replacement(parts=parts)
 
@@ -368,7 +436,7 @@ def _identity_factors(model: nn.Module, site: Site) -> Products | Values:
 
 
 def _identity_values(model: nn.Module, a: Attention) -> Values:
-    out = model.get_submodule(a.out)
+    out = part(model, a.out)
     weight = out.get_parameter("weight").detach()
     out_bias = weight.new_zeros(a.out_features) if out.bias is None else out.bias.detach()
     bias = a.v.bias_or_none(model)

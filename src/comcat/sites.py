@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
 from .errors import UnknownSite, UnsupportedSite, nearest
+
+
+def part(model: nn.Module, path: str) -> Any:
+    """The module at a path. (Typed as Any: torch types every attribute of a module as ``Tensor | Module``.)"""
+    return model.get_submodule(path)
+
 
 Kind = Literal["qk", "vo", "linear"]
 Form = Literal["product", "matrix", "tucker", "tensor_train"]
@@ -29,14 +35,14 @@ class Projection:
 
     def weight(self, model: nn.Module) -> Tensor:
         """The rows, (heads · width, in)."""
-        return model.get_submodule(self.path).get_parameter("weight")[self.start : self.stop]
+        return part(model, self.path).weight[self.start : self.stop]
 
     def bias_or_none(self, model: nn.Module) -> Tensor | None:
         """The bias of these rows, (heads · width,), or None."""
         if self.bias is not None:
             owner, _, name = self.bias.rpartition(".")
-            return getattr(model.get_submodule(owner), name)
-        bias = model.get_submodule(self.path).bias
+            return getattr(part(model, owner), name)
+        bias = part(model, self.path).bias
         return None if bias is None else bias[self.start : self.stop]
 
 
@@ -107,7 +113,9 @@ class Site:
                 return tokens * self.in_features * self.out_features
             return tokens * rank * (self.in_features + self.out_features)
         r = self.full_rank if rank is None else rank
-        compared = self.full_rank if self.attention is not None and self.attention.mount == "values" else r  # padded back to the host's width
+        compared = (
+            self.full_rank if self.attention is not None and self.attention.mount == "values" else r
+        )  # padded back to the host's width
         return self.heads * (r * tokens * (self.in_features + self.out_features) + compared * pairs)
 
     @property
@@ -154,7 +162,11 @@ class Sites(Mapping[str, Site]):
 
     def only(self, *kinds: Kind | str) -> Sites:
         """The sites of some kinds (``"qk"``, ``"vo"``, ``"linear"``) or path prefixes (``"blocks.3"``)."""
-        chosen = {n: s for n, s in self.by_name.items() if s.kind in kinds or any(s.path == k or s.path.startswith(f"{k}.") for k in kinds)}
+        chosen = {
+            n: s
+            for n, s in self.by_name.items()
+            if s.kind in kinds or any(s.path == k or s.path.startswith(f"{k}.") for k in kinds)
+        }
         return Sites(chosen, self.refused)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from comcat.hosts import find_sites
@@ -44,3 +46,12 @@ def subject_of(name: str) -> Subject:
 @pytest.fixture(params=list(zoo.CASES))
 def subject(request: pytest.FixtureRequest) -> Subject:
     return subject_of(request.param)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small spend most of their time waking threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

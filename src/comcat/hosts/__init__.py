@@ -67,6 +67,10 @@ def find_sites(model: nn.Module) -> Sites:
                 refused.append(Refusal(path, "so small that factors always cost more"))
             else:
                 found[path] = site
+        elif callable(getattr(module, "get_bias", None)):
+            closed.append(path)
+            if next(module.children(), None) is not None:
+                refused.append(Refusal(path, "computes a position bias: no tokens of a picture flow through it"))
         elif isinstance(module, nn.TransformerEncoderLayer):
             for name in ("linear1", "linear2"):
                 closed.append(child := _join(path, name))

@@ -68,8 +68,14 @@ def probe(
         def unchanged(after: Tensor, expected: Tensor = before) -> bool:
             return bool((after - expected).abs().max() <= TOLERANCE * (1 + expected.abs().max()))
 
+        def answers_for_itself(other: nn.Module) -> None:
+            """One factor alone must change the output: a forward that is bound to another object's weights shows every symmetry."""
+            if unchanged(host.probe(other, attention, x)):
+                raise RuntimeError("a copy of it does not compute with its own weights")
+
         qk_copy = copy.deepcopy(copied)
         _transform_rows(qk_copy, attention.q, attention.heads, rotate)
+        answers_for_itself(qk_copy)
         _transform_rows(qk_copy, attention.k, attention.heads, inverse_t)
         qk = unchanged(host.probe(qk_copy, attention, x))
         shift = torch.randn(attention.heads * attention.width, generator=generator, dtype=torch.float64)
@@ -78,6 +84,7 @@ def probe(
 
         vo_copy = copy.deepcopy(copied)
         _transform_rows(vo_copy, attention.v, attention.heads, rotate)
+        answers_for_itself(vo_copy)
         out = vo_copy.get_submodule(attention.out)
         w = out.weight.unflatten(1, (attention.heads, attention.width))  # (out, heads, width)
         out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1))

@@ -99,7 +99,7 @@ class TimmHost:
             tokens, bias = _probe_tokens(module), _own_bias if local.signature in _WRAPPERS else None
             found = probe(self, module, local, tokens, bias, _trials(module, parameters, heads, tokens))
         except Exception as error:
-            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {first_line(error)})")
+            return Refusal(path, f"attention of no known shape: a trial call on tokens alone failed ({type(error).__name__}: {first_line(error)})")
         finally:
             undo()
         norm, gate = norm_and_gate(module)

@@ -65,7 +65,7 @@ class TransformersHost:
             found = probe(self, module, local, tokens)
             widens = found.qk and _widens(self, module, local, tokens)
         except Exception as error:
-            return Refusal(path, f"attention of no known shape: its forward cannot be called on tokens alone ({type(error).__name__}: {first_line(error)})")
+            return Refusal(path, f"attention of no known shape: a trial call on tokens alone failed ({type(error).__name__}: {first_line(error)})")
         qk_reason = None if found.qk else _qk_reason(holder, parameters)
         vo_reason = None if found.vo else "its output depends on more of W_V and W_O than their product"
         if qk_reason is None and not widens:

@@ -119,7 +119,9 @@ def allocate(
     target = None if reduce is None else sum(c.dense for c in curves.values()) - reduce * whole
     most = sum(c.dense - min(c.costs) for c in curves.values()) / whole
     if target is not None and reduce is not None and reduce > most + 1e-12:
-        raise BudgetError(f"got reduce={reduce:g}, but the sites that can shrink allow at most {math.floor(most * 1e4) / 1e4:g} of the model's {budget}")
+        raise BudgetError(
+            f"got reduce={reduce:g}, but the sites that can shrink allow at most {math.floor(most * 1e4) / 1e4:g} of the model's {budget}"
+        )
     if rule == "waterfill":
         assert target is not None
         chosen = _waterfill(groups, target)
@@ -131,7 +133,11 @@ def allocate(
             chosen = _bisect(groups, share, target)
     ranks = {n: g.ranks[chosen[g.names]] for g in groups for n in g.names}
     entries = {
-        n: SitePlan(rank=r, full_rank=sites[n].full_rank, head_ranks=_head_ranks(found[n], r) if per_head and sites[n].kind != "linear" else None)
+        n: SitePlan(
+            rank=r,
+            full_rank=sites[n].full_rank,
+            head_ranks=_head_ranks(found[n], r) if per_head and sites[n].kind != "linear" else None,
+        )
         for n, r in ranks.items()
         if r is not None
     }
@@ -148,12 +154,16 @@ def allocate(
     return Plan(sites=dict(entries), made_by=made_by)
 
 
-def _curve(site: Site, found: Factorization, multiple: int, cost: Callable[[Site, int | None], float], relative: bool) -> Curve:
+def _curve(
+    site: Site, found: Factorization, multiple: int, cost: Callable[[Site, int | None], float], relative: bool
+) -> Curve:
     tail = tail_loss(found.singular_values, relative=relative)
     dense = cost(site, None)
     steps = [*range(multiple, site.full_rank, multiple), site.full_rank]
     ranks = [r for r in steps if cost(site, r) < dense]
-    return Curve(site, (*ranks, None), (*(cost(site, r) for r in ranks), dense), (*(float(tail[r]) for r in ranks), 0.0))
+    return Curve(
+        site, (*ranks, None), (*(cost(site, r) for r in ranks), dense), (*(float(tail[r]) for r in ranks), 0.0)
+    )
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,9 @@ def _groups(sites: Sites, curves: Mapping[str, Curve], tie: bool) -> list[_Group
         together.setdefault(site.path if tie and site.kind != "linear" else name, []).append(name)
     groups = []
     for names in together.values():
-        tables = [dict(zip(curves[n].ranks, zip(curves[n].costs, curves[n].losses, strict=True), strict=True)) for n in names]
+        tables = [
+            dict(zip(curves[n].ranks, zip(curves[n].costs, curves[n].losses, strict=True), strict=True)) for n in names
+        ]
         ranks = [r for r in curves[names[0]].ranks if all(r in t for t in tables)]
         costs, losses = ([sum(t[r][i] for t in tables) for r in ranks] for i in (0, 1))
         groups.append(_Group(tuple(names), tuple(ranks), tuple(costs), tuple(losses), tuple(sites[n] for n in names)))
@@ -188,7 +200,10 @@ def _waterfill(groups: Sequence[_Group], target: float) -> dict[tuple[str, ...],
     """
 
     def at(price: float) -> dict[tuple[str, ...], int]:
-        return {g.names: min(range(len(g.ranks)), key=lambda i: (g.losses[i] + price * g.costs[i], g.costs[i])) for g in groups}
+        return {
+            g.names: min(range(len(g.ranks)), key=lambda i: (g.losses[i] + price * g.costs[i], g.costs[i]))
+            for g in groups
+        }
 
     def cost(choice: Mapping[tuple[str, ...], int]) -> float:
         return sum(g.costs[choice[g.names]] for g in groups)
@@ -220,7 +235,9 @@ def _fill_up(groups: Sequence[_Group], choice: dict[tuple[str, ...], int], targe
         room -= best[2]
 
 
-def _bisect(groups: Sequence[_Group], share: Callable[[_Group, float], int], target: float) -> dict[tuple[str, ...], int]:
+def _bisect(
+    groups: Sequence[_Group], share: Callable[[_Group, float], int], target: float
+) -> dict[tuple[str, ...], int]:
     """The largest common share that fits the target, then the sites one after the other a step further while they fit."""
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -266,7 +283,11 @@ def _head_ranks(found: Factorization, rank: int) -> tuple[int, ...]:
     values = found.singular_values
     heads, full = values.shape
     order = values[:, 1:].square().flatten().argsort(descending=True)[: heads * (rank - 1)]
-    counts = torch.ones(heads, dtype=torch.long) + torch.bincount((order // (full - 1)).cpu(), minlength=heads) if full > 1 else torch.ones(heads)
+    counts = (
+        torch.ones(heads, dtype=torch.long) + torch.bincount((order // (full - 1)).cpu(), minlength=heads)
+        if full > 1
+        else torch.ones(heads)
+    )
     return tuple(int(c) for c in counts)
 
 

@@ -330,10 +330,8 @@ def _nearest_company(path: str, linears: Sites) -> str:
 def _is_ffn(module: str, group: Sequence[Site]) -> bool:
     if len(group) not in (2, 3):
         return False
-    if not module and any(
-        "." in s.path for s in group
-    ):  # a pooler and a classifier have nothing but the model in common
-        return False
+    if not module and any("." in s.path for s in group):
+        return False  # a pooler and a classifier have nothing but the model in common
     sizes = [(s.in_features, s.out_features) for s in group]
     return any(_expand_and_contract(sizes[:k] + sizes[k + 1 :], sizes[k]) for k in range(len(sizes)))
 

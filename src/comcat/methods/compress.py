@@ -59,11 +59,15 @@ class CompressSettings:
         if self.reduce is not None and self.max_drop is not None:
             raise SettingsError("got both reduce and max_drop, expected one of them")
         if self.reduce is None and self.max_drop is None and self.ranks != "energy":
-            raise SettingsError("say how far to go: reduce=0.5 (share to save) or max_drop=1.0 (points that may be lost)")
+            raise SettingsError(
+                "say how far to go: reduce=0.5 (share to save) or max_drop=1.0 (points that may be lost)"
+            )
         if self.max_drop is not None and not self.max_drop > 0:
             raise SettingsError(f"got max_drop={self.max_drop:g}, expected points above 0")
         if self.statistic not in STATISTICS:
-            raise SettingsError(f"got statistic {self.statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(self.statistic, STATISTICS)}")
+            raise SettingsError(
+                f"got statistic {self.statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(self.statistic, STATISTICS)}"
+            )
         if self.pictures < 1:
             raise SettingsError(f"got pictures={self.pictures}, expected at least 1")
 
@@ -90,7 +94,14 @@ class Compressed:
     notes: tuple[str, ...] = field(default=())
 
 
-def compress(model: nn.Module, calibration: Iterable | None = None, *, held_out: Iterable | None = None, progress: bool = False, **settings: Any) -> nn.Module:
+def compress(
+    model: nn.Module,
+    calibration: Iterable | None = None,
+    *,
+    held_out: Iterable | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> nn.Module:
     """A smaller copy of a model; the model itself is untouched.
 
     Args:
@@ -119,7 +130,13 @@ def make_settings(settings: Mapping[str, Any]) -> CompressSettings:
 
 
 def compress_(
-    model: nn.Module, calibration: Iterable | None, settings: CompressSettings, *, held_out: Iterable | None = None, plan: Plan | None = None, progress: bool = False
+    model: nn.Module,
+    calibration: Iterable | None,
+    settings: CompressSettings,
+    *,
+    held_out: Iterable | None = None,
+    plan: Plan | None = None,
+    progress: bool = False,
 ) -> Compressed:
     """Compress a model in place; see :func:`compress`. With a ``plan``, ranks are the plan's and only weights are computed."""
     before = origin_or_none(model)
@@ -130,13 +147,22 @@ def compress_(
     if settings.sequential:
         handle = _apply_sequentially(model, plan, prepared, calibration, settings, progress)
     else:
-        handle = apply_(model, plan, prepared.statistic, sites=prepared.sites, factorizations=prepared.factorizations, joint_refit=settings.joint_refit)
+        handle = apply_(
+            model,
+            plan,
+            prepared.statistic,
+            sites=prepared.sites,
+            factorizations=prepared.factorizations,
+            joint_refit=settings.joint_refit,
+        )
     record = Record(plan=plan, settings=asdict(settings), **before)
     model.comcat_record = record  # type: ignore[assignment]
     return Compressed(handle=handle, plan=plan, prepared=prepared, notes=tuple(notes))
 
 
-def prepare(model: nn.Module, calibration: Iterable | None, settings: CompressSettings, *, progress: bool = False) -> Prepared:
+def prepare(
+    model: nn.Module, calibration: Iterable | None, settings: CompressSettings, *, progress: bool = False
+) -> Prepared:
     """Find the sites, calibrate, factorise and count: everything that does not depend on the budget's size."""
     sites = find_sites(model)
     if settings.only:
@@ -149,29 +175,64 @@ def prepare(model: nn.Module, calibration: Iterable | None, settings: CompressSe
         raise ModelError("nothing in this model can shrink: " + "; ".join(map(str, sites.refused[:3])))
     example = None
     if calibration is not None:
-        calibration = calibration if hasattr(calibration, "__len__") or iter(calibration) is not calibration else list(calibration)
+        calibration = (
+            calibration
+            if hasattr(calibration, "__len__") or iter(calibration) is not calibration
+            else list(calibration)
+        )
         example = _first_picture(calibration)
     if settings.statistic == "weights":
         statistic: Statistic = Weights()
     else:
         if calibration is None:
-            raise SettingsError(f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'")
-        statistic = calibrate(model, calibration, statistic=settings.statistic, sites=sites, limit=settings.pictures, seed=settings.seed, progress=progress)
+            raise SettingsError(
+                f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'"
+            )
+        statistic = calibrate(
+            model,
+            calibration,
+            statistic=settings.statistic,
+            sites=sites,
+            limit=settings.pictures,
+            seed=settings.seed,
+            progress=progress,
+        )
         sites = Sites({n: s for n, s in sites.items() if n not in statistic.unreached}, sites.refused)
-    total, macs = float(count_parameters(model)), None
+    total = float(count_parameters(model))
+    macs: Callable[[Site, int | None], float] | None = None
     if settings.budget == "macs":
         if example is None:
             raise SettingsError("budget 'macs' needs calibration pictures, at least one")
         total = float(count_macs(model, example))
-        flow = statistic if isinstance(statistic, Statistics) else calibrate(model, [example], statistic="activation", sites=sites)
+        flow = (
+            statistic
+            if isinstance(statistic, Statistics)
+            else calibrate(model, [example], statistic="activation", sites=sites)
+        )
 
-        def macs(site: Site, rank: int | None) -> float:
+        def macs_of(site: Site, rank: int | None) -> float:
             return site.macs(rank, flow.rows.get(site.name, 0.0), flow.pairs.get(site.name, 0.0))
 
-    return Prepared(sites=sites, statistic=statistic, factorizations=spectra(model, sites, statistic), total=total, macs=macs, example=example)
+        macs = macs_of
+
+    return Prepared(
+        sites=sites,
+        statistic=statistic,
+        factorizations=spectra(model, sites, statistic),
+        total=total,
+        macs=macs,
+        example=example,
+    )
 
 
-def propose(model: nn.Module, prepared: Prepared, settings: CompressSettings, *, held_out: Iterable | None = None, notes: list[str] | None = None) -> Plan:
+def propose(
+    model: nn.Module,
+    prepared: Prepared,
+    settings: CompressSettings,
+    *,
+    held_out: Iterable | None = None,
+    notes: list[str] | None = None,
+) -> Plan:
     """Ranks for the budget; with ``max_drop``, the largest saving whose measured drop on held-out pictures stays within it."""
 
     def plan_for(reduce: float | None) -> Plan:
@@ -183,12 +244,19 @@ def propose(model: nn.Module, prepared: Prepared, settings: CompressSettings, *,
     if settings.max_drop is None:
         return plan_for(settings.reduce)
     if held_out is None:
-        raise SettingsError("max_drop needs held_out: pictures to measure the drop on, from the training data and apart from the calibration's")
+        raise SettingsError(
+            "max_drop needs held_out: pictures to measure the drop on, from the training data and apart from the calibration's"
+        )
     return _largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)
 
 
 def _largest_within(
-    model: nn.Module, prepared: Prepared, settings: CompressSettings, plan_for: Callable[[float | None], Plan], held_out: Iterable, notes: list[str]
+    model: nn.Module,
+    prepared: Prepared,
+    settings: CompressSettings,
+    plan_for: Callable[[float | None], Plan],
+    held_out: Iterable,
+    notes: list[str],
 ) -> Plan:
     """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a saving."""
     assert settings.max_drop is not None
@@ -197,7 +265,14 @@ def _largest_within(
     dense = evaluate(model, held_out)
 
     def drop(plan: Plan) -> float:
-        handle = apply_(model, plan, prepared.statistic, sites=prepared.sites, factorizations=prepared.factorizations, joint_refit=settings.joint_refit)
+        handle = apply_(
+            model,
+            plan,
+            prepared.statistic,
+            sites=prepared.sites,
+            factorizations=prepared.factorizations,
+            joint_refit=settings.joint_refit,
+        )
         try:
             measured = evaluate(model, held_out, reference=None if dense.top1 is not None else reference)
         finally:
@@ -224,13 +299,24 @@ def _largest_within(
         else:
             high = middle
     if best is None:
-        raise BudgetError(f"got max_drop={settings.max_drop:g}, but saving as little as 1 % already loses more on the held-out pictures")
+        raise BudgetError(
+            f"got max_drop={settings.max_drop:g}, but saving as little as 1 % already loses more on the held-out pictures"
+        )
     what = "top-1" if dense.top1 is not None else "agreement"
-    notes.append(f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor evaluation saw")
+    notes.append(
+        f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor evaluation saw"
+    )
     return replace(best, made_by={**best.made_by, "max_drop": settings.max_drop, "held_out": dense.count})
 
 
-def _apply_sequentially(model: nn.Module, plan: Plan, prepared: Prepared, calibration: Iterable | None, settings: CompressSettings, progress: bool) -> Handle:
+def _apply_sequentially(
+    model: nn.Module,
+    plan: Plan,
+    prepared: Prepared,
+    calibration: Iterable | None,
+    settings: CompressSettings,
+    progress: bool,
+) -> Handle:
     """Apply a plan block after block, each calibrated on the model whose earlier blocks are already small."""
     if settings.statistic == "weights" or calibration is None:
         raise SettingsError("sequential calibration needs a statistic of activations or of the loss, and pictures")
@@ -241,8 +327,19 @@ def _apply_sequentially(model: nn.Module, plan: Plan, prepared: Prepared, calibr
     try:
         for entries in groups.values():
             # paths of later sites do not move while earlier blocks change, so the sites found at the start stay good
-            sites = Sites({n: s for n, s in prepared.sites.items() if n in entries or _sibling(n, entries)}, prepared.sites.refused)
-            statistic = calibrate(model, calibration, statistic=settings.statistic, sites=sites, limit=settings.pictures, seed=settings.seed, progress=progress)
+            sites = Sites(
+                {n: s for n, s in prepared.sites.items() if n in entries or _sibling(n, entries)},
+                prepared.sites.refused,
+            )
+            statistic = calibrate(
+                model,
+                calibration,
+                statistic=settings.statistic,
+                sites=sites,
+                limit=settings.pictures,
+                seed=settings.seed,
+                progress=progress,
+            )
             handles.append(apply_(model, Plan(sites=entries), statistic, sites=sites, joint_refit=settings.joint_refit))
     except BaseException:
         for handle in reversed(handles):
@@ -280,7 +377,13 @@ def origin_or_none(model: nn.Module) -> dict[str, Any]:
 
 def _first_picture(calibration: Iterable) -> Tensor:
     for batch in calibration:
-        images = batch.get("pixel_values") if isinstance(batch, Mapping) else batch[0] if isinstance(batch, (tuple, list)) else batch
+        images = (
+            batch.get("pixel_values")
+            if isinstance(batch, Mapping)
+            else batch[0]
+            if isinstance(batch, (tuple, list))
+            else batch
+        )
         if isinstance(images, torch.Tensor) and len(images):
             return images[:1]
         break

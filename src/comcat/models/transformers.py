@@ -85,7 +85,8 @@ def _vision_classes(config: Any, spec: str) -> tuple[Any, list[Any]]:
         return tower, classes
     if cls is None and (classes := mapped(config, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING)):
         return config, classes
-    takes = f" takes {cls.main_input_name!r}," if hasattr(cls, "main_input_name") else ""
+    main_input = getattr(cls, "main_input_name", None)
+    takes = f" takes {main_input!r}," if main_input else ""
     kind = named or config.model_type
     raise ModelError(
         f"{spec} is no vision model: {kind}{takes} expected one that takes 'pixel_values' of single pictures"

@@ -28,7 +28,7 @@ from ..errors import ComcatError, NumericsError, PlanError, nearest
 
 SWEEPS = 50
 """Most sweeps of a Tucker decomposition; it stops where the relative error changes by less than ``TOLERANCE``."""
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 
 
 def matrix_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -92,10 +92,9 @@ class TuckerLinear(nn.Module):
             with torch.no_grad():
                 self.core.zero_()
             return
-        order = len(self.ranks)
         with _tensorly() as tensorly:
             # The start, an SVD of each unfolding, is the best there is for a matrix; more modes are improved in turn.
-            sweeps = 1 if order == 2 else SWEEPS
+            sweeps = 0 if len(self.ranks) == 2 else SWEEPS
             core, factors = tensorly.decomposition.tucker(
                 tensor, rank=list(self.ranks), n_iter_max=sweeps, tol=TOLERANCE, random_state=0
             )

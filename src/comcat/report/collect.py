@@ -14,7 +14,8 @@ from ..linalg import product_singular_values
 from ..measure import Evaluation, Timing, count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
 from ..methods.allocate import tail_loss
 from ..methods.compress import Compressed
-from ..sites import Attention, Site, Sites
+from ..plan import planned_parameters
+from ..sites import Attention, Kind, Site, Sites
 from .data import ReportData, SiteRow, Spectrum
 
 
@@ -43,7 +44,12 @@ def collect(
     evaluated = evaluations[1]
     agreement: dict[str, float | None] = {}
     if evaluated is not None:
-        agreement = {"agreement": evaluated.agreement, "cosine": evaluated.cosine, "divergence": evaluated.divergence, "count": evaluated.count}
+        agreement = {
+            "agreement": evaluated.agreement,
+            "cosine": evaluated.cosine,
+            "divergence": evaluated.divergence,
+            "count": evaluated.count,
+        }
     return ReportData(
         title=title, model=model, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command,
         settings={**(settings or {}), **{f"plan.{k}": v for k, v in plan.made_by.items()}}, environment=environment(),
@@ -72,7 +78,10 @@ def weight_spectra(model: nn.Module, sites: Sites) -> list[Spectrum]:
 
 
 def _by_head(a: Attention, matrix: str, values: Tensor, cost: int) -> list[Spectrum]:
-    return [Spectrum(layer=a.path, matrix=matrix, head=h, singular_values=tuple(v.tolist()), parameters_per_rank=cost) for h, v in enumerate(values)]
+    return [
+        Spectrum(layer=a.path, matrix=matrix, head=h, singular_values=tuple(v.tolist()), parameters_per_rank=cost)
+        for h, v in enumerate(values)
+    ]
 
 
 def _rows(done: Compressed) -> tuple[SiteRow, ...]:
@@ -87,12 +96,27 @@ def _rows(done: Compressed) -> tuple[SiteRow, ...]:
             predicted = 0.0 if rank is None else float(tail_loss(prepared.factorizations[name].singular_values)[rank])
         rows.append(
             SiteRow(
-                name=name, kind=site.kind, rank=rank, full_rank=site.full_rank, parameters_before=site.parameters(),
-                parameters_after=site.parameters(rank), predicted_loss=predicted, note="" if rank is not None else _why_dense(site),
-            )  # fmt: skip
+                name=name,
+                kind=site.kind,
+                rank=rank,
+                full_rank=site.full_rank,
+                parameters_before=site.parameters(),
+                parameters_after=planned_parameters(site, entry),
+                predicted_loss=predicted,
+                note="" if rank is not None else _why_dense(site),
+            )
         )
     rows += [
-        SiteRow(name=r.name, kind=_kind(r.name), rank=None, full_rank=0, parameters_before=0, parameters_after=0, predicted_loss=None, note=r.reason)
+        SiteRow(
+            name=r.name,
+            kind=_kind(r.name),
+            rank=None,
+            full_rank=0,
+            parameters_before=0,
+            parameters_after=0,
+            predicted_loss=None,
+            note=r.reason,
+        )
         for r in prepared.sites.refused
     ]
     return tuple(rows)
@@ -104,12 +128,17 @@ def _why_dense(site: Site) -> str:
     return "stays as it is: the budget is better spent elsewhere"
 
 
-def _kind(name: str):
-    return name.rpartition(":")[2] if name.endswith((":qk", ":vo")) else "linear"
+def _kind(name: str) -> Kind:
+    return "qk" if name.endswith(":qk") else "vo" if name.endswith(":vo") else "linear"
 
 
 def _metrics(
-    model: nn.Module, example: Tensor | None, evaluated: Evaluation | None, timings: Mapping[str, Timing] | None, compiled: Mapping[str, Timing] | None, key: str
+    model: nn.Module,
+    example: Tensor | None,
+    evaluated: Evaluation | None,
+    timings: Mapping[str, Timing] | None,
+    compiled: Mapping[str, Timing] | None,
+    key: str,
 ) -> dict[str, float | None]:
     numbers: dict[str, float | None] = {"parameters": count_parameters(model), "size_bytes": size_on_disk(model)}
     if example is not None:

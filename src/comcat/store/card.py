@@ -75,25 +75,26 @@ def _base_model(origin: Mapping[str, Any]) -> str | None:
 
 
 def _loading(config: Mapping[str, Any], name: str) -> str:
-    gives = "outputs" if not _classifies(config["origin"]) else "logits"
+    classifies, library = _classifies(config["origin"]), config["origin"]["library"]
+    where = "# this folder, or the name of its repository"
     if "stock" in config:
-        automatic = "AutoModelForImageClassification" if _classifies(config["origin"]) else "AutoModel"
+        automatic = "AutoModelForImageClassification" if classifies else "AutoModel"
         lines = [
             f"from transformers import {automatic}",
-            f'model = {automatic}.from_pretrained("{name}").eval()',
-            "outputs = model(pictures)",
+            f'model = {automatic}.from_pretrained("{name}").eval()  {where}',
+            "logits = model(pictures).logits" if classifies else "outputs = model(pictures)",
         ]
         note = (
             "No code of comcat is needed: it is an ordinary checkpoint with narrower heads (`head_dim` in its config)."
         )
     else:
-        of = ".logits" if gives == "logits" and config["origin"]["library"] == "transformers" else ""
+        output = "logits = model(pictures)" + (".logits" if library == "transformers" else "")
         lines = [
             "import comcat",
-            f'model = comcat.load("{name}")  # this folder, or the name of its repository',
-            f"{gives} = model(pictures){of}",
+            f'model = comcat.load("{name}")  {where}',
+            output if classifies else "outputs = model(pictures)",
         ]
-        note = f"Install it with `pip install 'comcat[{config['origin']['library']}]'`."
+        note = f"Install it with `pip install 'comcat[{library}]'`."
     return "```python\n" + "\n".join(lines) + f"\n```\n\n{note}"
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -87,6 +88,8 @@ def replacing(folder: Path, *, overwrite: bool = True) -> Iterator[Path]:
         new, lock = _new_sibling(target)
         try:
             yield new
+            for path in new.iterdir():  # some libraries make files that nobody else can read
+                path.chmod(stat.S_IMODE(new.stat().st_mode) & (0o777 if path.is_dir() else 0o666))
             _carry_over(target, new)
             _sync(new)
             _swap(new, target)

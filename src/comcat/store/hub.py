@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import StoreError
+from ..models.failures import first_line
 from .folder import FILES, STOCK_CONFIG, own_config
 
 _MESSAGE = "Upload a model compressed with comcat"
@@ -32,7 +33,7 @@ def download(repo_id: str, *, revision: str | None = None, token: str | bool | N
     except Exception as error:  # anything from HTTP errors to OSError, depending on where it fails
         at = f" at {revision!r}" if revision else ""
         raise StoreError(
-            f"there is no folder {repo_id!r}, and the hub's {repo_id}{at} cannot be had: {_reason(error)}"
+            f"there is no folder {repo_id!r}, and the hub's {repo_id}{at} cannot be had: {first_line(error)}"
         ) from error
 
 
@@ -47,7 +48,9 @@ def push_to_hub(
     """Upload a compressed model, or a folder that :func:`comcat.save` wrote, to the hub as ``"user/repo"``.
 
     The repository is made if it is not there (``private`` counts only then). Of a folder, only what comcat wrote goes
-    up. Returns the repository's address. Raises StoreError if the folder is not comcat's or damaged, or if the hub refuses.
+    up. Returns the repository's address.
+
+    Raises StoreError if the folder is not comcat's or is damaged, or if the hub refuses.
     """
     if not looks_like_repo(repo_id):
         raise StoreError(f"got the repository {repo_id!r}, expected 'user/repo'")
@@ -69,7 +72,7 @@ def _upload(folder: Path, repo_id: str, private: bool, token: str | bool | None,
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(folder_path=folder, repo_id=repo_id, commit_message=message, allow_patterns=names)
     except Exception as error:
-        raise StoreError(f"cannot push to the hub's {repo_id}: {_reason(error)}") from error
+        raise StoreError(f"cannot push to the hub's {repo_id}: {first_line(error)}") from error
     return str(url)
 
 
@@ -84,8 +87,3 @@ def _names(folder: Path) -> list[str]:
         config = read_config(folder)
         check_files(folder, config)
     return [name for name in config["sha256"] if (folder / name).is_file()]
-
-
-def _reason(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -47,9 +47,9 @@ def load(
     folder = _folder(source, revision, token)
     config = read_config(folder)
     check_files(folder, config)
-    record = _record(folder, config)
+    origin, record = _described(folder, config)
     try:
-        model = rebuild(Origin.from_dict(record.origin), record.plan).model
+        model = rebuild(origin, record.plan).model
         fill(model, read_tensors(folder / WEIGHTS))
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from error
@@ -132,7 +132,8 @@ def _folder(source: str | os.PathLike[str], revision: str | None, token: str | b
     )
 
 
-def _record(folder: Path, config: dict[str, Any]) -> Record:
+def _described(folder: Path, config: dict[str, Any]) -> tuple[Origin, Record]:
+    """Where a saved model comes from, and the record it had."""
     try:
         plan = Plan.load(folder / PLAN)
         origin = Origin.from_dict(config["origin"])
@@ -141,7 +142,7 @@ def _record(folder: Path, config: dict[str, Any]) -> Record:
     except (KeyError, ModelError) as error:
         raise StoreError(f"{folder / CONFIG} says nothing usable of the model's origin: {error}") from error
     names = config.get("class_names")
-    return Record(
+    return origin, Record(
         plan=plan,
         origin=origin.to_dict(),
         settings=config.get("settings") or {},

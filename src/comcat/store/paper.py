@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import os
+import pickle
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite
 from ..hosts import find_sites
 from ..models import class_names_of, load_model, origin_of, preprocess_of
+from ..models.failures import first_line
 from ..modules.lowrank import LowRankAttention, LowRankLinear
 from ..plan import Plan, Record, SitePlan, apply_
 from ..sites import Attention, Sites
@@ -54,9 +57,10 @@ def import_paper(
         ModelError: if there is no such architecture.
     """
     state = _read_checkpoint(Path(checkpoint).expanduser())
-    model = (
-        copy.deepcopy(base) if isinstance(base, nn.Module) else load_model(base, pretrained=False, **_classes(state))
-    )
+    if isinstance(base, nn.Module):
+        model: Any = copy.deepcopy(base)
+    else:
+        model = load_model(base, pretrained=False, **_classes(state))
     origin = origin_of(model)
     if not hasattr(model, "blocks"):
         raise StoreError(f"base is a {type(model).__name__}, expected a ViT or DeiT of timm, which has blocks")
@@ -83,7 +87,7 @@ def import_paper(
     names = class_names_of(model)
     model.comcat_record = Record(
         plan=plan, origin=origin.to_dict(), preprocess=preprocess_of(model).to_dict(), class_names=names
-    )  # type: ignore[assignment]
+    )
     return model.eval()
 
 
@@ -94,12 +98,14 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what is damaged can fail anywhere
-        if "allowed global" in str(error) or "nsupported global" in str(error):
+        refused = isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused:
             raise StoreError(
-                f"{path} holds more than tensors and plain data; reading that could run any code, so it is refused: "
-                f"{_first_line(error)}"
+                f"{path} is refused: it holds {refused[1]}, and only tensors and plain data are read, "
+                "since anything else could run code"
             ) from error
-        raise StoreError(f"{path} is damaged or no checkpoint of torch: {_first_line(error)}") from error
+        reason = "no tensors can be read from it" if isinstance(error, pickle.UnpicklingError) else first_line(error)
+        raise StoreError(f"{path} is damaged or no checkpoint of torch: {reason}") from error
     state = content.get("model", content) if isinstance(content, Mapping) else content
     if (
         not isinstance(state, Mapping)
@@ -124,12 +130,7 @@ def _kinds(content: Any) -> str:
     return f"a {type(content).__name__}"
 
 
-def _first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def _classes(state: Mapping[str, Tensor]) -> dict[str, int]:
+def _classes(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The number of classes, read off the head."""
     for name in ("head.weight", f"head.{_LAYER}.last_factor.weight"):
         if name in state and state[name].ndim == 2:
@@ -166,9 +167,11 @@ class _Reading:
             for n, m in self.model.named_modules()
             if type(m) is nn.Linear and self._has(f"{n}.{_LAYER}.last_factor.weight")
         ]
-        #  layers that our sites do not know, because factors of them never pay, become dense again
+        # layers that are no sites, because factors of them never pay, become dense again
         self.merged = [
-            path for path in self.linears if path not in self.sites or self._inner(path) > self.sites[path].full_rank
+            path
+            for path in self.linears
+            if path not in self.sites or self.inner_rank(path) > self.sites[path].full_rank
         ]
 
     def plan(self) -> Plan:
@@ -180,7 +183,7 @@ class _Reading:
             sites[f"{path}:vo"] = SitePlan(rank=vo, full_rank=a.width)
         for path in self.linears:
             if path not in self.merged:
-                sites[path] = SitePlan(rank=self._inner(path), full_rank=self.sites[path].full_rank)
+                sites[path] = SitePlan(rank=self.inner_rank(path), full_rank=self.sites[path].full_rank)
         return Plan(sites=sites, made_by={"method": "checkpoint of COMCAT's published code"})
 
     def attention_ranks(self, path: str) -> tuple[int, int]:
@@ -273,7 +276,8 @@ class _Reading:
             return None
         return torch.cat([self._get(n) for n in names])
 
-    def _inner(self, path: str) -> int:
+    def inner_rank(self, path: str) -> int:
+        """Rank of a linear layer."""
         return len(self._get(f"{path}.{_LAYER}.first_factor.weight"))
 
     def _pair(self, path: str) -> tuple[Tensor, Tensor | None]:
@@ -300,9 +304,9 @@ def _compare_ranks(listed_ranks: list[int], reading: _Reading) -> None:
         heads = 1 if attention is None else attention.heads
         expected += [(f"{path}:qk", qk, heads), (f"{path}:vo", vo, heads)]
         for name in (f"blocks.{index}.mlp.fc1", f"blocks.{index}.mlp.fc2"):
-            expected.append((name, reading._inner(name) if name in reading.linears else None, 1))
+            expected.append((name, reading.inner_rank(name) if name in reading.linears else None, 1))
     heads_of_model = [n for n in ("head", "head_dist") if hasattr(reading.model, n)]
-    optional = [(n, reading._inner(n) if n in reading.linears else None, 1) for n in heads_of_model]
+    optional = [(n, reading.inner_rank(n) if n in reading.linears else None, 1) for n in heads_of_model]
     if not len(expected) <= len(listed_ranks) <= len(expected) + len(optional):
         raise StoreError(
             f"the ranks file lists {len(listed_ranks)} ranks, expected {len(expected)} for the blocks "

@@ -78,13 +78,13 @@ def save(
     check_replaceable(target, overwrite)  # before any work
     origin, rebuilt = _origin(model, origin, record)
     record = _completed(model, record, origin)
-    config = _config(model, origin, record, rebuilt)
+    config, plan_text = _config(model, origin, record, rebuilt), _plan_text(record.plan)
     with replacing(target, overwrite=overwrite) as new:
         if stock:
             config |= {"stock": write_stock(model, origin, record, rebuilt.sites, new)}
         else:
             write_tensors(model.state_dict(), new / WEIGHTS)
-        (new / PLAN).write_text(record.plan.to_json(), encoding="utf-8")
+        (new / PLAN).write_text(plan_text, encoding="utf-8")
         (new / CARD).write_text(
             model_card(config, record.plan, name=Path(os.path.abspath(target)).name), encoding="utf-8"
         )
@@ -120,19 +120,20 @@ def _record(model: nn.Module, plan: Plan | None, record: Record | None) -> Recor
 
 def _origin(model: nn.Module, given: Origin | None, record: Record) -> tuple[Origin, Rebuilt]:
     """The origin from which ``record``'s plan makes a structure that holds the model's weights, and that structure."""
-    if given is not None:
-        candidates = [given]
-    else:  # what the model remembers is brought up to date with its classes and picture size; the record is not
-        noted = None if record.origin is None else Origin.from_dict(record.origin)
-        candidates = [noted] if noted is not None else []
-        if noted is None or remembered_origin(model) is not None:
+    noted = None if record.origin is None else Origin.from_dict(record.origin)
+    candidates = [o for o in (given, noted) if o is not None][:1]
+    if given is None and (noted is None or remembered_origin(model) is not None):
+        try:  # what the model remembers is brought up to date with its classes and picture size; the record is not
             candidates.insert(0, origin_of(model))
+        except ModelError:
+            if noted is None:
+                raise
     state = model.state_dict()
     found: list[str] = []
     for candidate in candidates:
         try:
             rebuilt = rebuild(candidate, record.plan)
-        except StoreError as error:
+        except (StoreError, ModelError) as error:
             found = found or [str(error)]
             continue
         phrases = unlike(state, rebuilt.model.state_dict())
@@ -173,6 +174,13 @@ def _config(model: nn.Module, origin: Origin, record: Record, rebuilt: Rebuilt) 
         "libraries": _versions(origin.library),
     }
     return {key: _plain(value, key) for key, value in config.items()}
+
+
+def _plan_text(plan: Plan) -> str:
+    try:
+        return plan.to_json()
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"the plan holds what JSON cannot: {error}") from error
 
 
 def _versions(library: str) -> dict[str, str]:

@@ -63,7 +63,8 @@ def write_stock(model: nn.Module, origin: Origin, record: Record, sites: Sites, 
     stock.load_state_dict(state)
     _compare(thin, stock)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    stock.to(dtype).save_pretrained(folder, max_shard_size="1TB")
+    cast: Any = stock.to(dtype)
+    cast.save_pretrained(folder, max_shard_size="1TB")
     processor = origin.preprocessor or (
         processor_config(Preprocess.from_dict(record.preprocess)) if record.preprocess else None
     )
@@ -100,8 +101,8 @@ def uniform_rank(plan: Plan, sites: Sites) -> tuple[int, list[Attention]]:
         if entry.rank != rank:
             first = next(iter(plan.sites))
             raise StoreError(
-                f"no stock export: {name} has rank {entry.rank}, but {first} has {rank}; "
-                "every QK and VO must have one rank"
+                f"no stock export: {name} has rank {entry.rank}, but {first} has {rank}; every QK and VO must have "
+                "one rank: compress with ranks='uniform', tie=True and, where shares do not divide evenly, multiple=8"
             )
         assert site.attention is not None
         attentions[site.path] = site.attention
@@ -135,7 +136,7 @@ def _exchange_attention(
     for letter, (weight, bias) in _parts(thin, a, rank).items():
         factor = a.scale * math.sqrt(rank) if letter == "q" else 1.0
         name = paths[letter]
-        expected = stock.get_submodule(name).bias
+        expected: Tensor | None = getattr(stock.get_submodule(name), "bias", None)
         state[f"{name}.weight"] = (weight.detach().double() * factor).to(weight.dtype)
         if expected is not None:
             state[f"{name}.bias"] = (
@@ -153,14 +154,16 @@ def _exchange_attention(
 def _parts(thin: nn.Module, a: Attention, rank: int) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight and bias of the q, k, v and output projections of a low-rank attention whose two ranks are equal."""
     if a.mount == "whole":
-        module = thin.get_submodule(a.path)
+        module: Any = thin.get_submodule(a.path)
         rows = a.heads * rank
-        q, k, v = module.get_submodule("qkv").get_parameter("weight").split((rows, rows, rows))
-        out = module.get_submodule("proj")
+        q, k, v = module.qkv.weight.split((rows, rows, rows))
+        out = module.proj
         return {"q": (q, module.q_bias), "k": (k, None), "v": (v, module.v_bias), "o": (out.weight, out.bias)}
-    modules = {"q": a.q.path, "k": a.k.path, "v": a.v.path, "o": a.out}
-    linears = {letter: thin.get_submodule(path) for letter, path in modules.items()}
-    return {letter: (linear.get_parameter("weight"), linear.bias) for letter, linear in linears.items()}
+    linears: dict[str, Any] = {
+        letter: thin.get_submodule(path)
+        for letter, path in (("q", a.q.path), ("k", a.k.path), ("v", a.v.path), ("o", a.out))
+    }
+    return {letter: (linear.weight, linear.bias) for letter, linear in linears.items()}
 
 
 def _compare(thin: nn.Module, stock: nn.Module) -> None:

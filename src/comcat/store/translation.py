@@ -18,7 +18,7 @@ _ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "q
 
 
 def translated(
-    model: nn.Module, class_names: tuple[str, ...] | None, rank: int
+    model: Any, class_names: tuple[str, ...] | None, rank: int
 ) -> tuple[nn.Module, dict[str, Tensor], dict[str, str]]:
     """A transformers model of random weights for a compressed ViT or DeiT of timm, with heads of width ``rank``.
 
@@ -34,14 +34,14 @@ def translated(
             f"no stock export: this {type(model).__name__} of timm is no plain ViT or DeiT of transformers: {reason}"
         )
     distilled = type(model).__name__ == "VisionTransformerDistilled"
-    cls = transformers.DeiTForImageClassificationWithTeacher if distilled else transformers.ViTForImageClassification
-    config = (transformers.DeiTConfig if distilled else transformers.ViTConfig)(
-        **_config(model, rank), **_labels(model, class_names)
+    base = "deit" if distilled else "vit"
+    cls: Any = (
+        transformers.DeiTForImageClassificationWithTeacher if distilled else transformers.ViTForImageClassification
     )
+    config: Any = cls.config_class(**_config(model, rank), **_labels(model, class_names))
     config.head_dim = rank
     with torch.random.fork_rng(devices=[]):
         stock = cls(config).eval()
-    base = "deit" if distilled else "vit"
     names = dict(_names(model, base, distilled))
     state = model.state_dict()
     renamed = {new: state[old] for old, new in names.items() if old in state}
