@@ -24,7 +24,7 @@ from common import RESULTS, SHARED, machine, parser, table, write
 from torch import nn
 
 from comcat import batches, load_model, open_pictures, preprocess_of
-from comcat.calibrate import calibrate
+from comcat.calibration import calibrate
 from comcat.factors import PaperCode, Statistic, Unilateral, Weights
 from comcat.hosts import find_sites
 from comcat.measure import count_parameters, evaluate

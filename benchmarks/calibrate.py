@@ -12,7 +12,7 @@ import sys
 import torch
 from common import interleaved, median, parser, random_pictures, vit, write
 
-from comcat.calibrate import calibrate
+from comcat.calibration import calibrate
 from comcat.hosts import find_sites
 
 

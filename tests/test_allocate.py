@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comcat.calibrate import calibrate
+from comcat.calibration import calibrate
 from comcat.errors import BudgetError, SettingsError
 from comcat.factors import Weights
 from comcat.hosts import find_sites

@@ -28,7 +28,9 @@ def products(draw: st.DrawFn, *, singular: bool = False) -> tuple[Tensor, Tensor
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     a, b = (torch.randn(*batch, size, k, generator=generator, dtype=torch.float64) for size in (m, n))
     # singular values of every factor between a half and two: how well posed the question is, is not the question
-    a, b = (u @ (s.clamp(0.5, 2)[..., None] * vh) for u, s, vh in (torch.linalg.svd(t, full_matrices=False) for t in (a, b)))
+    a, b = (
+        u @ (s.clamp(0.5, 2)[..., None] * vh) for u, s, vh in (torch.linalg.svd(t, full_matrices=False) for t in (a, b))
+    )
     if singular:
         for factor in (a, b):
             match draw(st.sampled_from(["regular", "dead", "repeated", "zero"])):
@@ -92,7 +94,9 @@ def _other_approximations(product: Tensor, a: Tensor, b: Tensor, rank: int, gene
     yield a[..., :rank] @ b[..., :rank].mT
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
     yield (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :] @ b.mT
-    sketch, _ = torch.linalg.qr(product @ torch.randn(*product.shape[:-2], product.shape[-1], rank, generator=generator, dtype=torch.float64))
+    sketch, _ = torch.linalg.qr(
+        product @ torch.randn(*product.shape[:-2], product.shape[-1], rank, generator=generator, dtype=torch.float64)
+    )
     yield sketch @ (sketch.mT @ product)
     u, s, vh = torch.linalg.svd(product, full_matrices=False)
     yield (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
@@ -107,7 +111,9 @@ def test_metrics_on_both_sides(factors: tuple[Tensor, Tensor], data: st.DataObje
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     roots = []
     for side in (a, b):
-        u, _, vh = torch.linalg.svd(torch.randn(side.shape[-2], side.shape[-2], generator=generator, dtype=torch.float64))
+        u, _, vh = torch.linalg.svd(
+            torch.randn(side.shape[-2], side.shape[-2], generator=generator, dtype=torch.float64)
+        )
         roots.append(u @ (torch.linspace(0.5, 2, side.shape[-2], dtype=torch.float64)[:, None] * vh))
     left, right = factorize(gram(roots[0] @ a), gram(roots[1] @ b)).truncate(rank)
     error = roots[0] @ (a @ b.mT - (a @ left) @ (b @ right).mT) @ roots[1].mT
@@ -143,7 +149,12 @@ def test_grams_that_do_not_fit(shapes: tuple[tuple[int, ...], tuple[int, ...]]) 
 def test_values_that_are_no_numbers(value: float) -> None:
     good, bad = torch.eye(3), torch.eye(3)
     bad[1, 1] = value
-    for call in (lambda: root(bad), lambda: factorize(good, bad), lambda: factorize(bad, good), lambda: product_singular_values(bad, good)):
+    for call in (
+        lambda: root(bad),
+        lambda: factorize(good, bad),
+        lambda: factorize(bad, good),
+        lambda: product_singular_values(bad, good),
+    ):
         with pytest.raises(NumericsError, match="NaN or infinite"):
             call()
     for arguments in ((bad, good, good), (good, bad, good), (good, good, bad)):
@@ -161,7 +172,9 @@ def test_roots(factors: tuple[Tensor, Tensor]) -> None:
         level = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         eye = torch.eye(k, dtype=torch.float64)
         ridge = RIDGE * torch.where(level > 0, level, 1.0) * eye
-        torch.testing.assert_close(lower @ lower.mT, matrix + ridge, rtol=1e-9, atol=1e-13 * float(matrix.abs().max()) + 1e-15)
+        torch.testing.assert_close(
+            lower @ lower.mT, matrix + ridge, rtol=1e-9, atol=1e-13 * float(matrix.abs().max()) + 1e-15
+        )
         torch.testing.assert_close(inverse.mT @ lower, eye.expand_as(lower), rtol=0, atol=1e-5)
 
 
@@ -176,6 +189,22 @@ def test_a_gram_that_rounding_made_indefinite() -> None:
     torch.testing.assert_close(inverse.mT @ lower, torch.eye(5, dtype=torch.float64).expand(2, 5, 5), rtol=0, atol=1e-8)
     left, right = factorize(matrix, matrix).truncate(5)
     torch.testing.assert_close(left @ right.mT, torch.eye(5, dtype=torch.float64).expand(2, 5, 5), rtol=0, atol=1e-8)
+
+
+def test_a_side_that_never_occurs_leaves_nothing_to_lose() -> None:
+    """However large the other side is; and its factors still reproduce the product at full rank."""
+    large = 1e12 * gram(torch.randn(2, 6, 3))
+    dead = large.clone()
+    dead[0] = 0
+    for grams in ((dead, large), (large, dead)):
+        found = factorize(*grams)
+        assert (
+            found.singular_values[0].equal(torch.zeros(3, dtype=torch.float64)) and (found.singular_values[1] > 0).all()
+        )
+        left, right = found.truncate(3)
+        torch.testing.assert_close(
+            left @ right.mT, torch.eye(3, dtype=torch.float64).expand(2, 3, 3), rtol=0, atol=1e-8
+        )
 
 
 # ---------------------------------------------------------------- refit
@@ -216,7 +245,9 @@ def test_refit_restores_what_a_full_basis_can() -> None:
     torch.manual_seed(0)
     basis, weight = torch.randn(5, 5, dtype=torch.float64), torch.randn(5, 3)
     covariance = gram(torch.randn(30, 5)) / 30
-    torch.testing.assert_close(basis @ refit(covariance, basis, weight, ridge=1e-13), weight.double(), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        basis @ refit(covariance, basis, weight, ridge=1e-13), weight.double(), rtol=0, atol=1e-7
+    )
 
 
 def test_refit_of_nothing_is_nothing() -> None:
@@ -257,7 +288,9 @@ def test_one_picture_is_pulled_half_way_and_equal_ones_not_at_all() -> None:
     torch.manual_seed(0)
     own, target = gram(torch.randn(1, 2, 6, 3)), gram(torch.randn(2, 6, 3))
     assert weight_of(own, target).tolist() == [0.5, 0.5]
-    torch.testing.assert_close(weight_of(own.expand(4, -1, -1, -1), target), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        weight_of(own.expand(4, -1, -1, -1), target), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert weight_of(own.expand(4, -1, -1, -1), own[0]).tolist() == [0.0, 0.0]  # nothing between them to divide by
 
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _WHERE = {
-    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "calibrate", "allocate": "methods.allocate", "apply_": "plan",
-    "batches": "data", "calibrate": "calibrate", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
+    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "calibration", "allocate": "methods.allocate", "apply_": "plan",
+    "batches": "data", "calibrate": "calibration", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "models",
     "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
     "ComcatError": "errors",
@@ -23,8 +23,8 @@ _WHERE = {
 __all__ = ["__version__", *sorted(_WHERE)]
 
 if TYPE_CHECKING:
-    from .calibrate import Statistics as Statistics
-    from .calibrate import calibrate as calibrate
+    from .calibration import Statistics as Statistics
+    from .calibration import calibrate as calibrate
     from .data import batches as batches
     from .data import open_pictures as open_pictures
     from .errors import ComcatError as ComcatError
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'comcat' has no attribute {name!r}")
-    # A sub-module of the same name (comcat.calibrate) becomes an attribute of the package once imported: put the function there.
+    # A sub-module of the same name (comcat.calibration) becomes an attribute of the package once imported: put the function there.
     value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -120,7 +120,7 @@ class Demo(Common):
     """Which demo."""
     out: Path = Path("runs/demo-compress")
     """Folder to save to."""
-    reduce: float = 0.6
+    reduce: float = 0.8
     """Share of the parameters to save."""
     seed: int = 0
     """Seed of training and calibration."""

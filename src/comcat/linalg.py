@@ -89,7 +89,9 @@ def factorize(gram_a: Tensor, gram_b: Tensor, *, ridge: float = RIDGE) -> Factor
         SettingsError: if the shapes differ or are not square. NumericsError: if a Gram holds NaN or infinity.
     """
     if gram_a.shape != gram_b.shape or gram_a.shape[-1] != gram_a.shape[-2]:
-        raise SettingsError(f"got Grams of shapes {tuple(gram_a.shape)} and {tuple(gram_b.shape)}, expected two equal (..., k, k)")
+        raise SettingsError(
+            f"got Grams of shapes {tuple(gram_a.shape)} and {tuple(gram_b.shape)}, expected two equal (..., k, k)"
+        )
     root_a, inverse_a = root(gram_a, ridge=ridge)
     root_b, inverse_b = root(gram_b, ridge=ridge)
     p, sigma, rt = torch.linalg.svd(root_a.mT @ root_b)

@@ -33,7 +33,10 @@ def test_torch_compile(name: str) -> None:
         assert relative_error(whole(images), model(images)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-beit", "timm-swin", "timm-relpos", "timm-eva02", "timm-swinv2", "hf-vit", "hf-swin", "hf-sam"])
+@pytest.mark.parametrize(
+    "name",
+    ["timm-vit", "timm-beit", "timm-swin", "timm-relpos", "timm-eva02", "timm-swinv2", "hf-vit", "hf-swin", "hf-sam"],
+)
 def test_autocast_and_half_precision(name: str) -> None:
     subject = subject_of(name)
     model = subject.copy()
@@ -58,7 +61,9 @@ def test_gradient_checkpointing(name: str) -> None:
             if "Drop" in type(m).__name__:
                 m.eval()
         calls: list[int] = []
-        next(m for n, m in model.named_modules() if type(m).__name__ == "LowRankLinear").register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        next(m for n, m in model.named_modules() if type(m).__name__ == "LowRankLinear").register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
         if checkpointing and hasattr(model, "set_grad_checkpointing"):
             model.set_grad_checkpointing()
         elif checkpointing:
@@ -78,7 +83,12 @@ def attention_of(settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, Tensor
     model = nn.Sequential(Attention(16, num_heads=2, qkv_bias=True, **settings), nn.Linear(16, 16))
     for p in model.parameters():
         nn.init.normal_(p, std=0.4)
-    same = nn.Sequential(*(type(m)(16, num_heads=2, qkv_bias=True, **settings) if i == 0 else nn.Linear(16, 16) for i, m in enumerate(model)))
+    same = nn.Sequential(
+        *(
+            type(m)(16, num_heads=2, qkv_bias=True, **settings) if i == 0 else nn.Linear(16, 16)
+            for i, m in enumerate(model)
+        )
+    )
     same.load_state_dict(model.state_dict())
     apply_(same, full_plan(find_sites(same)))
     return model.eval()[0], same.eval()[0], torch.randn(3, 6, 16)
@@ -89,7 +99,12 @@ def test_masks_pass_through(settings: dict[str, Any]) -> None:
     attention, stand_in, x = attention_of(settings)
     keep = torch.rand(3, 1, 6, 6) > 0.4
     keep |= torch.eye(6, dtype=torch.bool)
-    for mask in ({"attn_mask": keep}, {"attn_mask": torch.randn(3, 2, 6, 6)}, {"attn_mask": torch.randn(6, 6)}, {"is_causal": True}):
+    for mask in (
+        {"attn_mask": keep},
+        {"attn_mask": torch.randn(3, 2, 6, 6)},
+        {"attn_mask": torch.randn(6, 6)},
+        {"is_causal": True},
+    ):
         expected = attention(x, **mask)
         assert relative_error(stand_in(x, **mask), expected) < 1e-5
         assert relative_error(attention(x), expected) > 1e-2
@@ -110,7 +125,9 @@ def test_attention_dropout_passes_through() -> None:
 
 def test_attention_dropout_in_parts_keeps_the_value_bias() -> None:
     subject = subject_of("hf-vit")
-    model = zoo.hf_model("ViTForImageClassification", "ViTConfig", **zoo.HF, num_labels=7, attention_probs_dropout_prob=0.5)()
+    model = zoo.hf_model(
+        "ViTForImageClassification", "ViTConfig", **zoo.HF, num_labels=7, attention_probs_dropout_prob=0.5
+    )()
     model.load_state_dict(subject.original.state_dict())
     outputs = []
     for compress in (False, True):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comcat.calibrate import calibrate
+from comcat.calibration import calibrate
 from comcat.plan import apply_
 from comcat.sites import Site
 
@@ -95,7 +95,13 @@ class _Naive:
         for batch, targets in zip(batches, labels, strict=True):
             for image, target in zip(batch, targets, strict=True):
                 F.cross_entropy(self.model(image[None]), target[None], reduction="sum").backward()
-                found.append({**{n: t.detach() for n, t in self.seen.items()}, "gk": self.seen["k"].grad, "go": self.seen["o"].grad})
+                found.append(
+                    {
+                        **{n: t.detach() for n, t in self.seen.items()},
+                        "gk": self.seen["k"].grad,
+                        "go": self.seen["o"].grad,
+                    }
+                )
         return found
 
 
@@ -131,7 +137,9 @@ def test_moments_of_products_are_those_of_a_naive_computation(name: str, path: s
     keys = mean(lambda p: _outer(p["k"] - p["k"].mean(1, keepdim=True), heads) / rows)  # centred in each softmax set
     outputs = torch.cat([p["o"].flatten(0, 1) for p in pictures]).double()
     joint = torch.cov(outputs.mT, correction=0)[None]
-    by_head = torch.stack([joint[0, i : i + vo.full_rank, i : i + vo.full_rank] for i in range(0, heads * vo.full_rank, vo.full_rank)])
+    by_head = torch.stack(
+        [joint[0, i : i + vo.full_rank, i : i + vo.full_rank] for i in range(0, heads * vo.full_rank, vo.full_rank)]
+    )
     table = [
         (activation, qk, "a", queries),
         (activation, qk, "b", keys),
@@ -152,7 +160,10 @@ def test_moments_of_linear_layers_are_those_of_a_naive_computation() -> None:
     batches = [subject.case.images(2, seed=s) for s in (1, 2)]
     found = calibrate(model, batches, statistic="loss", sites=subject.sites, seed=3)
     seen: dict[str, Tensor] = {}
-    wide, narrow = subject.sites["blocks.0.mlp.fc1"], subject.sites["blocks.0.mlp.fc2"]  # more outputs than inputs, and fewer
+    wide, narrow = (
+        subject.sites["blocks.0.mlp.fc1"],
+        subject.sites["blocks.0.mlp.fc2"],
+    )  # more outputs than inputs, and fewer
 
     def keep_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         seen["wide"] = inputs[0].clone().requires_grad_()

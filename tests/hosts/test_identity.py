@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comcat.calibrate import calibrate
+from comcat.calibration import calibrate
 from comcat.factors import Weights, factorize_site, truncate_site
 from comcat.linalg import factorize
 from comcat.plan import Plan, SitePlan, apply_
@@ -44,7 +44,14 @@ def per_head(model: nn.Module, site: Site) -> tuple[Tensor, Tensor, Tensor, Tens
     a = site.attention
     q, k, v = (p.weight(model).detach().double().unflatten(0, (a.heads, -1)).mT for p in (a.q, a.k, a.v))
     b_q, b_v = (p.bias_or_none(model).detach().double().view(a.heads, -1) for p in (a.q, a.v))
-    return q, k, v, b_q, b_v, model.get_submodule(a.out).weight.detach().double().unflatten(1, (a.heads, -1)).permute(1, 2, 0)
+    return (
+        q,
+        k,
+        v,
+        b_q,
+        b_v,
+        model.get_submodule(a.out).weight.detach().double().unflatten(1, (a.heads, -1)).permute(1, 2, 0),
+    )
 
 
 def attention_weights(model: nn.Module, site: Site, x: Tensor) -> Tensor:
@@ -88,7 +95,9 @@ def test_vo_under_the_loss(vit: Subject, rank: int) -> None:
     _, _, v, _, _, out = per_head(model, site)
     seen: list[Tensor] = []
     model.get_submodule(site.path).register_full_backward_hook(lambda m, gi, go: seen.append(go[0]))
-    labels = torch.multinomial(model(vit.images).detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    labels = torch.multinomial(model(vit.images).detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[
+        :, 0
+    ]
     F.cross_entropy(model(vit.images.clone().requires_grad_()), labels, reduction="sum").backward()
     gradients = torch.einsum("bti,btj->ij", seen[0].double(), seen[0].double()) / len(vit.images)
     found = factorize(moments[site.name, "a"].moment, moments[site.name, "b"].moment)

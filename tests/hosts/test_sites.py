@@ -43,9 +43,14 @@ def test_no_linear_layer_is_forgotten(subject: Subject) -> None:
 
 
 def test_mlps_always_shrink(subject: Subject) -> None:
-    linear = subject.sites.only("linear")
-    mlps = {p for p, m in subject.original.named_modules() if type(m) is nn.Linear and ("mlp" in p or "fc" in p) and "attn." not in p and not p.startswith("shared_rel_pos") and "position_bias" not in p}
-    assert mlps and mlps <= set(linear)
+    """Whatever is refused of an attention, the feed-forward layers beside it are sites."""
+    words, others = ("mlp", "fc", "intermediate", ".output."), ("attn.", "attention.", "shared_rel_pos")
+    mlps = {
+        p
+        for p, m in subject.original.named_modules()
+        if type(m) is nn.Linear and any(w in p for w in words) and not any(o in p for o in others)
+    }
+    assert mlps and mlps <= set(subject.sites.only("linear"))
 
 
 def test_finding_changes_nothing(subject: Subject) -> None:

@@ -77,7 +77,9 @@ class HandAttention(nn.Module):
         self.proj = nn.Linear(num_heads * width, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         weights = (self.scale * q @ k.mT).softmax(-1)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
 
@@ -139,7 +141,15 @@ class ChannelFirst(nn.Module):
 # ---------------------------------------------------------------- timm
 
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-SWIN: dict[str, Any] = {"img_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 12, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 7}
+SWIN: dict[str, Any] = {
+    "img_size": 64,
+    "patch_size": 4,
+    "window_size": 4,
+    "embed_dim": 12,
+    "depths": (2, 2),
+    "num_heads": (2, 4),
+    "num_classes": 7,
+}
 
 
 def timm_model(name: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -206,10 +216,25 @@ TIMM = [
 
 # ---------------------------------------------------------------- transformers
 
-HF: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 48, "image_size": 32, "patch_size": 8}
+HF: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 48,
+    "image_size": 32,
+    "patch_size": 8,
+}
 HF_SWIN = {**SWIN, "image_size": 64, "num_labels": 7}
 del HF_SWIN["img_size"], HF_SWIN["num_classes"]
-HF_SAM = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8, "mlp_dim": 48, "output_channels": 8}
+HF_SAM = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 8,
+    "mlp_dim": 48,
+    "output_channels": 8,
+}
 
 
 def hf_model(model: str, config: str, **settings: Any) -> Callable[[], nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -37,7 +38,7 @@ def find_sites(model: nn.Module) -> Sites:
     known: dict[tuple, tuple[str, Attention | Refusal]] = {}
     uses = _uses(model)
     for path, module in model.named_modules():
-        if any(path == c or path.startswith(f"{c}.") for c in closed):
+        if any(c in ("", path) or path.startswith(f"{c}.") for c in closed):
             continue
         if getattr(module, "comcat_module", False):
             closed.append(path)
@@ -45,13 +46,16 @@ def find_sites(model: nn.Module) -> Sites:
             continue
         anatomy = _recognise(model, path, module, known)
         if path == "" and (isinstance(anatomy, Attention) or isinstance(module, nn.Linear)):
-            raise ModelError(f"got a bare {type(module).__name__}, expected a model that holds it: a replacement needs a place to be put")
+            raise ModelError(
+                f"got a bare {type(module).__name__}, expected a model that holds it: a replacement needs a place to be put"
+            )
         if isinstance(anatomy, Refusal):
             closed += _spoken_for(path, module)
             refused.append(anatomy)
         elif anatomy is not None:
             closed.append(path)
-            if shared := [p for p in (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out) if _shared(model.get_submodule(p), uses)]:
+            parts = (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out)
+            if shared := [p for p in parts if _shared(model.get_submodule(p), uses)]:
                 refused.append(Refusal(path, f"{shared[0]} is shared with another part of the model"))
                 continue
             for site, reason in _attention_sites(model, anatomy):
@@ -74,13 +78,15 @@ def find_sites(model: nn.Module) -> Sites:
         elif isinstance(module, nn.TransformerEncoderLayer):
             for name in ("linear1", "linear2"):
                 closed.append(child := _join(path, name))
-                refused.append(Refusal(child, "torch.nn.TransformerEncoderLayer reads the weights of its linear layers past their modules"))
+                refused.append(Refusal(child, "torch.nn.TransformerEncoderLayer reads its weights past the module"))
     if not found and not refused:
         raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
     return Sites(found, tuple(refused))
 
 
-def _recognise(model: nn.Module, path: str, module: nn.Module, known: dict[tuple, tuple[str, Attention | Refusal]]) -> Attention | Refusal | None:
+def _recognise(
+    model: nn.Module, path: str, module: nn.Module, known: dict[tuple, tuple[str, Attention | Refusal]]
+) -> Attention | Refusal | None:
     if isinstance(module, nn.MultiheadAttention):
         return Refusal(path, "torch.nn.MultiheadAttention computes its products in one opaque call")
     if next(module.children(), None) is None:
@@ -93,7 +99,9 @@ def _recognise(model: nn.Module, path: str, module: nn.Module, known: dict[tuple
             first, anatomy = known[key]
             return _moved(anatomy, first, path)
     children = {n for n, m in module.named_children() if isinstance(m, nn.Linear)}
-    if children & _ATTENTION_CHILDREN and any(hasattr(module, n) for n in ("num_heads", "num_attention_heads", "heads", "n_heads")):
+    if children & _ATTENTION_CHILDREN and any(
+        hasattr(module, n) for n in ("num_heads", "num_attention_heads", "heads", "n_heads")
+    ):
         return Refusal(path, f"attention of no known shape: {type(module).__name__} with {', '.join(sorted(children))}")
     return None
 
@@ -142,20 +150,23 @@ def _shared(module: nn.Module, uses: Counter[int]) -> bool:
     return any(uses[id(part)] > 1 for part in (module, *module.parameters(recurse=False)))
 
 
-def _attention_sites(model: nn.Module, a: Attention):
+def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[Site, str | None]]:
+    """The QK and the VO site of an attention, each with the reason why it cannot shrink, if it cannot."""
     q_bias, k_bias, v_bias = (0 if p.bias_or_none(model) is None else a.heads * a.width for p in (a.q, a.k, a.v))
     if a.k.bias is not None:
         k_bias = 0  # BEiT's key bias is a constant zero, no parameter
     out_bias = 0 if model.get_submodule(a.out).bias is None else a.out_features
-    common = {"path": a.path, "full_rank": a.width, "in_features": a.in_features, "heads": a.heads, "attention": a}
-    prefix = f"{a.path}:" if a.path else ":"
-    yield (
-        Site(f"{prefix}qk", "qk", out_features=a.in_features, biases=q_bias + k_bias, bias_per_rank=1 if q_bias else 0, **common),
-        a.qk_reason and f"{a.qk_reason}; its vo and linear sites can still shrink" if not a.vo_reason else a.qk_reason,
-    )
     # a fused projection whose values alone become thin keeps its bias, theirs (then zero) with it
-    keeps = v_bias > 0 and (not a.folds_value_bias or (a.mount == "values" and a.q.path == a.v.path and a.v.bias is None))
-    yield Site(f"{prefix}vo", "vo", out_features=a.out_features, biases=v_bias + out_bias, bias_per_rank=int(keeps), **common), a.vo_reason
+    stays = a.mount == "values" and a.q.path == a.v.path and a.v.bias is None
+    keeps = v_bias > 0 and (stays or not a.folds_value_bias)
+    qk_reason = a.qk_reason and (
+        a.qk_reason if a.vo_reason else f"{a.qk_reason}; its vo and linear sites can still shrink"
+    )
+    common = {"path": a.path, "full_rank": a.width, "in_features": a.in_features, "heads": a.heads, "attention": a}
+    qk = {"out_features": a.in_features, "biases": q_bias + k_bias, "bias_per_rank": int(q_bias > 0)}
+    vo = {"out_features": a.out_features, "biases": v_bias + out_bias, "bias_per_rank": int(keeps)}
+    yield Site(f"{a.path}:qk", "qk", **common, **qk), qk_reason  # type: ignore[arg-type]
+    yield Site(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
 
 
 def _linear_site(path: str, module: nn.Linear) -> Site:

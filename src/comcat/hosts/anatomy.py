@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Attention, Host, Projection
+from ..sites import Attention, Host, Projection, part
 
 TOLERANCE = 1e-5
 """Relative. A broken symmetry moves the output by its own size; some hosts take the softmax in float32 whatever comes in."""
@@ -46,7 +46,12 @@ class Trial:
 
 
 def probe(
-    host: Host, module: nn.Module, attention: Attention, tokens: int, bias: Bias | None = None, trials: Sequence[Trial] = (Trial({}, None),)
+    host: Host,
+    module: nn.Module,
+    attention: Attention,
+    tokens: int,
+    bias: Bias | None = None,
+    trials: Sequence[Trial] = (Trial({}, None),),
 ) -> Symmetry:
     """Probe one attention module. ``attention``'s paths are read relative to ``module``.
 
@@ -61,7 +66,9 @@ def probe(
         x = torch.randn(2, tokens, attention.in_features, generator=generator, dtype=torch.float64)
         plain = _matches_plain_attention(copied, attention, x, bias, trials)
         before = host.probe(copied, attention, x)
-        rotate = torch.randn(attention.heads, attention.width, attention.width, generator=generator, dtype=torch.float64)
+        rotate = torch.randn(
+            attention.heads, attention.width, attention.width, generator=generator, dtype=torch.float64
+        )
         rotate = rotate / attention.width**0.5 + torch.eye(attention.width, dtype=torch.float64)
         inverse_t = torch.linalg.inv(rotate).mT
 
@@ -85,7 +92,7 @@ def probe(
         vo_copy = copy.deepcopy(copied)
         _transform_rows(vo_copy, attention.v, attention.heads, rotate)
         answers_for_itself(vo_copy)
-        out = vo_copy.get_submodule(attention.out)
+        out = part(vo_copy, attention.out)
         w = out.weight.unflatten(1, (attention.heads, attention.width))  # (out, heads, width)
         out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1))
         vo = unchanged(host.probe(vo_copy, attention, x))
@@ -93,7 +100,7 @@ def probe(
         if vo:
             if _shift_bias(copied, attention.v, shift):
                 moved = host.probe(copied, attention, x)
-                sums = unchanged(moved, before + shift @ copied.get_submodule(attention.out).weight.mT)
+                sums = unchanged(moved, before + shift @ part(copied, attention.out).weight.mT)
             else:  # no value bias to shift and none to fold
                 sums = True
     return Symmetry(qk, vo, sums, plain)
@@ -104,7 +111,9 @@ def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     copied = copy.deepcopy(module).to("cpu", torch.float64).eval()
     with torch.no_grad():
         for p in copied.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3))
+            p.copy_(
+                torch.randn(p.shape, generator=generator, dtype=p.dtype) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3)
+            )
     return copied
 
 
@@ -134,14 +143,16 @@ def _shift_bias(module: nn.Module, projection: Projection, shift: Tensor) -> boo
     return True
 
 
-def _matches_plain_attention(module: nn.Module, a: Attention, x: Tensor, bias: Bias | None, trials: Sequence[Trial]) -> bool:
+def _matches_plain_attention(
+    module: nn.Module, a: Attention, x: Tensor, bias: Bias | None, trials: Sequence[Trial]
+) -> bool:
     """Whether the module returns one tensor, that of plain softmax attention under the mask of every trial."""
 
     def project(p: Projection) -> Tensor:
         return F.linear(x, p.weight(module), p.bias_or_none(module)).unflatten(-1, (a.heads, -1)).transpose(1, 2)
 
     norm, gate = norm_and_gate(module)
-    out = module.get_submodule(a.out)
+    out = part(module, a.out)
     try:
         additive = None if bias is None else bias(module)
         for trial in trials:
@@ -171,5 +182,6 @@ def attention_dropout(module: nn.Module) -> float:
     return 0.0
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:120]
+def trial_failed(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or [""])[0][:120]
+    return f"a trial call on tokens alone failed ({type(error).__name__}: {line})"

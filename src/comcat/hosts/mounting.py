@@ -41,7 +41,7 @@ def drop_parameter(module: nn.Module, name: str) -> Undo:
     """Exchange a parameter for zeros that are not saved; the order of what remains does not change when undone."""
     parameters, buffers = module._parameters, module._buffers
     volatile = module._non_persistent_buffers_set
-    zeros = torch.zeros_like(parameters[name], requires_grad=False).detach()
+    zeros = torch.zeros_like(module.get_parameter(name), requires_grad=False)
     module._parameters = {k: v for k, v in parameters.items() if k != name}
     module._buffers = {**buffers, name: zeros}
     module._non_persistent_buffers_set = {*volatile, name}

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedSite
 from ..sites import Attention, Projection, Refusal, Replacement, Undo
-from .anatomy import Trial, attention_dropout, first_line, norm_and_gate, probe
+from .anatomy import Trial, attention_dropout, norm_and_gate, probe, trial_failed
 from .mounting import all_of, drop_parameter, exchange, set_attribute
 
 # The signatures of a forward that comcat can stand in for.
-_WHOLE = {("x",), ("x", "attn_mask"), ("x", "attn_mask", "is_causal"), ("x", "shared_rel_pos_bias"), ("x", "mask"), ("x", "shared_rel_pos")}
+_WHOLE = {
+    ("x",),
+    ("x", "attn_mask"),
+    ("x", "attn_mask", "is_causal"),
+    ("x", "shared_rel_pos_bias"),
+    ("x", "mask"),
+    ("x", "shared_rel_pos"),
+}
 
 
 class _Biased(nn.Module):
@@ -30,9 +38,9 @@ class _Biased(nn.Module):
     def __init__(self, core: nn.Module, source: nn.Module) -> None:
         super().__init__()
         self.core = core
-        self.source = source  # the host's module without its projections: keeps the bias table and what resizes it
+        self.source: Any = source  # the host's module without its projections: keeps the bias table and what resizes it
 
-    def set_window_size(self, window_size) -> None:
+    def set_window_size(self, window_size: int | tuple[int, int]) -> None:
         self.source.set_window_size(window_size)
 
 
@@ -40,7 +48,10 @@ class BeitAttention(_Biased):
     """``forward(x, shared_rel_pos_bias)``: BEiT's relative position bias, its own and a shared one."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        return self.core(x, _sum(_own_bias(self.source), shared_rel_pos_bias))
+        bias = _own_bias(self.source)
+        if bias is not None and shared_rel_pos_bias is not None:
+            bias = bias + shared_rel_pos_bias
+        return self.core(x, shared_rel_pos_bias if bias is None else bias)
 
 
 class WindowAttention(_Biased):
@@ -49,7 +60,8 @@ class WindowAttention(_Biased):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         bias = _own_bias(self.source)  # (1, heads, tokens, tokens)
         if mask is not None:
-            bias = _sum(bias, mask[:, None]).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)  # windows vary fastest in the batch
+            bias = mask[:, None] if bias is None else bias + mask[:, None]  # (windows, heads, tokens, tokens)
+            bias = bias.repeat(x.shape[0] // len(mask), 1, 1, 1)  # windows vary fastest in the batch
         return self.core(x, bias)
 
 
@@ -61,10 +73,6 @@ class RelPosAttention(_Biased):
         return self.core(x, shared_rel_pos if own is None else own)
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
-
-
 _WRAPPERS = {"shared_rel_pos_bias": BeitAttention, "mask": WindowAttention, "shared_rel_pos": RelPosAttention}
 
 
@@ -74,14 +82,18 @@ class TimmHost:
     name = "timm"
 
     def resembles(self, module: nn.Module) -> bool:
-        return _projections(module, "") is not None and isinstance(getattr(module, "proj", None), nn.Linear) and _heads(module) is not None
+        return (
+            _projections(module, "") is not None
+            and isinstance(getattr(module, "proj", None), nn.Linear)
+            and _heads(module) is not None
+        )
 
     def recognise(self, model: nn.Module, path: str, module: nn.Module) -> Attention | Refusal:
         out, heads, projections = getattr(module, "proj", None), _heads(module), _projections(module, path)
         if projections is None or not isinstance(out, nn.Linear) or heads is None:
             return Refusal(path, "attention of no known shape: no qkv and proj")
         q, k, v = projections
-        in_features, attention_width = module.get_submodule(q.path.removeprefix(f"{path}.")).in_features, q.stop - q.start
+        in_features, attention_width = q.weight(model).shape[1], q.stop - q.start
         if k.stop - k.start != attention_width or v.stop - v.start != attention_width or attention_width % heads:
             return Refusal(path, "queries, keys and values differ in width (grouped or multi-query attention)")
         if out.in_features != attention_width:
@@ -99,7 +111,7 @@ class TimmHost:
             tokens, bias = _probe_tokens(module), _own_bias if local.signature in _WRAPPERS else None
             found = probe(self, module, local, tokens, bias, _trials(module, parameters, heads, tokens))
         except Exception as error:
-            return Refusal(path, f"attention of no known shape: a trial call on tokens alone failed ({type(error).__name__}: {first_line(error)})")
+            return Refusal(path, f"attention of no known shape: {trial_failed(error)}")
         finally:
             undo()
         norm, gate = norm_and_gate(module)
@@ -113,7 +125,7 @@ class TimmHost:
             qk_reason = f"a QK product exists, but comcat does not know what its dropout {name!r} acts on"
         dropout = attention_dropout(module)
         if qk_reason is not None and vo_reason is None and dropout > 0 and v.bias is not None:
-            vo_reason = "attention dropout keeps the value bias from being folded, and it stands apart from the projection"
+            vo_reason = "attention dropout forbids to fold the value bias, which stands apart from its projection"
         if qk_reason is not None and vo_reason is not None:
             return Refusal(path, f"attention of no known shape: {qk_reason}; {vo_reason}")
         return Attention(
@@ -160,13 +172,16 @@ def _projections(module: nn.Module, path: str) -> tuple[Projection, Projection, 
     if isinstance(qkv, nn.Linear) and qkv.out_features % 3 == 0:
         n = qkv.out_features // 3
         apart = getattr(module, "q_bias", None) is not None
-        return tuple(  # type: ignore[return-value]
-            Projection(f"{prefix}qkv", i * n, (i + 1) * n, f"{prefix}{letter}_bias" if apart else None) for i, letter in enumerate("qkv")
+        q, k, v = (
+            Projection(f"{prefix}qkv", i * n, (i + 1) * n, f"{prefix}{x}_bias" if apart else None)
+            for i, x in enumerate("qkv")
         )
-    found = [getattr(module, f"{letter}_proj", None) for letter in "qkv"]
-    if all(isinstance(m, nn.Linear) for m in found):
-        return tuple(Projection(f"{prefix}{letter}_proj", 0, m.out_features) for letter, m in zip("qkv", found, strict=True))  # type: ignore
-    return None
+        return q, k, v
+    found: list[Any] = [getattr(module, f"{letter}_proj", None) for letter in "qkv"]
+    if not all(isinstance(m, nn.Linear) for m in found):
+        return None
+    q, k, v = (Projection(f"{prefix}{x}_proj", 0, m.out_features) for x, m in zip("qkv", found, strict=True))
+    return q, k, v
 
 
 def _heads(module: nn.Module) -> int | None:
@@ -181,11 +196,11 @@ def _relative(projection: Projection, path: str) -> Projection:
     return Projection(str(cut(projection.path)), projection.start, projection.stop, cut(projection.bias))
 
 
-def _own_bias(module: nn.Module) -> Tensor | None:
+def _own_bias(module: Any) -> Tensor | None:
     """The additive bias that a module itself puts on its logits, (1, heads, tokens, tokens), if it has one."""
     if getattr(module, "relative_position_bias_table", None) is not None and hasattr(module, "_get_rel_pos_bias"):
         return module._get_rel_pos_bias()
-    rel_pos = getattr(module, "rel_pos", None)
+    rel_pos: Any = getattr(module, "rel_pos", None)
     return rel_pos.get_bias() if hasattr(rel_pos, "get_bias") else None
 
 
@@ -204,7 +219,9 @@ def _trials(module: nn.Module, parameters: tuple[str, ...], heads: int, tokens: 
     if "shared_rel_pos_bias" in parameters:
         trials.append(Trial({"shared_rel_pos_bias": logits[:1]}, logits[:1]))
     if "shared_rel_pos" in parameters:  # the module's own comes first
-        trials.append(Trial({"shared_rel_pos": logits[:1]}, logits[:1] if getattr(module, "rel_pos", None) is None else None))
+        trials.append(
+            Trial({"shared_rel_pos": logits[:1]}, logits[:1] if getattr(module, "rel_pos", None) is None else None)
+        )
     return trials
 
 
@@ -219,7 +236,11 @@ def _probe_tokens(module: nn.Module) -> int:
 
 def _foreign_dropout(module: nn.Module) -> str | None:
     """A dropout in use that is neither ``attn_drop`` nor ``proj_drop``, the two that the low-rank attention takes over."""
-    modules = {n: m.p for n, m in module.named_children() if isinstance(getattr(m, "p", None), float) and "drop" in type(m).__name__.lower()}
+    modules = {
+        n: m.p
+        for n, m in module.named_children()
+        if isinstance(getattr(m, "p", None), float) and "drop" in type(m).__name__.lower()
+    }
     numbers = {n: getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")}
     found = {n: p for n, p in {**numbers, **modules}.items() if isinstance(p, float) and p > 0}
     return next((n for n in found if n not in ("attn_drop", "proj_drop")), None)
@@ -249,9 +270,10 @@ def _vo_reason(norm: nn.Module | None, gate: nn.Module | None) -> str:
 def _without_projections(module: nn.Module) -> nn.Module:
     """A shallow copy that shares all but the projections and their biases."""
     bare = copy.copy(module)
-    bare._modules = {k: v for k, v in module._modules.items() if k not in ("qkv", "q_proj", "k_proj", "v_proj", "proj", "proj_drop")}
+    bare._modules = {
+        k: v for k, v in module._modules.items() if k not in ("qkv", "q_proj", "k_proj", "v_proj", "proj", "proj_drop")
+    }
     bare._parameters = {k: v for k, v in module._parameters.items() if k not in ("q_bias", "v_bias")}
     bare._buffers = {k: v for k, v in module._buffers.items() if k != "k_bias"}
     bare.q_bias = bare.k_bias = bare.v_bias = None  # type: ignore[assignment]
     return bare
-

@@ -7,13 +7,14 @@ maps by class. So the module stays, and only its projections (and ``head_dim``) 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Attention, Projection, Refusal, Replacement, Undo
-from .anatomy import TOLERANCE, attention_dropout, first_line, probe, random_copy
+from ..sites import Attention, Projection, Refusal, Replacement, Undo, part
+from .anatomy import TOLERANCE, attention_dropout, probe, random_copy, trial_failed
 from .mounting import all_of, exchange, set_attribute
 from .timm import _heads, _qk_reason, _relative
 
@@ -28,12 +29,11 @@ class TransformersHost:
 
     def resembles(self, module: nn.Module) -> bool:
         inner, out = _inner(module), _out(module)
-        if inner is None or out is None:
+        names = None if inner is None else _names(_get(module, inner))
+        if inner is None or out is None or names is None:
             return False
-        holder = _get(module, inner)
-        values = _get(holder, _names(holder)[2])  # type: ignore
         # the block around an attention may have an "output.dense" as well: its MLP's
-        return _get(module, out).in_features == values.out_features  # type: ignore[union-attr]
+        return _get(module, out).in_features == _get(_get(module, inner), names[2]).out_features
 
     def recognise(self, model: nn.Module, path: str, module: nn.Module) -> Attention | Refusal:
         inner, out = _inner(module), _out(module)
@@ -42,8 +42,8 @@ class TransformersHost:
         heads = None if holder is None else _heads(holder)
         if inner is None or out is None or holder is None or names is None or heads is None:
             return Refusal(path, "attention of no known shape: no q, k, v and output projections or no number of heads")
-        linears = [_get(holder, n) for n in names]
-        attention_width = linears[0].out_features
+        linears = [part(holder, n) for n in names]
+        attention_width: int = linears[0].out_features
         if any(m.out_features != attention_width for m in linears) or attention_width % heads:
             return Refusal(path, "queries, keys and values differ in width (grouped or multi-query attention)")
         if any(m.in_features != linears[0].in_features for m in linears):
@@ -53,19 +53,18 @@ class TransformersHost:
         q, k, v = (Projection(f"{prefix}{mid}{n}", 0, attention_width) for n in names)
         width = attention_width // heads
         scale = getattr(holder, "scaling", getattr(holder, "scale", width**-0.5))
-        scale = float(scale) if isinstance(scale, int | float) else width**-0.5
-        out_linear = module.get_submodule(out)
+        out_linear = part(module, out)
         parameters = tuple(inspect.signature(holder.forward).parameters)
         local = Attention(
             path="", host=self.name, mount="parts", signature=parameters[0], heads=heads, width=width, in_features=linears[0].in_features,
-            out_features=out_linear.out_features, scale=scale, q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out=out,
+            out_features=out_linear.out_features, scale=scale if isinstance(scale, float) else width**-0.5, q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out=out,
         )  # fmt: skip
         tokens = _probe_tokens(module, holder)
         try:
             found = probe(self, module, local, tokens)
             widens = found.qk and _widens(self, module, local, tokens)
         except Exception as error:
-            return Refusal(path, f"attention of no known shape: a trial call on tokens alone failed ({type(error).__name__}: {first_line(error)})")
+            return Refusal(path, f"attention of no known shape: {trial_failed(error)}")
         qk_reason = None if found.qk else _qk_reason(holder, parameters)
         vo_reason = None if found.vo else "its output depends on more of W_V and W_O than their product"
         if qk_reason is None and not widens:
@@ -99,8 +98,9 @@ class TransformersHost:
 
 
 def _widens(host: TransformersHost, module: nn.Module, attention: Attention, tokens: int) -> bool:
-    """Whether the forward reads the width of a head from ``head_dim`` (and its scale from elsewhere): heads with one more channel,
-    of zeros, must change nothing.
+    """Whether the forward reads the width of a head from ``head_dim``, and its scale from elsewhere.
+
+    If it does, heads with one more channel, of zeros, change nothing.
     """
     holder = attention.q.path.rpartition(".")[0]
     if not isinstance(getattr(module.get_submodule(holder), "head_dim", None), int):
@@ -111,15 +111,16 @@ def _widens(host: TransformersHost, module: nn.Module, attention: Attention, tok
     with torch.no_grad():
         before = host.probe(copied, attention, x)
         for p in (attention.q, attention.k, attention.v):
-            linear = copied.get_submodule(p.path)
+            linear = part(copied, p.path)
             for name, value in linear.named_parameters():
-                wider = F.pad(value.unflatten(0, (attention.heads, attention.width)), (0, 0) * (value.ndim - 1) + (0, 1)).flatten(0, 1)
-                setattr(linear, name, nn.Parameter(wider))
+                heads = value.unflatten(0, (attention.heads, attention.width))
+                wider = F.pad(heads, (0, 0) * (value.ndim - 1) + (0, 1))  # (heads, width + 1, in) or (heads, width + 1)
+                setattr(linear, name, nn.Parameter(wider.flatten(0, 1)))
             linear.out_features += attention.heads
-        out = copied.get_submodule(attention.out)
+        out = part(copied, attention.out)
         out.weight = nn.Parameter(F.pad(out.weight.unflatten(1, (attention.heads, attention.width)), (0, 1)).flatten(1))
         out.in_features += attention.heads
-        copied.get_submodule(holder).head_dim = attention.width + 1  # type: ignore[assignment]
+        part(copied, holder).head_dim = attention.width + 1
         try:
             after = host.probe(copied, attention, x)
         except Exception:  # a forward that reckons with the old width
@@ -128,7 +129,9 @@ def _widens(host: TransformersHost, module: nn.Module, attention: Attention, tok
 
 
 def _inner(module: nn.Module) -> str | None:
-    return next((n for n in ("", "self", "attention") if (holder := _get(module, n)) is not None and _names(holder)), None)
+    return next(
+        (n for n in ("", "self", "attention") if (holder := _get(module, n)) is not None and _names(holder)), None
+    )
 
 
 def _names(holder: nn.Module) -> tuple[str, str, str] | None:
@@ -139,7 +142,8 @@ def _out(module: nn.Module) -> str | None:
     return next((o for o in _OUT if isinstance(_get(module, o), nn.Linear)), None)
 
 
-def _get(module: nn.Module, path: str) -> nn.Module | None:
+def _get(module: nn.Module, path: str) -> Any:
+    """The module at a path below another (``""`` is itself), or None."""
     for name in path.split(".") if path else ():
         module = getattr(module, name, None)  # type: ignore[assignment]
         if not isinstance(module, nn.Module):

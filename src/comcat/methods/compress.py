@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibrate import STATISTICS, StatisticName, Statistics, calibrate
+from ..calibration import STATISTICS, StatisticName, Statistics, calibrate
 from ..errors import BudgetError, DataError, ModelError, SettingsError, nearest
 from ..factors import Statistic, Weights
 from ..hosts import find_sites

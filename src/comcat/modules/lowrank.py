@@ -15,7 +15,9 @@ class LowRankLinear(nn.Module):
 
     comcat_module = True
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, *, bias: bool = True, device=None, dtype=None
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.first = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
@@ -97,7 +99,9 @@ class LowRankAttention(nn.Module):
         if self.pad and self.rank_vo < wider:
             v = F.pad(v, (0, wider - self.rank_vo))
         dropout = self.attention_dropout if self.training else 0.0
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale
+        )
         o = o[..., : self.rank_vo].transpose(1, 2).reshape(batch, tokens, vo)
         if self.norm is not None:
             o = self.norm(o)
@@ -117,7 +121,18 @@ class PaddedHeads(nn.Module):
 
     comcat_module = True
 
-    def __init__(self, in_features: int, heads: int, rank: int, width: int, *, keep: int = 0, bias: bool = False, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        heads: int,
+        rank: int,
+        width: int,
+        *,
+        keep: int = 0,
+        bias: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         self.heads, self.rank, self.width, self.keep = heads, rank, width, keep
         self.linear = nn.Linear(in_features, keep + heads * rank, bias=bias, device=device, dtype=dtype)
@@ -125,7 +140,9 @@ class PaddedHeads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        thin = F.pad(y[..., self.keep :].unflatten(-1, (self.heads, self.rank)), (0, self.width - self.rank)).flatten(-2)
+        thin = F.pad(y[..., self.keep :].unflatten(-1, (self.heads, self.rank)), (0, self.width - self.rank)).flatten(
+            -2
+        )
         return torch.cat([y[..., : self.keep], thin], dim=-1) if self.keep else thin
 
 
@@ -134,7 +151,9 @@ class NarrowHeads(nn.Module):
 
     comcat_module = True
 
-    def __init__(self, heads: int, rank: int, width: int, out_features: int, *, bias: bool = True, device=None, dtype=None) -> None:
+    def __init__(
+        self, heads: int, rank: int, width: int, out_features: int, *, bias: bool = True, device=None, dtype=None
+    ) -> None:
         super().__init__()
         self.heads, self.rank, self.width = heads, rank, width
         self.linear = nn.Linear(heads * rank, out_features, bias=bias, device=device, dtype=dtype)
