@@ -20,8 +20,8 @@ from ..linalg import Factorization
 from ..plan import Plan, SitePlan
 from ..sites import Site, Sites
 
-RankRule = Literal["uniform", "energy", "waterfill"]
-RULES: tuple[RankRule, ...] = ("uniform", "energy", "waterfill")
+RankRule = Literal["uniform", "equal", "energy", "waterfill"]
+RULES: tuple[RankRule, ...] = ("uniform", "equal", "energy", "waterfill")
 Budget = Literal["parameters", "macs"]
 
 
@@ -83,7 +83,8 @@ def allocate(
         statistic: what errors are measured by; None for the weights alone.
         reduce: share of the whole model's cost to save, in (0, 1). With rule ``"energy"`` it may be None: then every site keeps ``energy``
             of the sum of its singular values (the paper's Figure 2).
-        rule: ``"uniform"`` keeps the same share of every site, ``"energy"`` the same share of every site's singular values,
+        rule: ``"uniform"`` keeps the same share of every site (up to a step, spread in the order of the model), ``"equal"`` gives
+            all QK and VO products one rank (what a stock checkpoint needs), ``"energy"`` the same share of every site's singular values,
             ``"waterfill"`` minimises the predicted loss.
         sites: which sites may shrink, by default all. multiple: ranks are multiples of it (or the largest possible).
         tie: give QK and VO of a layer one rank. per_head: let heads of a site have ranks of their own, padded to the largest.
@@ -114,7 +115,7 @@ def allocate(
     cost = (lambda site, rank: float(site.parameters(rank))) if macs is None else macs
     relative = statistic.name != "loss"
     curves = {n: _curve(s, found[n], multiple, cost, relative) for n, s in sites.items()}
-    groups = _groups(sites, curves, tie)
+    groups = _groups(sites, curves, "all" if rule == "equal" else "layer" if tie else "none")
     whole = float(count_parameters(model)) if total is None else total
     target = None if reduce is None else sum(c.dense for c in curves.values()) - reduce * whole
     most = sum(c.dense - min(c.costs) for c in curves.values()) / whole
@@ -126,7 +127,7 @@ def allocate(
         assert target is not None
         chosen = _waterfill(groups, target)
     else:
-        share = _by_share if rule == "uniform" else _by_energy(found)
+        share = _by_energy(found) if rule == "energy" else _by_share
         if target is None:
             chosen = {g.names: share(g, energy) for g in groups}
         else:
@@ -177,10 +178,11 @@ class _Group:
     sites: tuple[Site, ...]
 
 
-def _groups(sites: Sites, curves: Mapping[str, Curve], tie: bool) -> list[_Group]:
+def _groups(sites: Sites, curves: Mapping[str, Curve], tie: Literal["none", "layer", "all"]) -> list[_Group]:
     together: dict[str, list[str]] = {}
     for name, site in sites.items():
-        together.setdefault(site.path if tie and site.kind != "linear" else name, []).append(name)
+        key = name if tie == "none" or site.kind == "linear" else site.path if tie == "layer" else f"width {site.full_rank}"
+        together.setdefault(key, []).append(name)
     groups = []
     for names in together.values():
         tables = [

@@ -35,13 +35,13 @@ class CompressSettings:
     statistic: StatisticName = "loss"
     """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
     ranks: RankRule = "waterfill"
-    """How ranks are chosen: the same share everywhere, the same share of singular values, or least predicted loss."""
+    """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values, or least predicted loss."""
     energy: float = 0.9
     """Share of the singular values to keep with ranks 'energy' where neither reduce nor max_drop is given."""
     multiple: int = 1
     """Round ranks to multiples of it; 8 suits 16-bit kernels on a GPU."""
-    tie: bool = False
-    """Give QK and VO of a layer one rank."""
+    tie: bool | None = None
+    """Give QK and VO of a layer one rank; by default with a MACs budget, where fused attention pads both to one width anyway."""
     per_head: bool = False
     """Let the heads of a layer have ranks of their own, padded to the largest."""
     joint_refit: bool = True
@@ -58,10 +58,6 @@ class CompressSettings:
     def __post_init__(self) -> None:
         if self.reduce is not None and self.max_drop is not None:
             raise SettingsError("got both reduce and max_drop, expected one of them")
-        if self.reduce is None and self.max_drop is None and self.ranks != "energy":
-            raise SettingsError(
-                "say how far to go: reduce=0.5 (share to save) or max_drop=1.0 (points that may be lost)"
-            )
         if self.max_drop is not None and not self.max_drop > 0:
             raise SettingsError(f"got max_drop={self.max_drop:g}, expected points above 0")
         if self.statistic not in STATISTICS:
@@ -139,6 +135,8 @@ def compress_(
     progress: bool = False,
 ) -> Compressed:
     """Compress a model in place; see :func:`compress`. With a ``plan``, ranks are the plan's and only weights are computed."""
+    if plan is None and settings.reduce is None and settings.max_drop is None and settings.ranks != "energy":
+        raise SettingsError("say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan")
     before = origin_or_none(model)
     prepared = prepare(model, calibration, settings, progress=progress)
     notes: list[str] = []
@@ -238,7 +236,7 @@ def propose(
     def plan_for(reduce: float | None) -> Plan:
         return allocate(
             model, prepared.statistic, reduce=reduce, rule=settings.ranks, budget=settings.budget, sites=prepared.sites, factorizations=prepared.factorizations,
-            multiple=settings.multiple, energy=settings.energy, tie=settings.tie, per_head=settings.per_head, total=prepared.total, macs=prepared.macs,
+            multiple=settings.multiple, energy=settings.energy, tie=settings.budget == "macs" if settings.tie is None else settings.tie, per_head=settings.per_head, total=prepared.total, macs=prepared.macs,
         )  # fmt: skip
 
     if settings.max_drop is None:

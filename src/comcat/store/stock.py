@@ -102,7 +102,7 @@ def uniform_rank(plan: Plan, sites: Sites) -> tuple[int, list[Attention]]:
             first = next(iter(plan.sites))
             raise StoreError(
                 f"no stock export: {name} has rank {entry.rank}, but {first} has {rank}; every QK and VO must have "
-                "one rank: compress with ranks='uniform', tie=True and, where shares do not divide evenly, multiple=8"
+                "one rank: compress with ranks='equal'"
             )
         assert site.attention is not None
         attentions[site.path] = site.attention

@@ -1,0 +1,175 @@
+"""The commands as a user types them, on local models and pictures; errors are one line and a non-zero status."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import comcat
+from comcat.cli import main
+
+from .models import tiny_vit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A timm local-dir: what ``timm:`` models look like on disk."""
+    place = tmp_path_factory.mktemp("model")
+    model = tiny_vit(num_classes=10)
+    save_file(model.state_dict(), place / "model.safetensors")
+    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+    cfg = {"input_size": [3, 32, 32], "mean": [0.3] * 3, "std": [0.4] * 3, "interpolation": "bilinear", "crop_pct": 1.0, "num_classes": 10}
+    (place / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": arguments, "pretrained_cfg": cfg}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def small(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "small"
+    status = main(["compress", str(folder), "--data", "digits:train", "--eval", "digits:test", "--eval-limit", "40", "--reduce", "0.5", "--pictures", "32", "--out", str(out), "--no-bench"])
+    assert status == 0
+    return out
+
+
+def test_compress_writes_a_folder_that_loads(small, folder, capsys):
+    assert {p.name for p in small.iterdir()} >= {"model.safetensors", "plan.json", "config.json", "README.md", "report.html"}
+    model = comcat.load(small)
+    assert comcat.count_parameters(model) <= 0.5 * comcat.count_parameters(comcat.load_model(str(folder)))
+    page = (small / "report.html").read_text()
+    assert "--reduce 0.5" in page or "reduce" in page
+
+
+def test_inspect(folder, small, capsys):
+    assert main(["inspect", str(folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {s["site"] for s in said["sites"]} >= {"blocks.0.attn:qk", "blocks.1.attn:vo", "blocks.0.mlp.fc1", "head"} - {"head"}
+    assert main(["inspect", str(folder)]) == 0
+    assert "blocks.0.attn:qk" in capsys.readouterr().out
+    assert main(["inspect", str(small)]) == 0
+    assert "already compressed" in capsys.readouterr().out
+
+
+def test_eval_and_bench(folder, small, capsys):
+    assert main(["eval", str(small), "--data", "digits:test", "--limit", "30", "--against", str(folder), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["count"] == 30 and 0 <= said["agreement"] <= 100
+    assert main(["bench", str(small), "--against", str(folder), "--batch-size", "2", "--repeats", "2", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["models"][str(small)]["parameters"] < said["models"][str(folder)]["parameters"]
+    assert main(["eval", str(small), "--data", "digits:test", "--limit", "10"]) == 0
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_a_plan_can_be_used_again(folder, small, tmp_path):
+    out = tmp_path / "again"
+    assert main(["compress", str(folder), "--data", "digits:train", "--plan", str(small / "plan.json"), "--reduce", "0.3", "--pictures", "32", "--out", str(out), "--no-bench"]) == 0
+    assert json.loads((out / "plan.json").read_text())["sites"] == json.loads((small / "plan.json").read_text())["sites"]
+
+
+def test_a_recipe_and_an_option_that_wins(folder, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {folder}\ndata: digits:train\nreduce: 0.2\npictures: 16\nonly: [qk, vo]\nbench: false\nstatistic: weights\n")
+    out = tmp_path / "out"
+    assert main(["compress", "--recipe", str(recipe), "--reduce", "0.1", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["reduce"] == 0.1 and config["settings"]["only"] == ["qk", "vo"]
+
+
+def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, monkeypatch):
+    """The same plan whatever the evaluation set is."""
+    plans = []
+    for i, data in enumerate(("digits:test", None)):
+        out = tmp_path / str(i)
+        asked = ["compress", str(folder), "--data", "digits:train", "--max-drop", "30", "--pictures", "16", "--out", str(out), "--no-bench"]
+        assert main([*asked, *(["--eval", data, "--eval-limit", "20"] if data else [])]) == 0
+        plans.append(json.loads((out / "plan.json").read_text()))
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["inspect", "timm:deit_smal_patch16_224"], "did you mean 'deit_small_patch16_224'"),
+        (["inspect", "tim:deit_small_patch16_224"], "timm:"),
+        (["inspect", "./nowhere"], "nowhere"),
+        (["compress", "FOLDER", "--data", "./nothing", "--reduce", "0.5", "--out", "OUT"], "nothing"),
+        (["compress", "FOLDER", "--data", "EMPTY", "--reduce", "0.5", "--out", "OUT"], "picture"),
+        (["compress", "FOLDER", "--data", "digits:train", "--out", "OUT"], "how far"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.99", "--pictures", "16", "--out", "OUT"], "at most"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "5", "--pictures", "16", "--out", "OUT"], "between 0 and 1"),
+        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits:train", "--reduce", "0.5", "--out", "OUT"], "both"),
+        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits", "--reduce", "0.5", "--pictures", "16", "--out", "OUT"], "also in --eval"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "FOLDER"], "not empty"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--plan", "OUT/plan.json", "--out", "OUT"], "no plan"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--batch-size", "0"], "batch-size"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--device", "cuda:99"], "device"),
+        (["eval", "FOLDER", "--data", "EMPTY"], "picture"),
+        (["compress", "--recipe", "OUT.yaml", "--out", "OUT"], "no recipe"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_clear_line(arguments, said, folder, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "EMPTY": str(empty), "OUT/plan.json": str(tmp_path / "out" / "plan.json"), "OUT.yaml": str(tmp_path / "no.yaml")}
+    status = main([places.get(a, a) for a in arguments])
+    shown = capsys.readouterr().err
+    message = [line for line in shown.splitlines() if line.startswith("comcat: ")]
+    assert status == 1 and len(message) == 1 and said in message[0], shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_fails_with_usage(folder):
+    with pytest.raises(SystemExit) as stopped:
+        main(["compress", str(folder), "--redce", "0.5"])
+    assert stopped.value.code != 0
+
+
+def test_broken_pictures_are_skipped_counted_and_said(folder, tmp_path, capsys):
+    data = tmp_path / "data"
+    for c in "ab":
+        (data / c).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(data / c / f"{i}.png")
+    (data / "a" / "0.png").write_bytes(b"not a picture")
+    with pytest.warns(UserWarning):
+        status = main(["compress", str(folder), "--data", str(data), "--reduce", "0.3", "--out", str(tmp_path / "o"), "--no-bench"])
+    assert status == 0
+    assert "1 unreadable picture" in capsys.readouterr().out
+
+
+def test_without_pretrained_weights(tmp_path):
+    assert main(["bench", "timm:vit_tiny_patch16_224", "--no-pretrained", "--batch-size", "1", "--repeats", "1", "--json"]) == 0
+
+
+def test_version_and_module():
+    done = subprocess.run([sys.executable, "-m", "comcat", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"comcat {comcat.__version__}"
+
+
+def test_importing_comcat_brings_in_no_heavy_library():
+    code = "import sys, comcat; print([m for m in ('timm', 'transformers', 'diffusers', 'matplotlib', 'accelerate', 'torch', 'tyro') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_exists():
+    for name in comcat.__all__:
+        assert getattr(comcat, name) is not None
+    assert callable(comcat.calibrate)
+    with pytest.raises(AttributeError):
+        comcat.nothing  # noqa: B018
+
+
+def test_the_seed_decides(folder, tmp_path):
+    weights = []
+    for i in range(2):
+        out = tmp_path / str(i)
+        assert main(["compress", str(folder), "--data", "digits:train", "--reduce", "0.4", "--pictures", "16", "--out", str(out), "--no-bench", "--seed", "5"]) == 0
+        weights.append(comcat.load(out).state_dict())
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())

@@ -1,0 +1,183 @@
+"""The whole way in Python: copies, budgets, drops, sequential calibration, bad input."""
+
+import copy
+
+import pytest
+import torch
+
+import comcat
+from comcat.errors import BudgetError, DataError, NumericsError, PlanError, SettingsError, UnknownSite
+from comcat.measure import count_macs, count_parameters, evaluate
+
+from .models import pictures, tiny_vit
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vit()
+
+
+def test_the_model_is_untouched_and_the_copy_is_smaller(model):
+    before = copy.deepcopy(model.state_dict())
+    small = comcat.compress(model, calibration=pictures(), reduce=0.5)
+    assert count_parameters(small) <= 0.5 * count_parameters(model)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert small(pictures()[0]).shape == (4, 5)
+    assert small.comcat_record.plan.made_by["saved"] >= 0.5
+
+
+@pytest.mark.parametrize("batch", [lambda x: x, lambda x: (x, torch.zeros(len(x), dtype=torch.long)), lambda x: {"pixel_values": x}])
+def test_any_iterable_of_batches_calibrates(model, batch):
+    reference = comcat.compress(model, calibration=pictures(), reduce=0.4)
+    small = comcat.compress(model, calibration=(batch(x) for x in pictures()), reduce=0.4)
+    assert torch.equal(small(pictures()[0]), reference(pictures()[0]))
+
+
+def test_macs_budget_saves_macs(model):
+    small = comcat.compress(model, calibration=pictures(), reduce=0.3, budget="macs")
+    x = pictures()[0]
+    assert count_macs(small, x) <= 0.7 * count_macs(model, x) * 1.001
+
+
+def test_better_statistics_keep_more(model):
+    """On the pictures' own distribution: loss-aware beats weights in divergence from the model before."""
+    loader = pictures(48, 16)
+    held = pictures(48, 16, seed=1)
+
+    def divergence(**settings) -> float:
+        small = comcat.compress(model, calibration=loader, reduce=0.55, **settings)
+        return evaluate(small, held, reference=model).divergence
+
+    assert divergence(statistic="loss") < divergence(statistic="weights", ranks="uniform")
+
+
+def test_sequential_calibration_compresses_to_the_same_size(model):
+    one = comcat.compress(model, calibration=pictures(), reduce=0.5)
+    other = comcat.compress(model, calibration=pictures(), reduce=0.5, sequential=True)
+    assert count_parameters(one) == count_parameters(other)
+    assert not torch.equal(one(pictures()[0]), other(pictures()[0]))
+
+
+def test_max_drop_stays_within_it_on_the_held_out_pictures(model):
+    held = pictures(64, 32, seed=2)
+    small = comcat.compress(model, calibration=pictures(), held_out=held, max_drop=10.0)
+    assert 100 - evaluate(small, held, reference=model).agreement <= 10.0
+    assert count_parameters(small) < count_parameters(model)
+    with pytest.raises(SettingsError, match="held_out"):
+        comcat.compress(model, calibration=pictures(), max_drop=1.0)
+
+
+def test_max_drop_with_labels_is_about_top1(model):
+    held = [(x, model(x).argmax(-1)) for x in pictures(64, 32, seed=2)]
+    small = comcat.compress(model, calibration=pictures(), held_out=held, max_drop=10.0)
+    assert evaluate(small, held).top1 >= 90.0
+
+
+def test_only_some_sites(model):
+    small = comcat.compress(model, calibration=pictures(), reduce=0.1, only=("qk", "vo"))
+    assert all(n.endswith((":qk", ":vo")) for n in small.comcat_record.plan.sites)
+    with pytest.raises(SettingsError, match="did you mean"):
+        comcat.compress(model, calibration=pictures(), reduce=0.1, only=("blocks.0.atn",))
+
+
+def test_step_by_step_and_back(model):
+    x = pictures()[0]
+    before = model(x)
+    sites = comcat.find_sites(model)
+    statistics = comcat.calibrate(model, pictures(), statistic="activation", sites=sites)
+    plan = comcat.allocate(model, statistics, reduce=0.5)
+    handle = comcat.apply_(model, plan, statistics)
+    assert not torch.equal(model(x), before)
+    handle.revert()
+    handle.revert()
+    assert torch.equal(model(x), before)
+
+
+def test_a_backbone_without_classifier(model):
+    backbone = tiny_vit(num_classes=0)
+    small = comcat.compress(backbone, calibration=pictures(), reduce=0.4)
+    result = evaluate(small, pictures(), reference=backbone)
+    assert result.top1 is None and result.agreement is None and result.cosine > 0.8
+
+
+def test_one_picture_is_enough_to_calibrate(model):
+    small = comcat.compress(model, calibration=[torch.randn(1, 3, 32, 32)], reduce=0.5)
+    assert torch.isfinite(small(pictures()[0])).all()
+
+
+def test_a_constant_picture_makes_singular_grams_and_finite_weights(model):
+    small = comcat.compress(model, calibration=[torch.zeros(4, 3, 32, 32)], reduce=0.5)
+    assert torch.isfinite(small(pictures()[0])).all()
+
+
+def test_no_pictures(model):
+    for nothing in ([], [torch.zeros(0, 3, 32, 32)]):
+        with pytest.raises(DataError):
+            comcat.compress(model, calibration=nothing, reduce=0.5)
+    with pytest.raises(SettingsError, match="needs calibration"):
+        comcat.compress(model, reduce=0.5)
+    assert count_parameters(comcat.compress(model, reduce=0.5, statistic="weights")) < count_parameters(model)
+
+
+@pytest.mark.parametrize("place", ["blocks.1.attn.qkv", "blocks.0.mlp.fc2", "blocks.0.attn.proj"])
+def test_nan_weights_are_named(model, place):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_submodule(place).weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=place.split(".")[1] + r".*|output"):
+        comcat.compress(broken, calibration=pictures(), reduce=0.5)
+    with pytest.raises(NumericsError, match=place.rpartition(".")[0]):
+        comcat.compress(broken, reduce=0.5, statistic="weights")
+
+
+def test_nan_pictures_are_told(model):
+    with pytest.raises(NumericsError):
+        comcat.compress(model, calibration=[torch.full((2, 3, 32, 32), float("nan"))], reduce=0.5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{}, {"reduce": 0.5, "max_drop": 1.0}, {"reduce": 1.5}, {"reduce": -0.1}, {"max_drop": 0.0}, {"reduce": 0.5, "statistic": "los"}, {"reduce": 0.5, "pictures": 0}, {"redce": 0.5}],
+)
+def test_absurd_settings(model, bad):
+    with pytest.raises(SettingsError):
+        comcat.compress(model, calibration=pictures(), **bad)
+
+
+def test_a_budget_out_of_reach_says_what_is_possible(model):
+    with pytest.raises(BudgetError, match="at most"):
+        comcat.compress(model, calibration=pictures(), reduce=0.98)
+
+
+def test_plans_that_do_not_fit_name_the_first_site(model):
+    plan = comcat.allocate(model, reduce=0.5)
+    other = tiny_vit(embed_dim=96, num_heads=3)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(PlanError, match=r"blocks\.0\.attn:qk|blocks\.0"):
+        comcat.apply_(other, plan)
+    shallow = tiny_vit(depth=1)
+    with pytest.raises(UnknownSite, match=r"blocks\.1"):
+        comcat.apply_(shallow, plan)
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_ranks_above_full_are_refused(model):
+    plan = comcat.Plan(sites={"blocks.0.attn:qk": comcat.SitePlan(rank=17, full_rank=16)})
+    with pytest.raises(PlanError, match="got rank 17, expected 1 to 16"):
+        comcat.apply_(model, plan)
+
+
+def test_a_bad_plan_file_is_told(tmp_path):
+    path = tmp_path / "plan.json"
+    with pytest.raises(PlanError, match="no plan at"):
+        comcat.Plan.load(path)
+    for text, said in (("{", "line 1"), ("[]", "not a plan"), ('{"comcat_plan": 9, "sites": {}}', "version 9"), ('{"comcat_plan": 1, "sites": {"a": {"rank": 1}}}', "'full_rank'"), ('{"comcat_plan": 1, "sites": {"a": {"rank": "1", "full_rank": 2}}}', "whole numbers")):
+        path.write_text(text)
+        with pytest.raises(PlanError, match=said):
+            comcat.Plan.load(path)
+
+
+def test_compressing_twice_is_refused_by_name(model):
+    small = comcat.compress(model, reduce=0.5, statistic="weights")
+    refused = comcat.find_sites(small).refused
+    assert any("already compressed" in r.reason for r in refused)
