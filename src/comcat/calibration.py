@@ -34,13 +34,14 @@ class Moments:
     the digits of a small variance. Also kept: ``Σ_i ‖S_i‖²`` over the pictures' own moments, for the shrinkage.
     """
 
-    def __init__(self, heads: int, width: int, device: torch.device | str = "cpu") -> None:
-        self.heads, self.width = heads, width
+    def __init__(self, heads: int, width: int, device: torch.device | str = "cpu", groups: int = 1) -> None:
+        self.heads, self.width, self.groups = heads, width, groups
         self.pictures, self.rows = 0, 0.0
         self.shift: Tensor | None = None
         self.sum = torch.zeros(heads, width, dtype=torch.float64, device=device)
         self.outer = torch.zeros(heads, width, width, dtype=torch.float64, device=device)
         self.square = torch.zeros(heads, dtype=torch.float64, device=device)
+        self.group_square = torch.zeros(groups, dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -71,9 +72,12 @@ class Moments:
         x = x.permute(0, 2, 1, 3)  # (pictures, heads, rows, width)
         own = x.mT @ x  # (pictures, heads, width, width)
         if per == "row":
-            own = own / rows
+            own.div_(rows)
         self.outer += own.sum(0).double()
-        self.square += own.square().sum((-2, -1)).sum(0).double()
+        square = own.square_().sum(0).double()
+        self.square += square.sum((-2, -1))
+        if self.groups > 1:
+            self.group_square += square[0].unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1)).sum((1, 3)).diagonal()
         self.pictures += pictures
         self.rows += rows * pictures
 
@@ -98,6 +102,17 @@ class Moments:
         target = match_trace(target, moment)
         weight = shrinkage_weight(moment, target, self.square / max(self.pictures, 1), self.pictures)[..., None, None]
         return (1 - weight) * moment + weight * target
+
+    def by_group(self) -> Moments:
+        """The diagonal blocks alone: the moments of each of ``groups`` heads, out of the joint ones."""
+        parts = Moments(self.groups, self.width // self.groups, self.sum.device)
+        parts.pictures, parts.rows = self.pictures, self.rows
+        parts.sum = self.sum.view(self.groups, -1)
+        parts.shift = None if self.shift is None else self.shift.view(1, 1, self.groups, -1)
+        blocks = self.outer[0].unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1))  # (group, row, group, column)
+        parts.outer = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        parts.square = self.group_square
+        return parts
 
     def finite(self) -> bool:
         return bool(torch.isfinite(self.outer).all() and torch.isfinite(self.sum).all())
@@ -125,12 +140,13 @@ class Statistics:
         prior_a, prior_b = Weights().grams(model, site)
         prior_a, prior_b = (g if g.ndim == 3 else g[None] for g in (prior_a, prior_b))
         g_a, g_b = (
-            self._side(site, side, prior.to(self._device(site))) for side, prior in (("a", prior_a), ("b", prior_b))
+            self._side(site, side, prior.to(self._device(site, prior.device))) for side, prior in (("a", prior_a), ("b", prior_b))
         )
         return (g_a[0], g_b[0]) if site.kind == "linear" else (g_a, g_b)
 
     def mean(self, site: Site) -> Tensor | None:
-        found = self.moments.get((site.name, "mean" if site.kind == "linear" else "joint"))
+        narrow_in = site.kind == "linear" and site.in_features <= site.out_features
+        found = self.moments.get((site.name, "joint" if site.kind == "vo" else "a" if narrow_in else "mean"))
         return None if found is None else found.mean
 
     def covariance(self, site: Site) -> Tensor | None:
@@ -140,11 +156,14 @@ class Statistics:
         moment = found.moment
         return found.shrunk(torch.diag_embed(moment.diagonal(dim1=-2, dim2=-1)))[0]
 
-    def _device(self, site: Site) -> torch.device:
-        return next(m.outer.device for (name, _), m in self.moments.items() if name == site.name)
+    def _device(self, site: Site, otherwise: torch.device) -> torch.device:
+        found = (m.outer.device for (name, _), m in self.moments.items() if name == site.name)
+        return next(found, otherwise)  # a site never reached has its weights alone
 
     def _side(self, site: Site, side: str, prior: Tensor) -> Tensor:
         found = self.moments.get((site.name, side))
+        if side == "a" and (joint := self.moments.get((site.name, "joint"))) is not None:
+            found = joint.by_group()
         return prior if found is None else found.shrunk(prior)
 
 
@@ -272,10 +291,10 @@ class _Recorder:
                 self._observe_vo(stack, model, found["vo"], attention)
         return stack
 
-    def _of(self, site: Site, side: str, heads: int, width: int) -> Moments:
+    def _of(self, site: Site, side: str, heads: int, width: int, groups: int = 1) -> Moments:
         key = (site.name, side)
         if key not in self.moments:
-            self.moments[key] = Moments(heads, width, self.device)
+            self.moments[key] = Moments(heads, width, self.device, groups)
         return self.moments[key]
 
     def _observe_qk(self, stack: ExitStack, model: nn.Module, site: Site, a: Attention) -> None:
@@ -308,8 +327,7 @@ class _Recorder:
             self.rows[site.name] = tokens
             keys = o.shape[-2] if o.ndim == 3 else o.shape[1:-1].numel()
             self.pairs[site.name] = tokens * keys
-            self._of(site, "a", a.heads, a.width).add(o, self.pictures, centred="all")
-            self._of(site, "joint", 1, a.heads * a.width).add(o, self.pictures, centred="all")
+            self._of(site, "joint", 1, a.heads * a.width, a.heads).add(o, self.pictures, centred="all")
             if self.gradients and o.requires_grad:
                 moments, pictures = self._of(site, "b", a.heads, a.width), self.pictures
                 o.register_hook(lambda g: moments.add(g, pictures, per="picture"))
@@ -318,22 +336,26 @@ class _Recorder:
         stack.enter_context(_hook(model.get_submodule(a.out).register_forward_pre_hook(keep)))
 
     def _observe_linear(self, stack: ExitStack, model: nn.Module, site: Site) -> None:
-        narrow_in = site.in_features <= site.out_features
-        width = site.full_rank
+        narrow_in, width = site.in_features <= site.out_features, site.full_rank
 
-        def keep_input(module: nn.Module, inputs: tuple) -> tuple:
+        def keep_input(module: nn.Module, inputs: tuple) -> tuple | None:
+            if inputs[0].shape[:-1].numel() % self.pictures:
+                return None  # a table of positions, say: no rows of pictures
             x = inputs[0].view_as(inputs[0])
             x3 = _as_rows(x, self.pictures)
             self.rows[site.name] = x3.shape[1]
-            mean = self._of(site, "mean", site.in_features, 1)
-            mean.sum += x3.detach().sum((0, 1)).double()[:, None]
-            mean.rows += x3.shape[0] * x3.shape[1]
             if narrow_in:
                 self._of(site, "a", 1, width).add(x3, self.pictures, centred="all")
                 self._on_gradient(x, site, width)
+            else:  # the output's moments are kept below; the input's mean is all that is needed of it
+                mean = self._of(site, "mean", site.in_features, 1)
+                mean.sum += x3.detach().sum((0, 1)).double()[:, None]
+                mean.rows += x3.shape[0] * x3.shape[1]
             return (x, *inputs[1:])
 
         def keep_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if output.shape[:-1].numel() % self.pictures:
+                return
             self._of(site, "a", 1, width).add(_as_rows(output, self.pictures), self.pictures, centred="all")
             self._on_gradient(output, site, width)
 

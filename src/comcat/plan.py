@@ -298,10 +298,11 @@ class _Builder:
         norm, gate = norm_and_gate(host)
         out = part(self.model, a.out)
         rank_qk, rank_vo = (a.width if p is None or p[1] is None else p[1].rank for p in (qk, vo))
-        value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
+        dense_vo = vo is None or vo[1] is None  # then its biases stay as they are, and what it costs stays what it cost
+        value_bias = a.v.bias_or_none(self.model) is not None and (dense_vo or not a.folds_value_bias)
         module = LowRankAttention(
             a.in_features, a.out_features, a.heads, rank_qk, rank_vo, scale=a.scale,
-            query_bias=a.q.bias_or_none(self.model) is not None, value_bias=value_bias, out_bias=True,
+            query_bias=a.q.bias_or_none(self.model) is not None, value_bias=value_bias, out_bias=out.bias is not None or not dense_vo,
             attention_dropout=getattr(getattr(host, "attn_drop", None), "p", 0.0), projection_dropout=getattr(getattr(host, "proj_drop", None), "p", 0.0),
             norm=norm, gate=gate, **_factory(out),
         )  # fmt: skip
@@ -321,15 +322,17 @@ class _Builder:
         out = part(self.model, a.out)
         factory = _factory(out)
         query_bias = a.q.bias_or_none(self.model) is not None
-        value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
+        dense_vo = vo[1] is None
+        value_bias = a.v.bias_or_none(self.model) is not None and (dense_vo or not a.folds_value_bias)
+        out_bias = out.bias is not None or not dense_vo
         q, k, v = (
             _heads_linear(a, rank, width, bias, factory)
             for rank, bias in ((rank_qk, query_bias), (rank_qk, False), (rank_vo, value_bias))
         )
         o = (
-            nn.Linear(a.heads * width, a.out_features, **factory)
+            nn.Linear(a.heads * width, a.out_features, bias=out_bias, **factory)
             if rank_vo == width
-            else NarrowHeads(a.heads, rank_vo, width, a.out_features, **factory)
+            else NarrowHeads(a.heads, rank_vo, width, a.out_features, bias=out_bias, **factory)
         )
         if self.weights:
             products: Products = self.truncated(*qk)
@@ -436,14 +439,13 @@ def _identity_factors(model: nn.Module, site: Site) -> Products | Values:
 
 
 def _identity_values(model: nn.Module, a: Attention) -> Values:
+    """The values and output projection as they are, biases where they stand."""
     out = part(model, a.out)
-    weight = out.get_parameter("weight").detach()
+    weight = out.weight.detach()
     out_bias = weight.new_zeros(a.out_features) if out.bias is None else out.bias.detach()
     bias = a.v.bias_or_none(model)
     v = a.v.weight(model).detach().view(a.heads, a.width, -1)
-    if bias is None or not a.folds_value_bias:
-        return Values(v, None if bias is None else bias.detach().view(a.heads, a.width), weight, out_bias)
-    return Values(v, None, weight, (out_bias.double() + weight.double() @ bias.detach().double()))
+    return Values(v, None if bias is None else bias.detach().view(a.heads, a.width), weight, out_bias)
 
 
 def _factory(module: nn.Module) -> dict:

@@ -268,7 +268,8 @@ def _by_energy(found: Mapping[str, Factorization]) -> Callable[[_Group, float], 
     for name, f in found.items():
         values = f.singular_values.double()
         values = values.sum(0) if values.ndim > 1 else values
-        cumulative[name] = (values.cumsum(0) / values.sum().clamp_min(1e-300)).tolist()
+        whole = values.sum()  # zero where nothing ever flows: then one column keeps all there is
+        cumulative[name] = (values.cumsum(0) / whole if whole > 0 else torch.ones_like(values)).tolist()
 
     def share(group: _Group, energy: float) -> int:
         def kept(i: int) -> float:
