@@ -48,7 +48,7 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 test: lint
-	CI=1 $(BIN)/pytest -m 'not slow and not gpu'
+	CI=1 $(BIN)/pytest -n auto --dist loadfile -m 'not slow and not gpu'
 
 test-slow: setup
 	$(BIN)/pytest -m 'slow or gpu'

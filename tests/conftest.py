@@ -20,6 +20,9 @@ import torch  # noqa: E402
 
 SEED = 0
 
+# Tiny models gain nothing from more threads, and several test processes with several threads each fight over the cores.
+torch.set_num_threads(1)
+
 
 class _TorchRandom:
     """Torch's CPU generator in the shape of ``random.Random``, so that hypothesis can replay what an example drew."""

@@ -23,21 +23,56 @@ def folder(tmp_path_factory):
     model = tiny_vit(num_classes=10)
     save_file(model.state_dict(), place / "model.safetensors")
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
-    cfg = {"input_size": [3, 32, 32], "mean": [0.3] * 3, "std": [0.4] * 3, "interpolation": "bilinear", "crop_pct": 1.0, "num_classes": 10}
-    (place / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": arguments, "pretrained_cfg": cfg}))
+    cfg = {
+        "input_size": [3, 32, 32],
+        "mean": [0.3] * 3,
+        "std": [0.4] * 3,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "num_classes": 10,
+    }
+    (place / "config.json").write_text(
+        json.dumps(
+            {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": arguments, "pretrained_cfg": cfg}
+        )
+    )
     return place
 
 
 @pytest.fixture(scope="module")
 def small(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "small"
-    status = main(["compress", str(folder), "--data", "digits:train", "--eval", "digits:test", "--eval-limit", "40", "--reduce", "0.5", "--pictures", "32", "--out", str(out), "--no-bench"])
+    status = main(
+        [
+            "compress",
+            str(folder),
+            "--data",
+            "digits:train",
+            "--eval",
+            "digits:test",
+            "--eval-limit",
+            "40",
+            "--reduce",
+            "0.5",
+            "--pictures",
+            "32",
+            "--out",
+            str(out),
+            "--no-bench",
+        ]
+    )
     assert status == 0
     return out
 
 
 def test_compress_writes_a_folder_that_loads(small, folder, capsys):
-    assert {p.name for p in small.iterdir()} >= {"model.safetensors", "plan.json", "config.json", "README.md", "report.html"}
+    assert {p.name for p in small.iterdir()} >= {
+        "model.safetensors",
+        "plan.json",
+        "config.json",
+        "README.md",
+        "report.html",
+    }
     model = comcat.load(small)
     assert comcat.count_parameters(model) <= 0.5 * comcat.count_parameters(comcat.load_model(str(folder)))
     page = (small / "report.html").read_text()
@@ -47,7 +82,12 @@ def test_compress_writes_a_folder_that_loads(small, folder, capsys):
 def test_inspect(folder, small, capsys):
     assert main(["inspect", str(folder), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert {s["site"] for s in said["sites"]} >= {"blocks.0.attn:qk", "blocks.1.attn:vo", "blocks.0.mlp.fc1", "head"} - {"head"}
+    assert {s["site"] for s in said["sites"]} >= {
+        "blocks.0.attn:qk",
+        "blocks.1.attn:vo",
+        "blocks.0.mlp.fc1",
+        "head",
+    } - {"head"}
     assert main(["inspect", str(folder)]) == 0
     assert "blocks.0.attn:qk" in capsys.readouterr().out
     assert main(["inspect", str(small)]) == 0
@@ -67,13 +107,36 @@ def test_eval_and_bench(folder, small, capsys):
 
 def test_a_plan_can_be_used_again(folder, small, tmp_path):
     out = tmp_path / "again"
-    assert main(["compress", str(folder), "--data", "digits:train", "--plan", str(small / "plan.json"), "--reduce", "0.3", "--pictures", "32", "--out", str(out), "--no-bench"]) == 0
-    assert json.loads((out / "plan.json").read_text())["sites"] == json.loads((small / "plan.json").read_text())["sites"]
+    assert (
+        main(
+            [
+                "compress",
+                str(folder),
+                "--data",
+                "digits:train",
+                "--plan",
+                str(small / "plan.json"),
+                "--reduce",
+                "0.3",
+                "--pictures",
+                "32",
+                "--out",
+                str(out),
+                "--no-bench",
+            ]
+        )
+        == 0
+    )
+    assert (
+        json.loads((out / "plan.json").read_text())["sites"] == json.loads((small / "plan.json").read_text())["sites"]
+    )
 
 
 def test_a_recipe_and_an_option_that_wins(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"model: {folder}\ndata: digits:train\nreduce: 0.2\npictures: 16\nonly: [qk, vo]\nbench: false\nstatistic: weights\n")
+    recipe.write_text(
+        f"model: {folder}\ndata: digits:train\nreduce: 0.2\npictures: 16\nonly: [qk, vo]\nbench: false\nstatistic: weights\n"
+    )
     out = tmp_path / "out"
     assert main(["compress", "--recipe", str(recipe), "--reduce", "0.1", "--out", str(out)]) == 0
     config = json.loads((out / "config.json").read_text())
@@ -85,7 +148,19 @@ def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, mon
     plans = []
     for i, data in enumerate(("digits:test", None)):
         out = tmp_path / str(i)
-        asked = ["compress", str(folder), "--data", "digits:train", "--max-drop", "30", "--pictures", "16", "--out", str(out), "--no-bench"]
+        asked = [
+            "compress",
+            str(folder),
+            "--data",
+            "digits:train",
+            "--max-drop",
+            "30",
+            "--pictures",
+            "16",
+            "--out",
+            str(out),
+            "--no-bench",
+        ]
         assert main([*asked, *(["--eval", data, "--eval-limit", "20"] if data else [])]) == 0
         plans.append(json.loads((out / "plan.json").read_text()))
     assert plans[0] == plans[1]
@@ -115,7 +190,13 @@ def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, mon
 def test_bad_input_is_one_clear_line(arguments, said, folder, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
-    places = {"FOLDER": str(folder), "OUT": str(tmp_path / "out"), "EMPTY": str(empty), "OUT/plan.json": str(tmp_path / "out" / "plan.json"), "OUT.yaml": str(tmp_path / "no.yaml")}
+    places = {
+        "FOLDER": str(folder),
+        "OUT": str(tmp_path / "out"),
+        "EMPTY": str(empty),
+        "OUT/plan.json": str(tmp_path / "out" / "plan.json"),
+        "OUT.yaml": str(tmp_path / "no.yaml"),
+    }
     status = main([places.get(a, a) for a in arguments])
     shown = capsys.readouterr().err
     message = [line for line in shown.splitlines() if line.startswith("comcat: ")]
@@ -135,16 +216,33 @@ def test_broken_pictures_are_skipped_counted_and_said(folder, tmp_path, capsys):
     for c in "ab":
         (data / c).mkdir(parents=True)
         for i in range(8):
-            Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(data / c / f"{i}.png")
+            Image.fromarray(np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+                data / c / f"{i}.png"
+            )
     (data / "a" / "0.png").write_bytes(b"not a picture")
     with pytest.warns(UserWarning):
-        status = main(["compress", str(folder), "--data", str(data), "--reduce", "0.3", "--out", str(tmp_path / "o"), "--no-bench"])
+        status = main(
+            [
+                "compress",
+                str(folder),
+                "--data",
+                str(data),
+                "--reduce",
+                "0.3",
+                "--out",
+                str(tmp_path / "o"),
+                "--no-bench",
+            ]
+        )
     assert status == 0
     assert "1 unreadable picture" in capsys.readouterr().out
 
 
 def test_without_pretrained_weights(tmp_path):
-    assert main(["bench", "timm:vit_tiny_patch16_224", "--no-pretrained", "--batch-size", "1", "--repeats", "1", "--json"]) == 0
+    assert (
+        main(["bench", "timm:vit_tiny_patch16_224", "--no-pretrained", "--batch-size", "1", "--repeats", "1", "--json"])
+        == 0
+    )
 
 
 def test_version_and_module():
@@ -170,6 +268,25 @@ def test_the_seed_decides(folder, tmp_path):
     weights = []
     for i in range(2):
         out = tmp_path / str(i)
-        assert main(["compress", str(folder), "--data", "digits:train", "--reduce", "0.4", "--pictures", "16", "--out", str(out), "--no-bench", "--seed", "5"]) == 0
+        assert (
+            main(
+                [
+                    "compress",
+                    str(folder),
+                    "--data",
+                    "digits:train",
+                    "--reduce",
+                    "0.4",
+                    "--pictures",
+                    "16",
+                    "--out",
+                    str(out),
+                    "--no-bench",
+                    "--seed",
+                    "5",
+                ]
+            )
+            == 0
+        )
         weights.append(comcat.load(out).state_dict())
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())

@@ -26,7 +26,9 @@ def test_the_model_is_untouched_and_the_copy_is_smaller(model):
     assert small.comcat_record.plan.made_by["saved"] >= 0.5
 
 
-@pytest.mark.parametrize("batch", [lambda x: x, lambda x: (x, torch.zeros(len(x), dtype=torch.long)), lambda x: {"pixel_values": x}])
+@pytest.mark.parametrize(
+    "batch", [lambda x: x, lambda x: (x, torch.zeros(len(x), dtype=torch.long)), lambda x: {"pixel_values": x}]
+)
 def test_any_iterable_of_batches_calibrates(model, batch):
     reference = comcat.compress(model, calibration=pictures(), reduce=0.4)
     small = comcat.compress(model, calibration=(batch(x) for x in pictures()), reduce=0.4)
@@ -137,7 +139,16 @@ def test_nan_pictures_are_told(model):
 
 @pytest.mark.parametrize(
     "bad",
-    [{}, {"reduce": 0.5, "max_drop": 1.0}, {"reduce": 1.5}, {"reduce": -0.1}, {"max_drop": 0.0}, {"reduce": 0.5, "statistic": "los"}, {"reduce": 0.5, "pictures": 0}, {"redce": 0.5}],
+    [
+        {},
+        {"reduce": 0.5, "max_drop": 1.0},
+        {"reduce": 1.5},
+        {"reduce": -0.1},
+        {"max_drop": 0.0},
+        {"reduce": 0.5, "statistic": "los"},
+        {"reduce": 0.5, "pictures": 0},
+        {"redce": 0.5},
+    ],
 )
 def test_absurd_settings(model, bad):
     with pytest.raises(SettingsError):
@@ -171,7 +182,13 @@ def test_a_bad_plan_file_is_told(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(PlanError, match="no plan at"):
         comcat.Plan.load(path)
-    for text, said in (("{", "line 1"), ("[]", "not a plan"), ('{"comcat_plan": 9, "sites": {}}', "version 9"), ('{"comcat_plan": 1, "sites": {"a": {"rank": 1}}}', "'full_rank'"), ('{"comcat_plan": 1, "sites": {"a": {"rank": "1", "full_rank": 2}}}', "whole numbers")):
+    for text, said in (
+        ("{", "line 1"),
+        ("[]", "not a plan"),
+        ('{"comcat_plan": 9, "sites": {}}', "version 9"),
+        ('{"comcat_plan": 1, "sites": {"a": {"rank": 1}}}', "'full_rank'"),
+        ('{"comcat_plan": 1, "sites": {"a": {"rank": "1", "full_rank": 2}}}', "whole numbers"),
+    ):
         path.write_text(text)
         with pytest.raises(PlanError, match=said):
             comcat.Plan.load(path)
@@ -181,3 +198,27 @@ def test_compressing_twice_is_refused_by_name(model):
     small = comcat.compress(model, reduce=0.5, statistic="weights")
     refused = comcat.find_sites(small).refused
     assert any("already compressed" in r.reason for r in refused)
+
+
+def test_ranks_are_as_round_as_they_may_be_without_costing_more(model):
+    """The default multiple: no finer than it must be, and within a tenth of the finest plan's predicted loss."""
+    plan = comcat.compress(model, calibration=pictures(), reduce=0.4).comcat_record.plan
+    fine = comcat.compress(model, calibration=pictures(), reduce=0.4, multiple=1).comcat_record.plan
+    assert plan.made_by["error"] <= 1.1 * fine.made_by["error"]
+    assert plan.made_by["multiple"] in (1, 2, 4, 8, 16)
+    rounder = 2 * plan.made_by["multiple"]
+    if rounder <= 16:
+        try:
+            coarse = comcat.compress(model, calibration=pictures(), reduce=0.4, multiple=rounder).comcat_record.plan
+        except BudgetError:
+            return
+        assert coarse.made_by["error"] > 1.1 * fine.made_by["error"]
+
+
+def test_per_head_says_what_padding_costs(model):
+    small = comcat.compress(model, calibration=pictures(), reduce=0.5, per_head=True, multiple=1)
+    made_by = small.comcat_record.plan.made_by
+    assert made_by["saved_with_padding"] == pytest.approx(
+        1 - count_parameters(small) / count_parameters(model), abs=1e-9
+    )
+    assert made_by["saved_with_padding"] <= made_by["saved"]

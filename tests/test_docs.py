@@ -33,7 +33,13 @@ def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if page.name == "README.md":
         monkeypatch.setattr(timm, "create_model", small_instead)
-    names = {"comcat": comcat, "torch": torch, "model": tiny_vit(num_classes=10), "loader": pictures(), "held_out": pictures(32, 16, seed=3)}
+    names = {
+        "comcat": comcat,
+        "torch": torch,
+        "model": tiny_vit(num_classes=10),
+        "loader": pictures(),
+        "held_out": pictures(32, 16, seed=3),
+    }
     for block in BLOCK.findall(page.read_text()):
         block = re.sub(r"^(.*) +# or comcat\.load\(.*$", r"\1", block, flags=re.MULTILINE)
         exec(compile(block, str(page), "exec"), names)

@@ -77,7 +77,9 @@ class Moments:
         square = own.square_().sum(0).double()
         self.square += square.sum((-2, -1))
         if self.groups > 1:
-            self.group_square += square[0].unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1)).sum((1, 3)).diagonal()
+            self.group_square += (
+                square[0].unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1)).sum((1, 3)).diagonal()
+            )
         self.pictures += pictures
         self.rows += rows * pictures
 
@@ -109,7 +111,9 @@ class Moments:
         parts.pictures, parts.rows = self.pictures, self.rows
         parts.sum = self.sum.view(self.groups, -1)
         parts.shift = None if self.shift is None else self.shift.view(1, 1, self.groups, -1)
-        blocks = self.outer[0].unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1))  # (group, row, group, column)
+        blocks = (
+            self.outer[0].unflatten(1, (self.groups, -1)).unflatten(0, (self.groups, -1))
+        )  # (group, row, group, column)
         parts.outer = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         parts.square = self.group_square
         return parts
@@ -140,7 +144,8 @@ class Statistics:
         prior_a, prior_b = Weights().grams(model, site)
         prior_a, prior_b = (g if g.ndim == 3 else g[None] for g in (prior_a, prior_b))
         g_a, g_b = (
-            self._side(site, side, prior.to(self._device(site, prior.device))) for side, prior in (("a", prior_a), ("b", prior_b))
+            self._side(site, side, prior.to(self._device(site, prior.device)))
+            for side, prior in (("a", prior_a), ("b", prior_b))
         )
         return (g_a[0], g_b[0]) if site.kind == "linear" else (g_a, g_b)
 

@@ -30,6 +30,8 @@ class Common:
     """Type of the weights."""
     pretrained: bool = True
     """Load the model's published weights (--no-pretrained: random ones, to look at structure and speed)."""
+    seed: int = 0
+    """Seed of everything random: which pictures, sampled labels, random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,6 @@ class Eval(Common):
     """Pictures a batch."""
     limit: int | None = None
     """Use so many pictures only, drawn at random."""
-    seed: int = 0
-    """Seed of that draw."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -106,8 +106,6 @@ class Bench(Common):
     """Time under torch.compile."""
     threads: int | None = None
     """CPU threads."""
-    seed: int = 0
-    """Seed of the random pictures."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -122,8 +120,6 @@ class Demo(Common):
     """Folder to save to."""
     reduce: float = 0.8
     """Share of the parameters to save."""
-    seed: int = 0
-    """Seed of training and calibration."""
 
 
 Command = (
@@ -434,6 +430,7 @@ def _load(command: Common, spec: str) -> Any:
 
     from .models import load_model
 
+    torch.manual_seed(command.seed)
     return load_model(
         spec, pretrained=command.pretrained, device=_device(command.device), dtype=getattr(torch, command.dtype)
     )

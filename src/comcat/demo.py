@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,15 @@ from .data import batches, open_pictures
 from .errors import ModelError
 
 ARCHITECTURE = "vit_tiny_patch16_224"
-ARGUMENTS = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3, "num_classes": 10}
-DATA_CONFIG = {
+ARGUMENTS: dict[str, Any] = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 96,
+    "depth": 4,
+    "num_heads": 3,
+    "num_classes": 10,
+}
+DATA_CONFIG: dict[str, Any] = {
     "input_size": (3, 16, 16),
     "mean": (0.3,) * 3,
     "std": (0.38,) * 3,

@@ -375,7 +375,7 @@ class _Builder:
                 weight = torch.cat([host.weight[:keep].double(), weight])
             if projection.linear.bias is not None:
                 thin = weight.new_zeros(len(weight) - keep) if bias is None else bias.flatten()
-                _fill(projection.linear.bias, torch.cat([host.bias[:keep].double(), thin]) if keep else thin)
+                _fill(projection.linear.bias, torch.cat([host.bias[:keep].double(), thin]) if kept_bias else thin)
             _fill(projection.linear.weight, weight)
             _fill(out.linear.weight, values.out)
             _fill(out.linear.bias, values.out_bias)

@@ -90,6 +90,10 @@ def allocate(
         tie: give QK and VO of a layer one rank. per_head: let heads of a site have ranks of their own, padded to the largest.
         total: the whole model's cost; counted if left out. macs: cost of a site at a rank, needed with ``budget="macs"``.
 
+    Returns:
+        The plan; ``made_by`` says what it saves (``saved``; with ``per_head`` also ``saved_with_padding``, since stored ranks are padded), its
+        ``error`` (what the rule's losses add up to: nats under the loss-aware statistic, otherwise a sum of shares over sites) and ``predicted_loss``.
+
     Raises:
         BudgetError: if the budget cannot be met; the message says the most that can be saved.
     """
@@ -148,8 +152,12 @@ def allocate(
     made_by = {
         "rule": rule, "statistic": statistic.name, "budget": budget, "reduce": reduce, "multiple": multiple, "tie": tie, "per_head": per_head,
         "saved": (sum(c.dense for c in curves.values()) - spent) / whole,
+        "error": sum(g.losses[chosen[g.names]] for g in groups),
         "predicted_loss": None if relative else sum(g.losses[chosen[g.names]] for g in groups),
     }  # fmt: skip
+    if per_head:  # what is stored is padded to the largest head of a layer
+        padding = sum(cost(sites[n], e.rank) - cost(sites[n], ranks[n]) for n, e in entries.items())
+        made_by["saved_with_padding"] = made_by["saved"] - padding / whole
     if rule == "energy" and reduce is None:
         made_by["energy"] = energy
     return Plan(sites=dict(entries), made_by=made_by)
@@ -181,7 +189,13 @@ class _Group:
 def _groups(sites: Sites, curves: Mapping[str, Curve], tie: Literal["none", "layer", "all"]) -> list[_Group]:
     together: dict[str, list[str]] = {}
     for name, site in sites.items():
-        key = name if tie == "none" or site.kind == "linear" else site.path if tie == "layer" else f"width {site.full_rank}"
+        key = (
+            name
+            if tie == "none" or site.kind == "linear"
+            else site.path
+            if tie == "layer"
+            else f"width {site.full_rank}"
+        )
         together.setdefault(key, []).append(name)
     groups = []
     for names in together.values():
