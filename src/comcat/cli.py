@@ -16,8 +16,11 @@ import tyro
 
 from .errors import ComcatError, DataError, SettingsError, nearest
 from .methods.compress import CompressSettings
+from .terminal import LABELS, number, print_report, table
 
 Positional = tyro.conf.Positional
+FEW = 20
+"""So few pictures are not split into some to calibrate on and some to measure on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +238,7 @@ def inspect(command: Inspect) -> int:
             )
         )
         return 0
-    _table(
+    table(
         ["site", "kind", "full rank", "90 % energy", "saves up to rank", "parameters", "share"],
         [
             [r["site"], r["kind"], f"{r['full_rank']} × {r['heads']}" if r["heads"] > 1 else str(r["full_rank"]), str(r["rank_for_90_percent"]), str(r["break_even_rank"]),
@@ -259,6 +262,7 @@ def compress(command: Compress) -> int:
 def _compress(command: Compress, model: Any, *, shown: str | None = None) -> int:
     import copy
 
+    from . import measure
     from .data import open_pictures, overlap
     from .methods.compress import compress_
     from .models import preprocess_of
@@ -277,13 +281,16 @@ def _compress(command: Compress, model: Any, *, shown: str | None = None) -> int
     plan = None if command.plan is None else Plan.load(command.plan)
     rest, held = pictures.split(0.2, command.seed)
     notes: list[str] = []
-    if command.max_drop is not None:
-        calibration = rest.take(command.pictures, command.seed)
-    else:
-        calibration = pictures.take(command.pictures, command.seed)
+    if pictures.count is not None and pictures.count < FEW:
+        rest = held = pictures
+        notes.append(f"Only {pictures.count} pictures: calibration and measurement had to share them.")
+    calibration = rest.take(command.pictures, command.seed)
+    judged = held.take(1000, command.seed) if evaluation is None else evaluation
+    judged = judged if command.eval_limit is None else judged.take(command.eval_limit, command.seed)
+    _check_classes(model, judged)
     preprocess = preprocess_of(model)
     load = _Loader(preprocess, command.batch_size)
-    if evaluation is not None and (shared := overlap(calibration, evaluation)):
+    if evaluation is not None and (shared := overlap(calibration, judged)):
         raise DataError(
             f"{shared} of the calibration pictures are also in --eval {command.eval!r}: accuracy there would not be honest"
         )
@@ -298,19 +305,11 @@ def _compress(command: Compress, model: Any, *, shown: str | None = None) -> int
         progress=True,
     )
     notes += _skipped(calibration)
-    from .measure import evaluate
-
-    judged = evaluation if evaluation is not None else (held if len_or(held) else pictures)
     if evaluation is None:
-        judged = judged.take(min(1000, command.pictures), command.seed + 1)
-        notes.append(
-            "Fidelity and accuracy were measured on pictures of the calibration's source, for want of an evaluation set."
-        )
-    limited = judged if command.eval_limit is None else judged.take(command.eval_limit, command.seed)
-    _check_classes(model, limited)
+        notes.append("Measured on pictures of --data that calibration did not see, for want of --eval.")
     say = (
-        evaluate(before, load(limited), progress=True),
-        evaluate(model, load(limited), reference=before, progress=True),
+        measure.evaluate(before, load(judged), progress=True),
+        measure.evaluate(model, load(judged), reference=before, progress=True),
     )
     timings = _time({"before": before, "after": model}, done.prepared.example, command) if command.bench else None
     report = collect(
@@ -319,7 +318,7 @@ def _compress(command: Compress, model: Any, *, shown: str | None = None) -> int
     )  # fmt: skip
     model.comcat_record = _with_results(model.comcat_record, report)
     save(model, command.out, report=report, stock=command.stock)
-    _print_report(report, time.monotonic() - started)
+    print_report(report, time.monotonic() - started)
     print(f"\nSaved to {command.out}; report: {(command.out / 'report.html').resolve()}")
     return 0
 
@@ -344,7 +343,7 @@ def evaluate(command: Eval) -> int:
     if command.json:
         print(json.dumps({"model": command.model, "data": command.data, **result}, indent=1))
         return 0
-    _table(["measure", "value"], [[_LABELS.get(k, k), _number(k, v)] for k, v in result.items()])
+    table(["measure", "value"], [[LABELS.get(k, k), number(k, v)] for k, v in result.items()])
     for note in _skipped(pictures):
         print(note)
     return 0
@@ -390,7 +389,7 @@ def bench(command: Bench) -> int:
         )
         return 0
     keys = ["parameters", "macs", "size_bytes", "peak_memory_bytes", "latency_s", "low_s", "high_s", "throughput"]
-    _table(["measure", *rows], [[_LABELS[k], *(_number(k, r[k]) for r in rows.values())] for k in keys])
+    table(["measure", *rows], [[LABELS[k], *(number(k, r[k]) for r in rows.values())] for k in keys])
     if speed is not None:
         print(
             f"\nSpeed-up {speed[0]:.2f}× (quartiles {speed[1]:.2f}–{speed[2]:.2f}), batch {command.batch_size}, {'compiled' if command.compile else 'eager'}, {command.dtype}, interleaved."
@@ -483,11 +482,6 @@ def _same_place(a: str, b: str) -> bool:
     return a == b or (Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve())
 
 
-def len_or(pictures: Any) -> int:
-    """How many pictures, or 1 where that is not known without reading them."""
-    return 1 if pictures.count is None else pictures.count
-
-
 def _skipped(pictures: Any) -> list[str]:
     return (
         [f"{len(pictures.skipped)} unreadable pictures were skipped, the first: {pictures.skipped[0]}"]
@@ -513,67 +507,6 @@ def _with_results(record: Any, report: Any) -> Any:
             "measured_loss": report.measured_loss,
         },
     )
-
-
-_LABELS = {
-    "parameters": "parameters", "macs": "MACs", "size_bytes": "size", "peak_memory_bytes": "peak memory", "latency_s": "latency, median", "low_s": "latency, lower quartile",
-    "high_s": "latency, upper quartile", "throughput": "throughput", "top1": "top-1", "top5": "top-5", "loss": "loss", "agreement": "agreement", "cosine": "cosine agreement",
-    "divergence": "KL divergence", "count": "pictures", "compiled_latency_s": "latency, compiled",
-}  # fmt: skip
-
-
-def _number(key: str, value: float | None) -> str:
-    if value is None:
-        return "–"
-    if key in ("parameters", "macs"):
-        for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-            if value >= size:
-                return f"{value / size:.2f} {unit}"
-        return str(int(value))
-    if key.endswith("_bytes"):
-        return f"{value / 2**20:.1f} MiB"
-    if key.endswith("_s"):
-        return f"{1e3 * value:.2f} ms"
-    if key == "throughput":
-        return f"{value:.1f} images/s"
-    if key in ("top1", "top5", "agreement"):
-        return f"{value:.2f} %"
-    return str(int(value)) if key == "count" else f"{value:.4f}"
-
-
-def _print_report(report: Any, seconds: float) -> None:
-    rows = []
-    for key in ("parameters", "macs", "size_bytes", "latency_s", "throughput", "peak_memory_bytes", "top1", "loss"):
-        old, new = report.before.get(key), report.after.get(key)
-        if old is not None and new is not None:
-            change = f"{new - old:+.2f} points" if key == "top1" else f"{100 * (new / old - 1):+.1f} %" if old else ""
-            rows.append([_LABELS[key], _number(key, old), _number(key, new), change])
-    print()
-    _table(["", "before", "after", "change"], rows)
-    said = [
-        f"{_LABELS[k]} {_number(k, report.agreement[k])}"
-        for k in ("agreement", "cosine", "divergence")
-        if report.agreement.get(k) is not None
-    ]
-    if said:
-        print(f"\nAgainst the model before, on {int(report.agreement['count'] or 0)} pictures: {', '.join(said)}.")
-    if report.predicted_loss is not None and report.measured_loss is not None:
-        print(f"Rise of the loss: predicted {report.predicted_loss:.4f}, measured {report.measured_loss:.4f} nats.")
-    for note in report.notes:
-        print(note)
-    print(f"Took {seconds:.0f} s.")
-
-
-def _table(head: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    for i, row in enumerate([head, *rows]):
-        print(
-            "  ".join(
-                c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-        )
-        if i == 0:
-            print("  ".join("─" * w for w in widths))
 
 
 if __name__ == "__main__":

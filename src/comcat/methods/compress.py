@@ -22,7 +22,6 @@ from ..plan import Handle, Plan, Record, apply_
 from ..sites import Site, Sites
 from .allocate import Budget, RankRule, allocate, spectra
 
-
 MULTIPLES = (16, 8, 4, 2)
 TOLERATED = 1.1
 """How much more predicted loss a rounder rank may cost."""
