@@ -1,0 +1,148 @@
+"""Writes docs/results.md from the committed results: no figure there is typed by hand.
+
+python benchmarks/summarise.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
+INTRO = """# Results
+
+Every figure here was printed by a script in `benchmarks/` on the machine named, and this page is written from their results by `python benchmarks/summarise.py`.
+Ratios compare things measured in one run, interleaved.
+"""
+
+
+def main() -> None:
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/*.json"))]
+    sections = [INTRO]
+    for title, prefix, render in SECTIONS:
+        texts = [render(r) for r in found if r["benchmark"].startswith(prefix)]
+        if texts:
+            sections.append(f"## {title}\n\n" + "\n\n".join(texts) + "\n")
+    PAGE.write_text("\n".join(sections))
+    print(f"wrote {PAGE}")
+
+
+def where(r: dict[str, Any]) -> str:
+    e = r["environment"]
+    device = e.get("device") or e.get("cpu") or "?"
+    parts = [str(device), f"{e.get('threads', '?')} thread(s)", f"torch {e.get('torch', '?')}"]
+    return f"*{', '.join(parts)}; {r['date']}; `{r['command']}`*"
+
+
+def rows_of(head: list[str], rows: list[list[Any]]) -> str:
+    def cell(c: Any) -> str:
+        return "–" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c)
+
+    lines = [head, ["---"] * len(head), *[[cell(c) for c in r] for r in rows]]
+    return "\n".join("| " + " | ".join(r) + " |" for r in lines)
+
+
+def factorise(r: dict[str, Any]) -> str:
+    name = r["benchmark"].removeprefix("factorize-")
+    rows = [[k, v, r["ratios"].get(k)] for k, v in r["seconds"].items()]
+    return f"{name}, every QK and VO product; largest difference of a singular value {r['largest_relative_difference']:.0e} of the largest.\n\n{rows_of(['way', 'seconds', 'times slower'], rows)}\n\n{where(r)}"
+
+
+def calibrate(r: dict[str, Any]) -> str:
+    rows = [[k, v, r["ratios"].get(k)] for k, v in r["seconds"].items()]
+    memory = [[k.rpartition("-")[0], int(k.rpartition("-")[2]), v / 2**20] for k, v in r["peak_rss_bytes"].items()]
+    return "\n\n".join([
+        f"{r['benchmark'].removeprefix('calibrate-')}, {r['pictures']} pictures.", rows_of(["", "seconds", "× forward"], rows),
+        rows_of(["statistic", "pictures", "peak resident MiB"], memory), where(r),
+    ])  # fmt: skip
+
+
+def speed(r: dict[str, Any]) -> str:
+    rows = [
+        [x["model"], f"−{100 * x['reduce']:g} %", x["plan"], x["dtype"], x["batch"], "compiled" if x["compiled"] else "eager", x["speed_up"],
+         f"{x['speed_up_quartiles'][0]:.2f}–{x['speed_up_quartiles'][1]:.2f}", x["mac_ratio"], x["of_mac_ratio"], x["throughput"]] for x in r["rows"]
+    ]  # fmt: skip
+    head = [
+        "model",
+        "parameters",
+        "plan",
+        "dtype",
+        "batch",
+        "",
+        "speed-up",
+        "quartiles",
+        "MAC ratio",
+        "share of it",
+        "images/s",
+    ]
+    return f"{rows_of(head, rows)}\n\n{where(r)}"
+
+
+def accuracy(r: dict[str, Any]) -> str:
+    texts = [
+        f"`{r['model']}`, dense {r['dense_top1']:.2f} % top-1 on {r['pictures']} validation pictures; {r['calibration_pictures']} training pictures to calibrate on, "
+        f"mean of {r['seeds']} seeds (spread: largest less smallest); no fine-tuning; rank multiple 1."
+    ]
+    for part, title in (("mha", "attention (MHA)"), ("ffn", "feed-forward (FFN)"), ("model", "whole model")):
+        rows = [x for x in r["rows"] if x["part"] == part]
+        if not rows:
+            continue
+        methods = list(rows[0]["top1"])
+        cells = [[m, *(_mean(x["top1"].get(m)) for x in rows)] for m in methods]
+        for baseline in ("weights uniform", "paper code uniform"):
+            key = f"won back of {baseline}, %"
+            if any(key in x for x in rows):
+                cells.append(
+                    [
+                        f"*default ({r['default']}) wins back of what {baseline} loses*",
+                        *(f"{x[key]:.0f} %" if key in x else None for x in rows),
+                    ]
+                )
+        texts.append(
+            f"Top-1 with parameters saved in the {title}:\n\n"
+            + rows_of(["method", *(f"−{100 * x['reduce']:g} %" for x in rows)], cells)
+        )
+    return "\n\n".join([*texts, where(r)])
+
+
+def _mean(entry: dict[str, Any] | None) -> str | None:
+    if entry is None:
+        return None
+    return f"{entry['mean']:.2f}" + (f" ± {entry['spread'] / 2:.2f}" if entry["spread"] is not None else "")
+
+
+def prediction(r: dict[str, Any]) -> str:
+    together = rows_of(
+        ["saved in the whole model", "predicted", "measured KL"],
+        [[f"{s:.0%}", f"{p:.4f}", f"{m:.4f}"] for s, p, m in r["together"]],
+    )
+    alone = rows_of(
+        ["one site alone", "rank", "predicted", "measured KL"],
+        [[n, k, f"{p:.4f}", f"{m:.4f}"] for n, k, p, m in r["alone"]],
+    )
+    near = [[k.upper(), v["weights"], v["identity"]] for k, v in r["cosine_to_occurring_moment"].items()]
+    return "\n\n".join([
+        f"`{r['model']}`, loss-aware statistic, {r['pictures']} validation pictures, nats a picture.", together, alone,
+        "Cosine of the left Gram matrix to the second moment that really occurs there, mean over heads and layers:",
+        rows_of(["product", "weights (WᵀW)", "unilateral (I)"], near), where(r),
+    ])  # fmt: skip
+
+
+def start(r: dict[str, Any]) -> str:
+    return f"{r['summary']}\n\n{where(r)}"
+
+
+SECTIONS = [
+    ("Accuracy without fine-tuning", "accuracy", accuracy),
+    ("Prediction against outcome, product against unilateral", "prediction", prediction),
+    ("Speed against MACs", "speed", speed),
+    ("Factorisation", "factorize", factorise),
+    ("Calibration", "calibrate", calibrate),
+    ("Start-up", "import", start),
+]
+
+if __name__ == "__main__":
+    main()
