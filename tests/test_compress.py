@@ -9,7 +9,7 @@ import comcat
 from comcat.errors import BudgetError, DataError, NumericsError, PlanError, SettingsError, UnknownSite
 from comcat.measure import count_macs, count_parameters, evaluate
 
-from .models import pictures, tiny_vit
+from .models import pictures, shake, tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +222,34 @@ def test_per_head_says_what_padding_costs(model):
         1 - count_parameters(small) / count_parameters(model), abs=1e-9
     )
     assert made_by["saved_with_padding"] <= made_by["saved"]
+
+
+@pytest.mark.parametrize("kind", ["qk", "vo"])
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_one_product_of_the_two_alone(kind, library):
+    if library == "timm":
+        model = tiny_vit()
+    else:
+        import transformers
+
+        config = transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=96,
+            image_size=32,
+            patch_size=8,
+            num_labels=5,
+        )
+        model = transformers.ViTForImageClassification(config).eval()
+        shake(model)
+    small = comcat.compress(model, calibration=pictures(), reduce=0.1, only=(kind,))
+    assert all(n.endswith(f":{kind}") for n in small.comcat_record.plan.sites)
+    assert count_parameters(small) <= 0.9 * count_parameters(model)
+    assert evaluate(small, pictures(), reference=model).cosine > 0.9
+
+
+def test_an_iterator_of_batches_serves_sequential_calibration_too(model):
+    listed = comcat.compress(model, calibration=pictures(), reduce=0.5, sequential=True)
+    small = comcat.compress(model, calibration=iter(pictures()), reduce=0.5, sequential=True)
+    assert torch.equal(small(pictures()[0]), listed(pictures()[0]))

@@ -216,22 +216,16 @@ def apply_(
                 by_attention.setdefault(site.path, {})[site.kind] = (site, entry)
             else:
                 undo.append(exchange(model, site.path, build.linear(site, entry)))
-        for path, planned in by_attention.items():
+        for planned in by_attention.values():
             attention = next(iter(planned.values()))[0].attention
             assert attention is not None
-            qk, vo = (planned.get(kind) or _dense(sites, path, kind) for kind in ("qk", "vo"))
-            undo.append(host_of(attention).mount(model, attention, build.attention(attention, qk, vo)))
+            replacement = build.attention(attention, planned.get("qk"), planned.get("vo"))
+            undo.append(host_of(attention).mount(model, attention, replacement))
     except BaseException:
         for step in reversed(undo):
             step()
         raise
     return Handle(model, plan, undo)
-
-
-def _dense(sites: Sites, path: str, kind: str) -> tuple[Site, None] | None:
-    """The other product of an attention whose one product alone is planned, at full rank."""
-    name = f"{path}:{kind}"
-    return (sites[name], None) if name in sites else None
 
 
 @dataclass(frozen=True, kw_only=True)

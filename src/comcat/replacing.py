@@ -18,7 +18,7 @@ from .sites import Attention, Replacement, Site, part
 if TYPE_CHECKING:
     from .plan import SitePlan
 
-Planned = tuple[Site, "SitePlan | None"]
+Planned = tuple[Site, "SitePlan"]
 
 
 class Builder:
@@ -35,14 +35,20 @@ class Builder:
         self.model, self.statistic, self.known = model, statistic, factorizations
         self.joint_refit, self.weights = joint_refit, weights
 
-    def truncated(self, site: Site, plan: SitePlan | None) -> Any:
-        """The thin weights of a site. A dense site's factors are its own weights, as they are."""
-        if plan is None:
-            return _identity_factors(self.model, site)
+    def truncated(self, site: Site, plan: SitePlan) -> Any:
+        """The thin weights of a site."""
         factorization = self.known.get(site.name) or factorize_site(self.model, site, self.statistic)
         return truncate_site(
             self.model, site, factorization, plan.rank, self.statistic, plan.head_ranks, self.joint_refit
         )
+
+    def products(self, a: Attention, qk: Planned | None) -> Products:
+        """Queries and keys of an attention: thin, or as they are where no plan names them, so that nothing is rounded."""
+        return _identity_products(self.model, a) if qk is None else self.truncated(*qk)
+
+    def values(self, a: Attention, vo: Planned | None) -> Values:
+        """Values and output projection likewise."""
+        return _identity_values(self.model, a) if vo is None else self.truncated(*vo)
 
     def linear(self, site: Site, plan: SitePlan) -> nn.Module:
         dense = part(self.model, site.path)
@@ -58,24 +64,20 @@ class Builder:
         return module
 
     def attention(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
-        forms = {p[1].form for p in (qk, vo) if p is not None and p[1] is not None}
+        forms = {p[1].form for p in (qk, vo) if p is not None}
         if "matrix" in forms:
             return self._matrices(a, qk, vo)
         if a.mount == "values":
-            assert vo is not None and vo[1] is not None
-            return self._values_alone(a, vo[0], vo[1])
-        if a.mount == "parts":
-            assert qk is not None and vo is not None
-            return self._parts(a, qk, vo)
-        assert qk is not None
-        return self._whole(a, qk, vo)
+            assert vo is not None
+            return self._values_alone(a, *vo)
+        return self._parts(a, qk, vo) if a.mount == "parts" else self._whole(a, qk, vo)
 
-    def _whole(self, a: Attention, qk: Planned, vo: Planned | None) -> Replacement:
+    def _whole(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         host = part(self.model, a.path)
         norm, gate = norm_and_gate(host)
         out = part(self.model, a.out)
-        rank_qk, rank_vo = (a.width if p is None or p[1] is None else p[1].rank for p in (qk, vo))
-        dense_vo = vo is None or vo[1] is None  # then its biases stay as they are, and what it costs stays what it cost
+        rank_qk, rank_vo = (a.width if p is None else p[1].rank for p in (qk, vo))
+        dense_vo = vo is None  # then its biases stay as they are, and what it costs stays what it cost
         value_bias = a.v.bias_or_none(self.model) is not None and (dense_vo or not a.folds_value_bias)
         module = LowRankAttention(
             a.in_features, a.out_features, a.heads, rank_qk, rank_vo, scale=a.scale,
@@ -84,8 +86,7 @@ class Builder:
             norm=norm, gate=gate, **_factory(out),
         )  # fmt: skip
         if self.weights:
-            products: Products = self.truncated(*qk)
-            values: Values = self.truncated(*vo) if vo is not None else _identity_values(self.model, a)
+            products, values = self.products(a, qk), self.values(a, vo)
             _fill(module.qkv.weight, torch.cat([t.flatten(0, 1) for t in (products.q, products.k, values.v)]))
             _fill(module.q_bias, products.q_bias)
             _fill(module.v_bias, values.v_bias)
@@ -93,13 +94,13 @@ class Builder:
             _fill(module.proj.bias, values.out_bias)
         return Replacement(whole=module, without_value_bias=True)
 
-    def _parts(self, a: Attention, qk: Planned, vo: Planned) -> Replacement:
-        rank_qk, rank_vo = (a.width if plan is None else plan.rank for _, plan in (qk, vo))
+    def _parts(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
+        rank_qk, rank_vo = (a.width if p is None else p[1].rank for p in (qk, vo))
         width = max(rank_qk, rank_vo)
         out = part(self.model, a.out)
         factory = _factory(out)
         query_bias = a.q.bias_or_none(self.model) is not None
-        dense_vo = vo[1] is None
+        dense_vo = vo is None
         value_bias = a.v.bias_or_none(self.model) is not None and (dense_vo or not a.folds_value_bias)
         out_bias = out.bias is not None or not dense_vo
         q, k, v = (
@@ -112,8 +113,7 @@ class Builder:
             else NarrowHeads(a.heads, rank_vo, width, a.out_features, bias=out_bias, **factory)
         )
         if self.weights:
-            products: Products = self.truncated(*qk)
-            values: Values = self.truncated(*vo)
+            products, values = self.products(a, qk), self.values(a, vo)
             for module, weight, bias in (
                 (q, products.q, products.q_bias),
                 (k, products.k, None),
@@ -160,11 +160,7 @@ class Builder:
 
     def _matrices(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         """Each matrix of a pair at low rank, apart: what factorising products is compared with. Biases stay where they are."""
-        ranks = {
-            side: plan.rank if plan is not None else None
-            for (_, plan), sides in ((qk or (None, None), "qk"), (vo or (None, None), "vo"))
-            for side in sides
-        }
+        ranks = {side: None if p is None else p[1].rank for p, sides in ((qk, "qk"), (vo, "vo")) for side in sides}
         layers: dict[str, list[nn.Module]] = {}
         for side, projection in (("q", a.q), ("k", a.k), ("v", a.v)):
             bias = None if projection.bias is not None else projection.bias_or_none(self.model)
@@ -204,12 +200,8 @@ def _inner(module: nn.Module) -> nn.Linear:
     return inner
 
 
-def _identity_factors(model: nn.Module, site: Site) -> Products | Values:
-    """The weights of a site as they are, so that a full-rank product costs no rounding."""
-    a = site.attention
-    assert a is not None
-    if site.kind == "vo":
-        return _identity_values(model, a)
+def _identity_products(model: nn.Module, a: Attention) -> Products:
+    """Queries and keys as they are."""
     bias = a.q.bias_or_none(model)
     q, k = (p.weight(model).detach().view(a.heads, a.width, -1) for p in (a.q, a.k))
     return Products(q, None if bias is None else bias.detach().view(a.heads, a.width), k)

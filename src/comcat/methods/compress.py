@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -144,6 +144,7 @@ def compress_(
         raise SettingsError(
             "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan"
         )
+    calibration, held_out = _kept(calibration), _kept(held_out)
     before = origin_or_none(model)
     prepared = prepare(model, calibration, settings, progress=progress)
     notes: list[str] = []
@@ -180,11 +181,7 @@ def prepare(
         raise ModelError("nothing in this model can shrink: " + "; ".join(map(str, sites.refused[:3])))
     example = None
     if calibration is not None:
-        calibration = (
-            calibration
-            if hasattr(calibration, "__len__") or iter(calibration) is not calibration
-            else list(calibration)
-        )
+        calibration = _kept(calibration)
         example = _first_picture(calibration)
     if settings.statistic == "weights":
         statistic: Statistic = Weights()
@@ -287,7 +284,6 @@ def _largest_within(
 ) -> Plan:
     """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a saving."""
     assert settings.max_drop is not None
-    held_out = held_out if hasattr(held_out, "__len__") or iter(held_out) is not held_out else list(held_out)
     reference = copy.deepcopy(model)
     dense = evaluate(model, held_out)
 
@@ -400,6 +396,11 @@ def origin_or_none(model: nn.Module) -> dict[str, Any]:
     except ModelError:
         preprocess = None
     return {"origin": origin.to_dict(), "preprocess": preprocess, "class_names": names}
+
+
+def _kept(batches: Iterable | None) -> Iterable | None:
+    """Batches that can be gone through more than once: an iterator that would be spent is read into a list."""
+    return list(batches) if isinstance(batches, Iterator) else batches
 
 
 def _first_picture(calibration: Iterable) -> Tensor:
