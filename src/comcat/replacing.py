@@ -132,7 +132,7 @@ class Builder:
         fused = a.q.path == a.v.path
         host = part(self.model, a.v.path)
         keep = a.v.start if fused else 0
-        kept_bias = fused and host.bias is not None
+        kept_bias = host.bias[:keep] if fused and host.bias is not None else None
         value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
         apart = a.v.bias is not None
         projection = PaddedHeads(
@@ -141,7 +141,7 @@ class Builder:
             plan.rank,
             a.width,
             keep=keep,
-            bias=kept_bias or (value_bias and not apart),
+            bias=kept_bias is not None or (value_bias and not apart),
             **factory,
         )
         out = NarrowHeads(a.heads, plan.rank, a.width, a.out_features, **factory)
@@ -152,7 +152,7 @@ class Builder:
                 weight = torch.cat([host.weight[:keep].double(), weight])
             if projection.linear.bias is not None:
                 thin = weight.new_zeros(len(weight) - keep) if bias is None else bias.flatten()
-                _fill(projection.linear.bias, torch.cat([host.bias[:keep].double(), thin]) if kept_bias else thin)
+                _fill(projection.linear.bias, thin if kept_bias is None else torch.cat([kept_bias.double(), thin]))
             _fill(projection.linear.weight, weight)
             _fill(out.linear.weight, values.out)
             _fill(out.linear.bias, values.out_bias)

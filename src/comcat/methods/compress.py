@@ -144,7 +144,7 @@ def compress_(
         raise SettingsError(
             "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan"
         )
-    calibration, held_out = _kept(calibration), _kept(held_out)
+    calibration = None if calibration is None else _kept(calibration)
     before = origin_or_none(model)
     prepared = prepare(model, calibration, settings, progress=progress)
     notes: list[str] = []
@@ -284,7 +284,7 @@ def _largest_within(
 ) -> Plan:
     """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a saving."""
     assert settings.max_drop is not None
-    reference = copy.deepcopy(model)
+    held_out, reference = _kept(held_out), copy.deepcopy(model)
     dense = evaluate(model, held_out)
 
     def drop(plan: Plan) -> float:
@@ -398,7 +398,7 @@ def origin_or_none(model: nn.Module) -> dict[str, Any]:
     return {"origin": origin.to_dict(), "preprocess": preprocess, "class_names": names}
 
 
-def _kept(batches: Iterable | None) -> Iterable | None:
+def _kept(batches: Iterable) -> Iterable:
     """Batches that can be gone through more than once: an iterator that would be spent is read into a list."""
     return list(batches) if isinstance(batches, Iterator) else batches
 
