@@ -141,12 +141,9 @@ class Statistics:
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         """``G_A`` and ``G_B`` of a site (references: the module's docstring), shrunk towards those of the weights."""
-        prior_a, prior_b = Weights().grams(model, site)
-        prior_a, prior_b = (g if g.ndim == 3 else g[None] for g in (prior_a, prior_b))
-        g_a, g_b = (
-            self._side(site, side, prior.to(self._device(site, prior.device)))
-            for side, prior in (("a", prior_a), ("b", prior_b))
-        )
+        prior_a, prior_b = (g if g.ndim == 3 else g[None] for g in Weights().grams(model, site))
+        device = self._device(site, prior_a.device)
+        g_a, g_b = self._side(site, "a", prior_a.to(device)), self._side(site, "b", prior_b.to(device))
         return (g_a[0], g_b[0]) if site.kind == "linear" else (g_a, g_b)
 
     def mean(self, site: Site) -> Tensor | None:
@@ -165,11 +162,14 @@ class Statistics:
         found = (m.outer.device for (name, _), m in self.moments.items() if name == site.name)
         return next(found, otherwise)  # a site never reached has its weights alone
 
-    def _side(self, site: Site, side: str, prior: Tensor) -> Tensor:
-        found = self.moments.get((site.name, side))
-        if side == "a" and (joint := self.moments.get((site.name, "joint"))) is not None:
-            found = joint.by_group()
+    def _side(self, site: Site, side: Literal["a", "b"], prior: Tensor) -> Tensor:
+        found = self.of(site, side)
         return prior if found is None else found.shrunk(prior)
+
+    def of(self, site: Site, side: Literal["a", "b"]) -> Moments | None:
+        """What was recorded on a side of a site, None where nothing was. A head's outputs are blocks of the joint moments."""
+        joint = self.moments.get((site.name, "joint")) if side == "a" else None
+        return self.moments.get((site.name, side)) if joint is None else joint.by_group()
 
 
 def calibrate(

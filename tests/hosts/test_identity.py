@@ -71,7 +71,7 @@ def assert_best(product: Tensor, truncated: Tensor, left: Tensor, right: Tensor,
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_qk_under_activations(vit: Subject, rank: int) -> None:
     model, site = vit.copy(), vit.sites[f"{PATH}:qk"]
-    moments = calibrate(model, [vit.images], statistic="activation", sites=vit.sites).moments
+    moments = calibrate(model, [vit.images], statistic="activation", sites=vit.sites)
     x, _ = captured(model, PATH, vit.images)
     extended = F.pad(x, (0, 1), value=1.0)  # [x; 1]
     queries = torch.einsum("bti,btj->ij", extended, extended) / x[..., 0].numel()
@@ -79,7 +79,7 @@ def test_qk_under_activations(vit: Subject, rank: int) -> None:
     keys = torch.einsum("bti,btj->ij", centred, centred) / x[..., 0].numel()
     q, k, _, b_q, _, _ = per_head(model, site)
     product = torch.cat([q, b_q[:, None]], 1) @ k.mT  # (heads, in + 1, in)
-    found = factorize(moments[site.name, "a"].moment, moments[site.name, "b"].moment)
+    found = factorize(moments.of(site, "a").moment, moments.of(site, "b").moment)
     thin = truncate_site(model, site, found, rank, Weights())
     truncated = torch.cat([thin.q, thin.q_bias[..., None]], -1).mT @ thin.k
     assert_best(product, truncated, root(queries), root(keys), rank)
@@ -88,7 +88,7 @@ def test_qk_under_activations(vit: Subject, rank: int) -> None:
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_vo_under_the_loss(vit: Subject, rank: int) -> None:
     model, site = vit.copy(), vit.sites["blocks.0.attn:vo"]  # the last block's gradients are of the class token alone
-    moments = calibrate(model, [vit.images], statistic="loss", sites=vit.sites).moments
+    moments = calibrate(model, [vit.images], statistic="loss", sites=vit.sites)
     x, _ = captured(model, site.path, vit.images)
     mixed = attention_weights(model, site, x) @ x[:, None]  # (pictures, heads, tokens, in)
     values = torch.stack([torch.cov(m.flatten(0, 1).mT, correction=0) for m in mixed.transpose(0, 1)])
@@ -100,7 +100,7 @@ def test_vo_under_the_loss(vit: Subject, rank: int) -> None:
     ]
     F.cross_entropy(model(vit.images.clone().requires_grad_()), labels, reduction="sum").backward()
     gradients = torch.einsum("bti,btj->ij", seen[0].double(), seen[0].double()) / len(vit.images)
-    found = factorize(moments[site.name, "a"].moment, moments[site.name, "b"].moment)
+    found = factorize(moments.of(site, "a").moment, moments.of(site, "b").moment)
     thin = truncate_site(model, site, found, rank, Weights())
     truncated = thin.v.mT @ thin.out.unflatten(1, (site.heads, -1)).permute(1, 2, 0)
     assert_best(v @ out, truncated, root(values), root(gradients).expand(site.heads, -1, -1), rank)
