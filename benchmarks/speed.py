@@ -22,7 +22,7 @@ def main() -> None:
     p.add_argument("--batches", type=int, nargs="*", default=[16, 1])
     p.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     p.add_argument("--compile", action="store_true", help="also compiled")
-    p.add_argument("--multiple", type=int, default=1)
+    p.add_argument("--multiple", type=int, default=None, help="ranks in multiples of it; left out, what comcat chooses")
     p.add_argument("--repeats", type=int, default=15)
     p.add_argument("--name", default="speed")
     a = p.parse_args()

@@ -204,7 +204,7 @@ def test_ranks_are_as_round_as_they_may_be_without_costing_more(model):
     """The default multiple: no finer than it must be, and within a tenth of the finest plan's predicted loss."""
     plan = comcat.compress(model, calibration=pictures(), reduce=0.4).comcat_record.plan
     fine = comcat.compress(model, calibration=pictures(), reduce=0.4, multiple=1).comcat_record.plan
-    assert plan.made_by["error"] <= 1.1 * fine.made_by["error"]
+    assert plan.made_by["error"] <= 1.1 * fine.made_by["error"] + 1e-3
     assert plan.made_by["multiple"] in (1, 2, 4, 8, 16)
     rounder = 2 * plan.made_by["multiple"]
     if rounder <= 16:
@@ -212,7 +212,7 @@ def test_ranks_are_as_round_as_they_may_be_without_costing_more(model):
             coarse = comcat.compress(model, calibration=pictures(), reduce=0.4, multiple=rounder).comcat_record.plan
         except BudgetError:
             return
-        assert coarse.made_by["error"] > 1.1 * fine.made_by["error"]
+        assert coarse.made_by["error"] > 1.1 * fine.made_by["error"] + 1e-3
 
 
 def test_per_head_says_what_padding_costs(model):

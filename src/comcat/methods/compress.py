@@ -23,8 +23,8 @@ from ..sites import Site, Sites
 from .allocate import Budget, RankRule, allocate, spectra
 
 MULTIPLES = (16, 8, 4, 2)
-TOLERATED = 1.1
-"""How much more predicted loss a rounder rank may cost."""
+TOLERATED, NEGLIGIBLE = 1.1, 1e-3
+"""How much more predicted loss rounder ranks may cost: a tenth, or a thousandth of a nat, which no measurement would show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class CompressSettings:
     energy: float = 0.9
     """Share of the singular values to keep with ranks 'energy' where neither reduce nor max_drop is given."""
     multiple: int | None = None
-    """Round ranks to multiples of it; by default the largest of 16, 8, 4, 2 that costs at most a tenth more predicted loss than 1 (kernels like round widths)."""
+    """Round ranks to multiples of it; by default the largest of 16, 8, 4, 2 that costs at most a tenth (or 0.001 nats) more predicted loss than 1; kernels like round widths."""
     tie: bool | None = None
     """Give QK and VO of a layer one rank; by default with a MACs budget, where fused attention pads both to one width anyway."""
     per_head: bool = False
@@ -261,7 +261,7 @@ def propose(
         for multiple in MULTIPLES:
             with suppress(BudgetError):
                 plan = plan_with(reduce, multiple)
-                if plan.made_by["error"] <= TOLERATED * finest.made_by["error"] + 1e-12:
+                if plan.made_by["error"] <= TOLERATED * finest.made_by["error"] + NEGLIGIBLE:
                     return plan
         return finest
 
