@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -243,6 +243,18 @@ def _sampled_loss(model: nn.Module, images: Tensor, generator: torch.Generator) 
     return (feature * torch.randn(feature.shape, generator=generator).to(feature)).sum()
 
 
+def pictures_of(batch: Any) -> Tensor:
+    """The pictures (batch, channels, height, width) of a batch: a tensor, a pair with labels, or a mapping. Raises DataError for anything else."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("pixel_values")
+    elif isinstance(batch, tuple | list):
+        batch = batch[0]
+    if not isinstance(batch, Tensor) or batch.ndim < 3 or not len(batch):
+        got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        raise DataError(f"got a batch of {got}, expected a tensor of pictures (batch, channels, height, width)")
+    return batch
+
+
 def _images(batches: Iterable, limit: int | None, progress: bool):
     from tqdm import tqdm
 
@@ -251,16 +263,7 @@ def _images(batches: Iterable, limit: int | None, progress: bool):
     seen = 0
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     for batch in tqdm(batches, total=total, desc="calibrating", unit="batch", disable=not progress, leave=False):
-        images = (
-            batch.get("pixel_values")
-            if isinstance(batch, Mapping)
-            else batch[0]
-            if isinstance(batch, (tuple, list))
-            else batch
-        )
-        if not isinstance(images, Tensor) or images.ndim < 3 or not len(images):
-            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise DataError(f"got a batch of {got}, expected a tensor of pictures (batch, channels, height, width)")
+        images = pictures_of(batch)
         images = images if limit is None else images[: limit - seen]
         seen += len(images)
         yield images

@@ -9,10 +9,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..calibration import STATISTICS, StatisticName, Statistics, calibrate
+from ..calibration import STATISTICS, StatisticName, Statistics, calibrate, pictures_of
 from ..errors import BudgetError, DataError, ModelError, SettingsError, nearest
 from ..factors import Statistic, Weights
 from ..hosts import find_sites
@@ -190,15 +189,7 @@ def prepare(
             raise SettingsError(
                 f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'"
             )
-        statistic = calibrate(
-            model,
-            calibration,
-            statistic=settings.statistic,
-            sites=sites,
-            limit=settings.pictures,
-            seed=settings.seed,
-            progress=progress,
-        )
+        statistic = _calibrated(model, calibration, settings, sites, progress)
         sites = Sites({n: s for n, s in sites.items() if n not in statistic.unreached}, sites.refused)
     total = float(count_parameters(model))
     macs: Callable[[Site, int | None], float] | None = None
@@ -332,6 +323,21 @@ def _largest_within(
     return replace(best, made_by={**best.made_by, "max_drop": settings.max_drop, "held_out": dense.count})
 
 
+def _calibrated(
+    model: nn.Module, calibration: Iterable, settings: CompressSettings, sites: Sites, progress: bool
+) -> Statistics:
+    """Calibrate some sites as the settings say."""
+    return calibrate(
+        model,
+        calibration,
+        statistic=settings.statistic,
+        sites=sites,
+        limit=settings.pictures,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
 def _apply_sequentially(
     model: nn.Module,
     plan: Plan,
@@ -350,30 +356,14 @@ def _apply_sequentially(
     try:
         for entries in groups.values():
             # paths of later sites do not move while earlier blocks change, so the sites found at the start stay good
-            sites = Sites(
-                {n: s for n, s in prepared.sites.items() if n in entries or _sibling(n, entries)},
-                prepared.sites.refused,
-            )
-            statistic = calibrate(
-                model,
-                calibration,
-                statistic=settings.statistic,
-                sites=sites,
-                limit=settings.pictures,
-                seed=settings.seed,
-                progress=progress,
-            )
+            sites = Sites({n: prepared.sites[n] for n in entries}, prepared.sites.refused)
+            statistic = _calibrated(model, calibration, settings, sites, progress)
             handles.append(apply_(model, Plan(sites=entries), statistic, sites=sites, joint_refit=settings.joint_refit))
     except BaseException:
         for handle in reversed(handles):
             handle.revert()
         raise
     return Handle(model, plan, [h.revert for h in handles])  # type: ignore[list-item]
-
-
-def _sibling(name: str, entries: Mapping[str, Any]) -> bool:
-    path, _, kind = name.rpartition(":")
-    return bool(path) and f"{path}:{'vo' if kind == 'qk' else 'qk'}" in entries
 
 
 def block_of(path: str) -> str:
@@ -405,14 +395,5 @@ def _kept(batches: Iterable) -> Iterable:
 
 def _first_picture(calibration: Iterable) -> Tensor:
     for batch in calibration:
-        images = (
-            batch.get("pixel_values")
-            if isinstance(batch, Mapping)
-            else batch[0]
-            if isinstance(batch, (tuple, list))
-            else batch
-        )
-        if isinstance(images, torch.Tensor) and len(images):
-            return images[:1]
-        break
-    raise DataError("no pictures to calibrate on: got an empty iterable or batches without pictures")
+        return pictures_of(batch)[:1]
+    raise DataError("no pictures to calibrate on: got an empty iterable")
