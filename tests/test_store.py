@@ -28,7 +28,7 @@ from comcat.report import ReportData
 from comcat.store import folder as folders
 from comcat.store import import_paper, load, push_to_hub, save, saving
 from comcat.store.processor import processor_config
-from comcat.store.tensors import read_tensors, write_tensors
+from comcat.tensorfiles import read_tensors, write_tensors
 
 DEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 

@@ -15,10 +15,10 @@ from .._version import __version__
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
 from ..models import Origin
 from ..plan import Plan, Record
+from ..tensorfiles import fill, read_tensors
 from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256, surviving
 from .hub import download, looks_like_repo
 from .rebuilding import rebuild
-from .tensors import fill, read_tensors
 
 _log = logging.getLogger(__name__)
 

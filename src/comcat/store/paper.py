@@ -29,7 +29,7 @@ from ..models.failures import first_line
 from ..modules.lowrank import LowRankAttention, LowRankLinear
 from ..plan import Plan, Record, SitePlan, apply_
 from ..sites import Attention, Sites
-from .tensors import fill, listed
+from ..tensorfiles import fill, listed
 
 _LAYER = "selected_rank_layer"
 _DENSE = ("w_qs", "w_ks", "w_vs")

@@ -19,6 +19,7 @@ from ..errors import ModelError, SettingsError, StoreError
 from ..models import Origin, class_names_of, origin_of, preprocess_of
 from ..models.origins import remembered_origin, unwrapped
 from ..plan import Plan, Record
+from ..tensorfiles import listed, unlike, write_tensors
 from .card import model_card
 from .folder import (
     CARD,
@@ -34,7 +35,6 @@ from .folder import (
 )
 from .rebuilding import Rebuilt, rebuild
 from .stock import write_stock
-from .tensors import listed, unlike, write_tensors
 
 if TYPE_CHECKING:
     from ..report import ReportData

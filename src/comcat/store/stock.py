@@ -25,8 +25,8 @@ from ..models import Origin
 from ..models.failures import first_line, required
 from ..plan import Plan, Record
 from ..sites import Attention, Sites
+from ..tensorfiles import listed, unlike
 from .processor import processor_config
-from .tensors import listed, unlike
 from .translation import translated
 
 TOLERANCE = 1e-4  # of outputs in float32, relative to the largest

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..errors import StoreError
+from .errors import StoreError
 
 _SHARED = "comcat_shared"
 
