@@ -1,0 +1,209 @@
+"""A model whose ranks are being searched: every site at full rank, its channels in order, a soft mask over them.
+
+Nothing of a host's forward is replaced for attention. A product's factors at full rank have the shapes of W_Q and W_K (of W_V and
+W_O) themselves: they are the same product in another basis, ``W_Q W_Kᵀ = (W_Q L)(W_K R)ᵀ`` with ``L Rᵀ = I``, so they are
+written into the host's own projections, and the mask acts on what the projections put out. Linear layers give way to a factorised
+layer while the search lasts, and come back as one matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .factors import Linears, Statistic, factorize_site, truncate_site
+from .hosts import host_of
+from .hosts.mounting import exchange
+from .linalg import Factorization
+from .modules.relaxed import RelaxedLinear, SoftRank
+from .sites import Attention, Projection, Site, Sites, Undo, part
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """Some channels of a projection's output, all heads together, and where they rest when cut: zero, or their mean."""
+
+    projection: Projection
+    soft: SoftRank
+    heads: int
+    center: Tensor | None
+
+
+class Relaxation:
+    """What :func:`relax_` did: a :class:`SoftRank` for every site, in order; :meth:`fold` ends it."""
+
+    def __init__(self, model: nn.Module, soft: Mapping[str, SoftRank], centers: Mapping[str, Tensor]) -> None:
+        self.model, self.soft, self.centers = model, dict(soft), dict(centers)
+        self._undo: list[Undo] = []
+
+    def logits(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """α of every site, by the site's name."""
+        return ((name, s.logits) for name, s in self.soft.items())
+
+    def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Everything in the model that is no α."""
+        alphas = {id(s.logits) for s in self.soft.values()}
+        return ((n, p) for n, p in self.model.named_parameters() if id(p) not in alphas)
+
+    def decide(self, ranks: Mapping[str, int] | None) -> None:
+        """Fix the rank of every site, or with None let the distributions speak."""
+        for name, soft in self.soft.items():
+            soft.rank = None if ranks is None else ranks[name]
+
+    def sample(self, temperature: float, generator: torch.Generator | None) -> None:
+        """Draw Gumbel noise for every site; without a generator there is none."""
+        for soft in self.soft.values():
+            soft.temperature = temperature
+            noise = soft.get_buffer("noise")
+            if generator is None:
+                noise.zero_()
+            else:
+                uniform = torch.rand(len(noise), generator=generator, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
+                noise.copy_(-torch.log(-torch.log(uniform)))
+
+    def fold(self) -> nn.Module:
+        """Give back an ordinary dense model that computes what all channels together compute now; a second call does nothing."""
+        self.decide(None)
+        while self._undo:
+            self._undo.pop()()
+        return self.model
+
+
+def relax_(
+    model: nn.Module,
+    sites: Sites,
+    candidates: Mapping[str, Sequence[int]],
+    statistic: Statistic | None,
+    factorizations: Mapping[str, Factorization] | None = None,
+) -> Relaxation:
+    """Put every site of a model at full rank under a soft mask, in place. The function computed at full masks is the same.
+
+    Args:
+        candidates: ranks of every site, rising. statistic: what orders the channels; None builds the structure alone, for a state
+            to be loaded into. factorizations: of these sites under this statistic, if already known.
+    """
+    soft = {name: SoftRank(candidates[name], site.full_rank) for name, site in sites.items()}
+    device = next(model.parameters()).device
+    for s in soft.values():
+        s.to(device)
+    relaxation = Relaxation(model, soft, {})
+    known = factorizations or {}
+    masked: dict[str, list[_Masked]] = {}
+    observed: set[str] = set()
+    for name, site in sites.items():
+        found = None if statistic is None else known.get(name) or factorize_site(model, site, statistic)
+        if site.attention is None:
+            relaxation._undo.append(_relax_linear(model, site, soft[name], found, statistic))
+            continue
+        a = site.attention
+        if a.path not in observed:
+            observed.add(a.path)
+            relaxation._undo.append(host_of(a).observe(model.get_submodule(a.path)))
+        center = None
+        if site.kind == "vo":
+            center = torch.zeros(a.heads * a.width, device=device, dtype=part(model, a.out).weight.dtype)
+            relaxation.centers[name] = center
+        if found is not None and statistic is not None:
+            _change_basis(model, site, found, statistic, center)
+        projection = a.q if site.kind == "qk" else a.v
+        masked.setdefault(projection.path, []).append(_Masked(projection, soft[name], a.heads, center))
+    for path, parts in masked.items():
+        handle = model.get_submodule(path).register_forward_hook(_mask_output(model, parts))
+        relaxation._undo.append(handle.remove)
+    return relaxation
+
+
+def _relax_linear(
+    model: nn.Module, site: Site, soft: SoftRank, found: Factorization | None, statistic: Statistic | None
+) -> Undo:
+    dense = part(model, site.path)
+    weight = dense.get_parameter("weight")
+    relaxed = RelaxedLinear(site.in_features, site.out_features, soft, device=weight.device, dtype=weight.dtype)
+    if found is not None and statistic is not None:
+        thin = truncate_site(model, site, found, site.full_rank, statistic)
+        assert isinstance(thin, Linears)
+        mean = statistic.mean(site)
+        with torch.no_grad():
+            relaxed.first.weight.copy_(thin.first)
+            relaxed.last.weight.copy_(thin.last)
+            relaxed.last.bias.copy_(thin.bias)
+            if mean is not None:
+                relaxed.get_buffer("center").copy_(thin.first @ mean.to(thin.first))
+    back = exchange(model, site.path, relaxed)
+
+    def fold() -> None:
+        back()
+        with torch.no_grad():
+            weight.copy_(relaxed.last.weight.double() @ relaxed.first.weight.double())
+            if dense.bias is None:  # training may have made one useful: keep it
+                dense.bias = nn.Parameter(relaxed.last.bias.detach().clone())
+            else:
+                dense.bias.copy_(relaxed.last.bias)
+
+    return fold
+
+
+def _change_basis(
+    model: nn.Module, site: Site, found: Factorization, statistic: Statistic, center: Tensor | None
+) -> None:
+    """Write a product's factors, most important channel first, over the projections that hold it: A L (B R)ᵀ = A Bᵀ."""
+    a = site.attention
+    assert a is not None
+    left, right = found.left, found.right  # (heads, width, width)
+    if site.kind == "qk":
+        _turn_rows(model, a, a.q, left)
+        _turn_rows(model, a, a.k, right)
+        bias = a.k.bias_or_none(model)
+        if bias is not None:  # a constant along keys: softmax ignores it
+            with torch.no_grad():
+                bias.zero_()
+        return
+    bias = a.v.bias_or_none(model)
+    mean = statistic.mean(site)
+    if mean is None:
+        mean = left.new_zeros(a.heads * a.width) if bias is None else bias.detach()
+    assert center is not None
+    center.copy_(_turned(mean.to(left).view(a.heads, a.width), left).flatten())
+    _turn_rows(model, a, a.v, left)
+    out = part(model, a.out).weight  # (out, heads · width)
+    with torch.no_grad():
+        turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.width), right)
+        out.copy_(turned.flatten(1))
+
+
+def _turn_rows(model: nn.Module, a: Attention, projection: Projection, basis: Tensor) -> None:
+    weight, bias = projection.weight(model), projection.bias_or_none(model)
+    with torch.no_grad():
+        heads = weight.to(basis).view(a.heads, a.width, -1)
+        weight.copy_(torch.einsum("hki,hkr->hri", heads, basis).flatten(0, 1))
+        if bias is not None:
+            bias.copy_(_turned(bias.to(basis).view(a.heads, a.width), basis).flatten())
+
+
+def _turned(rows: Tensor, basis: Tensor) -> Tensor:
+    return torch.einsum("hk,hkr->hr", rows, basis)
+
+
+def _mask_output(model: nn.Module, parts: Sequence[_Masked]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
+    """A forward hook: ``y → y ⊙ m + rest ⊙ (1 − m)`` on the masked channels of a projection, others as they are."""
+
+    def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        gain, shift, at = [], [], 0
+        for p in sorted(parts, key=lambda p: p.projection.start):
+            mask = p.soft.mask().to(output.dtype).repeat(p.heads)
+            rest = torch.zeros_like(mask) if p.center is None else p.center.to(output.dtype)
+            if p.projection.bias is not None:  # the host adds it after the module
+                bias = p.projection.bias_or_none(model)
+                rest = rest if bias is None else rest - bias.to(output.dtype)
+            between = p.projection.start - at
+            gain += [output.new_ones(between), mask]
+            shift += [output.new_zeros(between), rest * (1 - mask)]
+            at = p.projection.stop
+        after = output.shape[-1] - at
+        gain, shift = [*gain, output.new_ones(after)], [*shift, output.new_zeros(after)]
+        return torch.addcmul(torch.cat(shift), output, torch.cat(gain))
+
+    return hook
