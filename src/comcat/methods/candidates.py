@@ -1,0 +1,156 @@
+"""Candidate ranks of a search: which there are, what they cost, where to start, and how to settle on one a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import BudgetError, SettingsError
+from ..linalg import Factorization
+from ..sites import Site, Sites
+from .allocate import tail_loss
+
+Grid = Literal["near", "even", "paper"]
+
+PAPER = {192: range(32, 161, 32), 384: range(64, 321, 64), 768: range(128, 513, 64)}
+"""Candidate ranks in COMCAT's code, summed over the heads of a layer, by the width of the model."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidate ranks of one site, rising; ``costs`` is C(r) of Eq. 6. The last may be the full rank: the site as it is."""
+
+    site: Site
+    ranks: tuple[int, ...]
+    costs: tuple[float, ...]
+
+
+def candidates_of(
+    sites: Sites,
+    cost: Callable[[Site, int | None], float],
+    *,
+    grid: Grid = "even",
+    size: int = 9,
+    near: Mapping[str, int] | None = None,
+    totals: Sequence[int] = (),
+    multiple: int = 1,
+) -> dict[str, Candidates]:
+    """The candidates of every site.
+
+    Args:
+        cost: of a site at a rank, or as it is (None).
+        grid: ``"near"``: ``size`` ranks in equal ratios from a quarter of the rank in ``near`` to four times it, and the site as it is;
+            ``"even"``: in equal steps up to the largest that saves, and the site as it is; ``"paper"``: the sets of COMCAT's code, by the width of the site.
+        totals: instead, ranks summed over the heads of a layer, as the paper states them. multiple: ranks are multiples of it, or the smallest there is.
+    """
+    if size < 1:
+        raise SettingsError(f"got a grid of {size} ranks, expected at least 1")
+    found = {}
+    for name, site in sites.items():
+        dense = cost(site, None)
+        saving = [r for r in range(1, site.full_rank + 1) if cost(site, r) < dense]
+        allowed = [r for r in saving if r % multiple == 0] or saving[:1]
+        if totals or grid == "paper":
+            wanted = [total / site.heads for total in totals or _paper(site)]
+        elif grid == "near":
+            assert near is not None
+            centre = min(near.get(name, saving[-1]), saving[-1])
+            wanted = [centre * 4 ** (2 * i / max(size - 1, 1) - 1) for i in range(size)]
+        else:
+            wanted = [saving[-1] * (i + 1) / size for i in range(size)]
+        ranks = sorted({_nearest(allowed, rank) for rank in wanted if rank <= saving[-1]})
+        costs = [cost(site, r) for r in ranks]
+        if not (totals or grid == "paper") or max(wanted) > saving[-1]:  # the paper's sets as they are
+            ranks, costs = [*ranks, site.full_rank], [*costs, dense]
+        found[name] = Candidates(site, tuple(ranks), tuple(costs))
+    return found
+
+
+def _paper(site: Site) -> Sequence[int]:
+    width = min(site.in_features, site.out_features) if site.kind == "linear" else site.heads * site.full_rank
+    return PAPER.get(width) or [math.ceil(width * share / 6) for share in range(1, 6)]
+
+
+def _nearest(ranks: Sequence[int], wanted: float) -> int:
+    return min(ranks, key=lambda r: (abs(r - wanted), r))
+
+
+def predicted_losses(
+    candidates: Mapping[str, Candidates], found: Mapping[str, Factorization], relative: bool
+) -> dict[str, tuple[float, ...]]:
+    """What every candidate is predicted to lose: ``½ Σ_{i ≥ r} σ_i²``."""
+    losses = {}
+    for name, c in candidates.items():
+        tail = tail_loss(found[name].singular_values, relative=relative)
+        losses[name] = tuple(float(tail[r]) for r in c.ranks)
+    return losses
+
+
+def settle(
+    candidates: Mapping[str, Candidates], losses: Mapping[str, Sequence[float]], budget: float
+) -> dict[str, int]:
+    """One candidate a site, by position: least total loss among the choices that a price can reach, spending as much of ``budget`` as it lets.
+
+    At a price λ each site takes the candidate of least ``loss + λ · cost`` (Everett 1963). The price may be negative: where the best
+    choices together cost less than the budget, what is left goes where it hurts least.
+
+    Raises:
+        BudgetError: if the cheapest candidates cost more than the budget.
+    """
+
+    def at(price: float) -> dict[str, int]:
+        return {
+            n: min(range(len(c.ranks)), key=lambda i: (losses[n][i] + price * c.costs[i] / budget, c.costs[i]))
+            for n, c in candidates.items()
+        }
+
+    def cost(choice: Mapping[str, int]) -> float:
+        return sum(c.costs[choice[n]] for n, c in candidates.items())
+
+    least = sum(min(c.costs) for c in candidates.values())
+    if least > budget * (1 + 1e-12):
+        raise BudgetError(
+            f"the smallest candidates together cost {least:,.0f}, the budget leaves {budget:,.0f} for them"
+        )
+    low, high = -1.0, 1.0
+    while cost(at(high)) > budget and high < 1e15:
+        high *= 8
+    while cost(at(low)) <= budget and low > -1e15:
+        low *= 8
+    if cost(at(low)) <= budget:
+        return at(low)  # even all there is fits
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(at(middle)) > budget else (low, middle)
+    choice = at(high)
+    if cost(choice) > budget:  # ties in the losses that no price breaks
+        choice = {n: min(range(len(c.ranks)), key=lambda i: c.costs[i]) for n, c in candidates.items()}
+    return _fill_up(candidates, losses, choice, budget - cost(choice))
+
+
+def _fill_up(
+    candidates: Mapping[str, Candidates], losses: Mapping[str, Sequence[float]], choice: dict[str, int], room: float
+) -> dict[str, int]:
+    """Single steps up, the one that gains most (or hurts least) per cost first, while they fit."""
+    while True:
+        steps = [
+            ((losses[n][i + 1] - losses[n][i]) / max(c.costs[i + 1] - c.costs[i], 1e-300), n)
+            for n, c in candidates.items()
+            if (i := choice[n]) + 1 < len(c.ranks) and c.costs[i + 1] - c.costs[i] <= room
+        ]
+        if not steps:
+            return choice
+        _, name = min(steps)
+        i = choice[name]
+        room -= candidates[name].costs[i + 1] - candidates[name].costs[i]
+        choice[name] = i + 1
+
+
+def start_near(position: int, count: int, sharpness: float = 1.0) -> Tensor:
+    """α that prefers one of ``count`` candidates and, the nearer the more, its neighbours: (count,)."""
+    return -sharpness * (torch.arange(count) - position).abs().float()
