@@ -35,8 +35,10 @@ class _Masked:
 class Relaxation:
     """What :func:`relax_` did: a :class:`SoftRank` for every site, in order; :meth:`fold` ends it."""
 
-    def __init__(self, model: nn.Module, soft: Mapping[str, SoftRank], centers: Mapping[str, Tensor]) -> None:
-        self.model, self.soft, self.centers = model, dict(soft), dict(centers)
+    def __init__(self, model: nn.Module, soft: Mapping[str, SoftRank]) -> None:
+        self.model, self.soft = model, dict(soft)
+        self.linears: dict[str, RelaxedLinear] = {}
+        self.centers: dict[str, Tensor] = {}
         self._undo: list[Undo] = []
 
     def logits(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,14 +46,22 @@ class Relaxation:
         return ((name, s.logits) for name, s in self.soft.items())
 
     def weights(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Everything in the model that is no α."""
+        """Every parameter that is no α; of a linear layer whose rank is decided, the part that stays."""
+        kept: dict[str, nn.Parameter] = {}
+        for name, linear in self.linears.items():
+            if linear.kept is not None:
+                kept[f"{name}.first.weight"], kept[f"{name}.last.weight"] = linear.kept
         alphas = {id(s.logits) for s in self.soft.values()}
-        return ((n, p) for n, p in self.model.named_parameters() if id(p) not in alphas)
+        return ((n, kept.get(n, p)) for n, p in self.model.named_parameters() if id(p) not in alphas)
 
     def decide(self, ranks: Mapping[str, int] | None) -> None:
         """Fix the rank of every site, or with None let the distributions speak."""
         for name, soft in self.soft.items():
-            soft.rank = None if ranks is None else ranks[name]
+            rank = None if ranks is None else ranks[name]
+            if name in self.linears:
+                self.linears[name].decide(rank)
+            else:
+                soft.rank = rank
 
     def sample(self, temperature: float, generator: torch.Generator | None) -> None:
         """Draw Gumbel noise for every site; without a generator there is none."""
@@ -89,14 +99,15 @@ def relax_(
     device = next(model.parameters()).device
     for s in soft.values():
         s.to(device)
-    relaxation = Relaxation(model, soft, {})
+    relaxation = Relaxation(model, soft)
     known = factorizations or {}
     masked: dict[str, list[_Masked]] = {}
     observed: set[str] = set()
     for name, site in sites.items():
         found = None if statistic is None else known.get(name) or factorize_site(model, site, statistic)
         if site.attention is None:
-            relaxation._undo.append(_relax_linear(model, site, soft[name], found, statistic))
+            relaxation.linears[name], fold = _relax_linear(model, site, soft[name], found, statistic)
+            relaxation._undo.append(fold)
             continue
         a = site.attention
         if a.path not in observed:
@@ -118,7 +129,7 @@ def relax_(
 
 def _relax_linear(
     model: nn.Module, site: Site, soft: SoftRank, found: Factorization | None, statistic: Statistic | None
-) -> Undo:
+) -> tuple[RelaxedLinear, Undo]:
     dense = part(model, site.path)
     weight = dense.get_parameter("weight")
     relaxed = RelaxedLinear(site.in_features, site.out_features, soft, device=weight.device, dtype=weight.dtype)
@@ -143,7 +154,7 @@ def _relax_linear(
             else:
                 dense.bias.copy_(relaxed.last.bias)
 
-    return fold
+    return relaxed, fold
 
 
 def _change_basis(

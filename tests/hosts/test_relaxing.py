@@ -140,7 +140,12 @@ def test_a_rank_chosen_low_grows_back() -> None:
     output = run(model, subject.images)
     output.square().mean().backward()
     cut = [m for m in model.modules() if isinstance(m, RelaxedLinear)]
-    assert cut and all(m.first.weight.grad is not None and not m.first.weight.grad[1:].any() for m in cut)
+    assert cut and all(m.kept is not None and m.kept[0].grad is not None and m.kept[0].shape[0] == 1 for m in cut)
+    assert all(m.first.weight.grad is None or not m.first.weight.grad.any() for m in cut)
+    with torch.no_grad():
+        cut[0].kept[0].add_(1)  # what is learned is learned by the master weights
+        assert cut[0].kept[0].equal(cut[0].first.weight[:1])
+        cut[0].kept[0].sub_(1)
     with torch.no_grad():
         assert relative_error(run(relaxation.fold(), subject.images), before) < 1e-9
 

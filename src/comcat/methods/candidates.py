@@ -65,8 +65,9 @@ def candidates_of(
             wanted = [saving[-1] * (i + 1) / size for i in range(size)]
         ranks = sorted({_nearest(allowed, rank) for rank in wanted if rank <= saving[-1]})
         costs = [cost(site, r) for r in ranks]
-        if not (totals or grid == "paper") or max(wanted) > saving[-1]:  # the paper's sets as they are
-            ranks, costs = [*ranks, site.full_rank], [*costs, dense]
+        whole = not (totals or grid == "paper") or max(wanted) > saving[-1]  # the paper's sets as they are
+        if whole and site.full_rank not in ranks:
+            ranks, costs = [*ranks, site.full_rank], [*costs, min(dense, cost(site, site.full_rank))]
         found[name] = Candidates(site, tuple(ranks), tuple(costs))
     return found
 

@@ -15,9 +15,10 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,14 +31,13 @@ from ..plan import Plan, SitePlan
 from ..relaxing import Relaxation, relax_
 from ..training.checkpoints import Checkpoints, check_settings
 from ..training.loaders import Batch, TrainingData, check_labels
+from ..training.processes import Processes
 from ..training.seeding import derive_seed
+from ..training.state import fingerprint
 from ..training.watching import LossWatch
 from .allocate import Budget, allocate
 from .candidates import Candidates, Grid, candidates_of, predicted_losses, settle, start_near
 from .compress import CompressSettings, Prepared, prepare
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 Phase = Literal["ranks", "weights"]
 HELD_OUT_CHECK = 1000
@@ -136,7 +136,6 @@ def search(
     preprocess: Preprocess | None = None,
     out: str | Path | None = None,
     restart: bool = False,
-    accelerator: Accelerator | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Plan:
@@ -147,7 +146,6 @@ def search(
             predictions stand in for them. Never the evaluation set.
         preprocess: how pictures become inputs, by default as the model's data configuration says.
         out: folder for checkpoints: the same call goes on where it was stopped. ``restart`` forgets them first.
-        accelerator: of the accelerate library, by default one made here; one a process where there are several.
         settings: fields of :class:`SearchSettings`.
 
     Returns:
@@ -163,9 +161,7 @@ def search(
         if name not in known:
             raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
     pictures = data if isinstance(data, Pictures) else open_pictures(data)
-    run = _Search(
-        model, pictures, SearchSettings(**settings), preprocess, accelerator, None if out is None else Path(out)
-    )
+    run = _Search(model, pictures, SearchSettings(**settings), preprocess, None if out is None else Path(out))
     return run.go(restart=restart, progress=progress)
 
 
@@ -178,22 +174,19 @@ class _Search:
         pictures: Pictures,
         settings: SearchSettings,
         preprocess: Preprocess | None,
-        accelerator: Accelerator | None,
         out: Path | None,
     ) -> None:
-        from accelerate import Accelerator
-
         if not is_classifier(model):
             raise ModelError(
                 "search minimises a classifier's cross-entropy, and this model has no classes; ranks='waterfill' needs none"
             )
         self.settings = settings
-        self.accelerator = accelerator or Accelerator()
-        several = self.accelerator.num_processes > 1
-        self.device = self.accelerator.device if several else next(model.parameters()).device
-        if settings.batch_size % self.accelerator.num_processes:
+        device = next(model.parameters()).device
+        self.processes = Processes(cpu=device.type == "cpu")
+        self.device = device if self.processes.count == 1 else self.processes.device
+        if settings.batch_size % self.processes.count:
             raise SettingsError(
-                f"got batch_size={settings.batch_size}, expected a multiple of the {self.accelerator.num_processes} processes"
+                f"got batch_size={settings.batch_size}, expected a multiple of the {self.processes.count} processes"
             )
         self.preprocess = preprocess_of(model) if preprocess is None else preprocess
         self.pictures = pictures
@@ -201,6 +194,7 @@ class _Search:
         self.checkpoints = None if out is None else Checkpoints(out / "checkpoints", keep=settings.keep)
         self.model = copy.deepcopy(model).eval().to(self.device)
         self.labeller = None if pictures.has_labels else copy.deepcopy(self.model)
+        self.model_name = f"{type(model).__name__} with weights {fingerprint(model)}"
         self.step = 0
         self.curve: list[dict[str, float]] = []
         self.watch = LossWatch()
@@ -212,13 +206,13 @@ class _Search:
 
         saved = None
         if self.checkpoints is not None:
-            if restart and self.accelerator.is_main_process:
+            if restart and self.processes.main:
                 self.checkpoints.clear()
-            self.accelerator.wait_for_everyone()
+            self.processes.agree()
             saved = self.checkpoints.latest()
             if saved is not None:
                 check_settings(saved, self._identity())
-        self._prepare(progress and self.accelerator.is_main_process)
+        self._prepare(progress and self.processes.main)
         if saved is None:
             self.relaxation = self._relax(self.prepared)
             self._start()
@@ -231,7 +225,7 @@ class _Search:
             initial=self.step,
             desc="searching",
             unit="step",
-            disable=not (progress and self.accelerator.is_main_process),
+            disable=not (progress and self.processes.main),
         )
         streams: dict[Phase, Iterator[Batch]] = {}
         with bar:
@@ -278,10 +272,10 @@ class _Search:
         data = TrainingData(
             pictures=part,
             transform=self.preprocess,
-            batch_size=self.settings.batch_size // self.accelerator.num_processes,
+            batch_size=self.settings.batch_size // self.processes.count,
             seed=derive_seed(self.settings.seed, phase),
-            processes=self.accelerator.num_processes,
-            process=self.accelerator.process_index,
+            processes=self.processes.count,
+            process=self.processes.index,
             workers=self.settings.workers,
         )
         epoch, batch = divmod(start, data.steps())
@@ -392,10 +386,10 @@ class _Search:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16"):
             local = self._cross_entropy(batch)
         crossed = self._sum(local.detach().clone())
-        cost = self.expected_cost() if learns_ranks else torch.tensor(self.decided_cost(), device=self.device)
+        cost = self.expected_cost() if learns_ranks else torch.tensor(float(self.decided_cost()), device=self.device)
         if learns_ranks:
             penalty = self.penalty(cost)
-            share = 1 / self.accelerator.num_processes
+            share = 1 / self.processes.count
             loss = (
                 local * penalty.detach() + share * crossed * penalty
             )  # both factors' part of the gradient, summed over processes
@@ -404,10 +398,10 @@ class _Search:
         loss.backward()
         self._sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
         total = float(crossed * penalty.detach().to(crossed))
-        self.watch.check(total, self.step + 1, self.relaxation.model.named_parameters(), self._last_good())
+        self.watch.check(total, self.step + 1, self.relaxation.weights(), self._last_good())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return {"loss": total, "cross_entropy": float(crossed), "cost": float(cost) / self.prepared.total}
+        return {"loss": total, "cross_entropy": float(crossed), "cost": float(cost.detach()) / self.prepared.total}
 
     def temperature(self) -> float:
         """Falls geometrically over the steps on ranks."""
@@ -417,9 +411,10 @@ class _Search:
 
     def expected_cost(self) -> Tensor:
         """``Σ_sites Σ_a p_a C(r_a)`` and what does not change, (): Eq. 6."""
-        total = torch.tensor(self.fixed, device=self.device)
+        total = torch.tensor(float(self.fixed), device=self.device)
         for name, soft in self.relaxation.soft.items():
-            total = total + soft.probabilities() @ torch.tensor(self.candidates[name].costs, device=self.device)
+            costs = torch.tensor(self.candidates[name].costs, dtype=torch.float32, device=self.device)
+            total = total + soft.probabilities() @ costs
         return total
 
     def decided_cost(self) -> float:
@@ -446,10 +441,12 @@ class _Search:
 
     def _sum(self, value: Tensor) -> Tensor:
         """Over all processes."""
-        return self.accelerator.reduce(value, "sum") if self.accelerator.num_processes > 1 else value  # type: ignore[return-value]
+        if self.processes.count > 1:
+            dist.all_reduce(value)
+        return value
 
     def _sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.accelerator.num_processes == 1:
+        if self.processes.count == 1:
             return
         used = [p for p in parameters if p.grad is not None]
         flat = self._sum(torch.cat([p.grad.flatten() for p in used]))  # type: ignore[union-attr]
@@ -492,15 +489,14 @@ class _Search:
         """What a run must have in common with its checkpoints."""
         unimportant = {"checkpoint_every", "keep", "workers"}
         settings = {f.name: getattr(self.settings, f.name) for f in fields(self.settings) if f.name not in unimportant}
-        model = f"{type(self.model).__name__} of {sum(p.numel() for p in self.model.parameters()):,} parameters"
-        return {**settings, "data": self.pictures.name, "model": model}
+        return {**settings, "data": self.pictures.name, "model": self.model_name}
 
     def _last_good(self) -> str:
         last = None if self.checkpoints is None else self.checkpoints.latest()
         return "no checkpoint was written" if last is None else f"the last good checkpoint is {last.path}"
 
     def _save(self) -> None:
-        if self.checkpoints is None or not self.accelerator.is_main_process:
+        if self.checkpoints is None or not self.processes.main:
             return
         ranks = {f"logits/{n}": p.detach() for n, p in self.relaxation.logits()}
         ranks |= {f"center/{n}": c for n, c in self.relaxation.centers.items()}

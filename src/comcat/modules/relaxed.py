@@ -65,18 +65,31 @@ class RelaxedLinear(LowRankLinear):
 
     ``y = (c + m ⊙ (x A − c)) Bᵀ + b``: a channel that is cut stays at its mean ``c`` (rank,), which is what moves to the bias
     when the rank is decided. Every candidate is exact, and so is their mixture.
+
+    While the rank is decided, no more than what stays is computed and learned: ``kept`` are parameters that share the memory of
+    the first channels of the whole factors, so that these remain the master weights.
     """
 
     def __init__(self, in_features: int, out_features: int, soft: SoftRank, *, device=None, dtype=None) -> None:
         super().__init__(in_features, out_features, soft.full_rank, bias=True, device=device, dtype=dtype)
         self.soft = soft
         self.register_buffer("center", torch.zeros(soft.full_rank, device=device, dtype=dtype))
+        self.kept: tuple[nn.Parameter, nn.Parameter] | None = None
+
+    def decide(self, rank: int | None) -> None:
+        """Fix the rank, or with None let the distribution speak."""
+        self.soft.rank = rank
+        self.kept = (
+            None
+            if rank is None
+            else (nn.Parameter(self.first.weight.data[:rank]), nn.Parameter(self.last.weight.data[:, :rank]))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         center, rank = self.get_buffer("center"), self.soft.rank
-        if rank is not None:  # decided: compute no more than what stays
-            h = F.linear(x, self.first.weight[:rank])  # (..., in) → (..., rank)
-            bias = self.last.bias + self.last.weight[:, rank:] @ center[rank:]
-            return F.linear(h, self.last.weight[:, :rank], bias)
+        if rank is not None and self.kept is not None:
+            first, last = self.kept
+            bias = self.last.bias + self.last.weight.detach()[:, rank:] @ center[rank:]
+            return F.linear(F.linear(x, first), last, bias)  # (..., in) → (..., rank) → (..., out)
         mask = self.soft.mask().to(x.dtype)
         return self.last(self.first(x) * mask + center * (1 - mask))

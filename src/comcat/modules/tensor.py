@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +38,10 @@ def matrix_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return half[:, None] * vh[:rank], u[:, :rank] * half
 
 
-class TuckerLinear(nn.Module):
-    """``y = W x + b`` with the weight in Tucker form (Tucker 1966; Xiao et al. 2023, Table 4), never put together.
+class TensorLinear(nn.Module):
+    """``y = W x + b`` with the weight kept as a decomposed tensor; a form says of what parameters and how they apply.
 
-    With one mode a side ``W = U1 G U2ᵀ`` and ``y = U1 (G (U2ᵀ x)) + b``: three thin matrices. With more modes ``x`` is
-    seen as a tensor (i_1, …), each of its modes is projected to its rank, the core maps these to the ranks of the out
-    modes, and each of those is expanded.
-
-    Parameters: ``in_factors[k]`` (rank, i_k), ``core`` (product of out ranks, product of in ranks), ``out_factors[k]``
-    (o_k, rank), ``bias`` (out).
+    Parameters: those of the form, and ``bias`` (out).
 
     Args:
         shape: see the module's docstring.
@@ -56,6 +51,8 @@ class TuckerLinear(nn.Module):
     """
 
     comcat_module = True
+    form: ClassVar[str]
+    bias: Tensor | None
 
     def __init__(
         self,
@@ -68,36 +65,94 @@ class TuckerLinear(nn.Module):
         dtype=None,
     ) -> None:
         super().__init__()
-        check_shape("tucker", shape, in_features, out_features)
+        check_shape(self.form, shape, in_features, out_features)
         self.in_features, self.out_features = in_features, out_features
         self.out_modes, self.in_modes, self.ranks = (tuple(shape[key]) for key in ("out", "in", "ranks"))
-        out_ranks, in_ranks = self.ranks[: len(self.out_modes)], self.ranks[len(self.out_modes) :]
 
         def empty(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
-        self.in_factors = nn.ParameterList([empty(r, n) for n, r in zip(self.in_modes, in_ranks, strict=True)])
-        self.core = empty(math.prod(out_ranks), math.prod(in_ranks))
-        self.out_factors = nn.ParameterList([empty(n, r) for n, r in zip(self.out_modes, out_ranks, strict=True)])
+        self._add_parameters(empty)
         self.bias = empty(out_features) if bias else None
-        _initialise(self)
+        self._initialise()
+
+    @classmethod
+    def replacing(cls, dense: nn.Linear, shape: Mapping[str, Any], weights: bool) -> Self:
+        """The form of a dense layer, in its type and on its device; without ``weights`` the structure alone."""
+        factory = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        module = cls(dense.in_features, dense.out_features, shape, bias=dense.bias is not None, **factory)
+        if weights:
+            module.decompose_(dense.weight)
+            if module.bias is not None:
+                with torch.no_grad():
+                    module.bias.copy_(dense.bias)
+        return module
 
     def decompose_(self, weight: Tensor) -> None:
-        """Fill in the Tucker form of a weight (out, in): higher-order orthogonal iteration (De Lathauwer et al. 2000).
+        """Fill in the decomposition of a weight (out, in), computed in float64.
 
         Raises ComcatError without tensorly, NumericsError for a weight with NaN or infinity.
         """
         tensor = _float64(weight).reshape(*self.out_modes, *self.in_modes)
+        with _tensorly() as tensorly:
+            self._decompose(tensor, tensorly)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._apply_weight(x.reshape(-1, self.in_features))
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"in={self.in_modes}, out={self.out_modes}, ranks={self.ranks}"
+
+    def _initialise(self) -> None:
+        """Matrices that keep the variance of what they multiply; a zero bias."""
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            else:
+                nn.init.zeros_(parameter)
+
+    def _add_parameters(self, empty: Callable[..., nn.Parameter]) -> None:
+        raise NotImplementedError
+
+    def _decompose(self, tensor: Any, tensorly: Any) -> None:
+        """Fill the parameters from the weight as a NumPy tensor (o_1, …, i_1, …)."""
+        raise NotImplementedError
+
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        """``W x + b`` of rows: (rows, in) → (rows, out), in whatever shape holds them in this order."""
+        raise NotImplementedError
+
+
+class TuckerLinear(TensorLinear):
+    """A linear layer with the weight in Tucker form (Tucker 1966; Xiao et al. 2023, Table 4), never put together.
+
+    With one mode a side ``W = U1 G U2ᵀ`` and ``y = U1 (G (U2ᵀ x)) + b``: three thin matrices. With more modes ``x`` is
+    seen as a tensor (i_1, …), each of its modes is projected to its rank, the core maps these to the ranks of the out
+    modes, and each of those is expanded.
+
+    Parameters: ``in_factors[k]`` (rank, i_k), ``core`` (product of out ranks, product of in ranks), ``out_factors[k]``
+    (o_k, rank), ``bias`` (out). The decomposition is higher-order orthogonal iteration (De Lathauwer et al. 2000).
+    """
+
+    form = "tucker"
+
+    def _add_parameters(self, empty: Callable[..., nn.Parameter]) -> None:
+        out_ranks, in_ranks = self.ranks[: len(self.out_modes)], self.ranks[len(self.out_modes) :]
+        self.in_factors = nn.ParameterList([empty(r, n) for n, r in zip(self.in_modes, in_ranks, strict=True)])
+        self.core = empty(math.prod(out_ranks), math.prod(in_ranks))
+        self.out_factors = nn.ParameterList([empty(n, r) for n, r in zip(self.out_modes, out_ranks, strict=True)])
+
+    def _decompose(self, tensor: Any, tensorly: Any) -> None:
         if not tensor.any():  # the iteration divides by the norm
             with torch.no_grad():
                 self.core.zero_()
             return
-        with _tensorly() as tensorly:
-            # The start, an SVD of each unfolding, is the best there is for a matrix; more modes are improved in turn.
-            sweeps = 0 if len(self.ranks) == 2 else SWEEPS
-            core, factors = tensorly.decomposition.tucker(
-                tensor, rank=list(self.ranks), n_iter_max=sweeps, tol=TOLERANCE, random_state=0
-            )
+        # The start, an SVD of each unfolding, is the best there is for a matrix; more modes are improved in turn.
+        sweeps = 0 if len(self.ranks) == 2 else SWEEPS
+        core, factors = tensorly.decomposition.tucker(
+            tensor, rank=list(self.ranks), n_iter_max=sweeps, tol=TOLERANCE, random_state=0
+        )
         split = len(self.out_modes)
         _fill(self.core, core.reshape(self.core.shape))
         for target, factor in zip(self.out_factors, factors[:split], strict=True):
@@ -105,77 +160,42 @@ class TuckerLinear(nn.Module):
         for target, factor in zip(self.in_factors, factors[split:], strict=True):
             _fill(target, factor.T)
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = _along_modes(x.reshape(-1, self.in_features), list(self.in_factors))  # (rows, product of in ranks)
-        y = _along_modes(F.linear(z, self.core), list(self.out_factors), self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        return f"in={self.in_modes}, out={self.out_modes}, ranks={self.ranks}"
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        z = _along_modes(x, list(self.in_factors))  # (rows, product of in ranks)
+        return _along_modes(F.linear(z, self.core), list(self.out_factors), self.bias)
 
 
-class TensorTrainLinear(nn.Module):
-    """``y = W x + b`` with the weight a tensor train of matrices (Oseledets 2011), never put together.
+class TensorTrainLinear(TensorLinear):
+    """A linear layer with the weight a tensor train of matrices (Oseledets 2011), never put together.
 
     ``W[(o_1, …, o_d), (i_1, …, i_d)] = G_1[o_1, i_1] G_2[o_2, i_2] ⋯ G_d[o_d, i_d]``, where ``G_k[o, i]`` is a matrix
     (r_{k−1}, r_k) and r_0 = r_d = 1. The input meets one core after the other. Core k costs
     ``o_1⋯o_k · r_{k−1} r_k · i_k⋯i_d`` multiply-accumulates a row and leaves ``o_1⋯o_k · r_k · i_{k+1}⋯i_d`` numbers: a
     train saves parameters long before it saves work or memory.
 
-    Parameters: ``cores[k]`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out).
-
-    Args:
-        shape: see the module's docstring.
-
-    Raises:
-        PlanError: if the shape is malformed or does not fit the features.
+    Parameters: ``cores[k]`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out). The decomposition is a sequence of truncated
+    SVDs (TT-SVD, Oseledets 2011).
     """
 
-    comcat_module = True
+    form = "tensor_train"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        shape: Mapping[str, Any],
-        *,
-        bias: bool = True,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        check_shape("tensor_train", shape, in_features, out_features)
-        self.in_features, self.out_features = in_features, out_features
-        self.out_modes, self.in_modes, self.ranks = (tuple(shape[key]) for key in ("out", "in", "ranks"))
+    def _add_parameters(self, empty: Callable[..., nn.Parameter]) -> None:
         bonds = (1, *self.ranks, 1)
         pairs = zip(self.out_modes, self.in_modes, bonds, bonds[1:], strict=False)
-        cores = [torch.empty(o * after, before * i, device=device, dtype=dtype) for o, i, before, after in pairs]
-        self.cores = nn.ParameterList([nn.Parameter(core) for core in cores])
-        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        _initialise(self)
+        self.cores = nn.ParameterList([empty(o * after, before * i) for o, i, before, after in pairs])
 
-    def decompose_(self, weight: Tensor) -> None:
-        """Fill in the tensor train of a weight (out, in): a sequence of truncated SVDs (TT-SVD, Oseledets 2011).
-
-        Raises ComcatError without tensorly, NumericsError for a weight with NaN or infinity.
-        """
-        tensor = _float64(weight).reshape(*self.out_modes, *self.in_modes)
-        with _tensorly() as tensorly:
-            train = tensorly.decomposition.tensor_train_matrix(tensor, rank=[1, *self.ranks, 1])
+    def _decompose(self, tensor: Any, tensorly: Any) -> None:
+        train = tensorly.decomposition.tensor_train_matrix(tensor, rank=[1, *self.ranks, 1])
         for target, core in zip(self.cores, train.factors, strict=True):  # core (r_{k−1}, o_k, i_k, r_k)
             _fill(target, core.transpose(1, 3, 0, 2).reshape(target.shape))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x.reshape(-1, self.in_features)
-        rest = self.in_features
+    def _apply_weight(self, x: Tensor) -> Tensor:
+        y, rest = x, self.in_features
         for core, mode in zip(self.cores, self.in_modes, strict=True):
             rest //= mode  # what of the input no core has met yet, innermost
             y = _apply(core, y, rest)  # (rows · o_1⋯o_{k−1}, o_k · r_k, rest)
-        y = y.reshape(*x.shape[:-1], self.out_features)
+        y = y.reshape(-1, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def extra_repr(self) -> str:
-        return f"in={self.in_modes}, out={self.out_modes}, ranks={self.ranks}"
 
 
 def check_shape(form: str, shape: Any, in_features: int, out_features: int) -> None:
@@ -250,15 +270,6 @@ def _apply(matrix: Tensor, z: Tensor, suffix: int) -> Tensor:
     return matrix @ z.reshape(-1, n, suffix)
 
 
-def _initialise(module: nn.Module) -> None:
-    """Matrices that keep the variance of what they multiply; a zero bias."""
-    for parameter in module.parameters():
-        if parameter.ndim == 2:
-            nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
-        else:
-            nn.init.zeros_(parameter)
-
-
 def _float64(weight: Tensor) -> Any:
     """The weight as a NumPy array: tensorly's decompositions are the same on every device that way."""
     if not torch.isfinite(weight).all():
@@ -288,29 +299,7 @@ def _tensorly() -> Iterator[ModuleType]:
         tensorly.set_backend(before, local_threadsafe=True)
 
 
-def _tucker(dense: nn.Linear, shape: dict[str, Any], weights: bool) -> nn.Module:
-    return _built(TuckerLinear, dense, shape, weights)
-
-
-def _tensor_train(dense: nn.Linear, shape: dict[str, Any], weights: bool) -> nn.Module:
-    return _built(TensorTrainLinear, dense, shape, weights)
-
-
-def _built(
-    form: type[TuckerLinear] | type[TensorTrainLinear], dense: nn.Linear, shape: dict[str, Any], weights: bool
-) -> nn.Module:
-    factory = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-    module = form(dense.in_features, dense.out_features, shape, bias=dense.bias is not None, **factory)
-    if weights:
-        module.decompose_(dense.weight)
-        if module.bias is not None:
-            with torch.no_grad():
-                module.bias.copy_(dense.bias)
-    return module
-
-
 TENSOR_FORMS: dict[str, Callable[[nn.Linear, dict[str, Any], bool], nn.Module]] = {
-    "tucker": _tucker,
-    "tensor_train": _tensor_train,
+    kind.form: kind.replacing for kind in (TuckerLinear, TensorTrainLinear)
 }
 """Form → builder(dense layer, shape, weights). Without ``weights`` the structure alone, for loading a state dict."""

@@ -1,0 +1,60 @@
+"""The command line: one module a verb, with its settings (a dataclass that tyro makes the options from) and ``run``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import import_module
+
+from ..errors import ComcatError
+
+VERBS = {
+    "inspect": "inspect:Inspect",
+    "compress": "compress:Compress",
+    "eval": "evaluate:Eval",
+    "bench": "bench:Bench",
+    "customize": "customize:Customize",
+    "generate": "generate:Generate",
+    "demo": "demo:Demo",
+}
+"""Verb → module of this package and settings in it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status. Errors that a user can cause are told in one line, without a traceback."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["--version"]:
+        from .._version import __version__
+
+        print(f"comcat {__version__}")
+        return 0
+    from tyro.extras import subcommand_cli_from_dict
+
+    from .recipes import with_recipe
+
+    try:
+        commands = {verb: settings_of(verb) for verb in VERBS}
+        command = subcommand_cli_from_dict(
+            commands,
+            args=with_recipe(arguments, commands),
+            prog="comcat",
+            description="Attention-based vision models, smaller and faster.",
+        )
+        return import_module(type(command).__module__).run(command)
+    except ComcatError as error:
+        print(f"comcat: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("comcat: interrupted; nothing was left half-written", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        with suppress(Exception):
+            sys.stdout.close()
+        return 141
+
+
+def settings_of(verb: str) -> type:
+    """The settings of a verb. Its module imports nothing heavy before it runs."""
+    module, name = VERBS[verb].split(":")
+    return getattr(import_module(f".{module}", __name__), name)

@@ -1,0 +1,110 @@
+"""What the verbs share: common options, loading, checks and timing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tyro
+
+from ..errors import DataError, SettingsError
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options that every verb takes."""
+
+    ALTERNATIVES: ClassVar[tuple[str, ...]] = ()
+    """Fields of which any given on the command line replaces them all in a recipe."""
+
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the weights."""
+    pretrained: bool = True
+    """Load the model's published weights (--no-pretrained: random ones, to look at structure and speed)."""
+    seed: int = 0
+    """Seed of everything random: which pictures, sampled labels, random weights."""
+
+
+class Loader:
+    """Pictures to batches for one model's preprocessing."""
+
+    def __init__(self, preprocess: Any, batch_size: int) -> None:
+        self.preprocess, self.batch_size = preprocess, batch_size
+        if batch_size < 1:
+            raise SettingsError(f"got --batch-size {batch_size}, expected at least 1")
+
+    def __call__(self, pictures: Any) -> Any:
+        from ..data import batches
+
+        return batches(pictures, self.preprocess, batch_size=self.batch_size)
+
+
+def load(command: Common, spec: str) -> Any:
+    import torch
+
+    from ..models import load_model
+
+    torch.manual_seed(command.seed)
+    return load_model(
+        spec, pretrained=command.pretrained, device=pick_device(command.device), dtype=getattr(torch, command.dtype)
+    )
+
+
+def pick_device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"got --device {name!r}, which cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def time_models(models: dict[str, Any], example: Any, command: Any) -> Any:
+    import torch
+
+    from ..measure import benchmark
+
+    p = next(next(iter(models.values())).parameters())
+    size = command.batch_size
+    if len(example) != size:
+        example = torch.randn(size, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+    return benchmark(
+        models, example.to(p), repeats=getattr(command, "repeats", 10), compile=getattr(command, "compile", False)
+    )
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise SettingsError(f"--out {str(out)!r} is a file, expected a folder to write to")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise SettingsError(
+            f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder"
+        )
+
+
+def check_classes(model: Any, pictures: Any) -> None:
+    from ..models import class_names_of
+
+    ours, theirs = class_names_of(model), pictures.class_names
+    if ours and theirs and len(theirs) > len(ours):
+        raise DataError(f"the pictures have {len(theirs)} classes, the model {len(ours)}")
+
+
+def skip_notes(pictures: Any) -> list[str]:
+    return (
+        [f"{len(pictures.skipped)} unreadable pictures were skipped, the first: {pictures.skipped[0]}"]
+        if pictures.skipped
+        else []
+    )
+
+
+def plain_settings(command: Any) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(command).items() if v is not None}

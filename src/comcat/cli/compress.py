@@ -1,0 +1,146 @@
+"""``comcat compress``: from a model and pictures to a smaller model, saved and reported on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import DataError
+from ..methods.compress import CompressSettings
+from ..terminal import print_report
+from .common import (
+    Common,
+    Loader,
+    Positional,
+    check_classes,
+    check_out,
+    load,
+    plain_settings,
+    skip_notes,
+    time_models,
+)
+
+FEW = 20
+"""So few pictures are not split into some to calibrate on and some to measure on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(Common, CompressSettings):
+    """Make a model smaller and faster: calibrate, choose ranks, factorise, measure, save."""
+
+    ALTERNATIVES: ClassVar[tuple[str, ...]] = ("reduce", "max_drop")
+
+    model: Positional[str]
+    """timm:NAME, hf:NAME or a folder."""
+    data: str
+    """Pictures to calibrate on: a folder, parquet, .tar shards, hf:DATASET or digits. Labels are not needed."""
+    out: Path
+    """Folder to save to."""
+    eval: str | None = None
+    """Pictures with labels to report accuracy on. Nothing is chosen by them."""
+    eval_limit: int | None = None
+    """Evaluate on so many pictures only."""
+    plan: Path | None = None
+    """Use the ranks of this plan.json instead of choosing them."""
+    recipe: Path | None = None
+    """Read options from a YAML file; options given on the command line win."""
+    batch_size: int = 32
+    """Pictures a batch, for calibration, evaluation and timing."""
+    bench: bool = True
+    """Time the model before and after."""
+    stock: bool = False
+    """Save a checkpoint that plain transformers loads (attention at one uniform rank only)."""
+    overwrite: bool = False
+    """Replace a folder that holds an earlier result."""
+
+
+def run(command: Compress) -> int:
+    return compress_model(command, load(command, command.model))
+
+
+def compress_model(command: Compress, model: Any, *, shown: str | None = None) -> int:
+    """Compress a model that is loaded already; ``shown`` is the command to repeat it with, for the report."""
+    import copy
+
+    from .. import measure
+    from ..data import open_pictures, overlap
+    from ..methods.compress import compress_
+    from ..models import preprocess_of
+    from ..plan import Plan
+    from ..report.collect import collect
+    from ..store import save
+
+    started = time.monotonic()
+    check_out(command.out, command.overwrite)
+    pictures = open_pictures(command.data)
+    evaluation = None if command.eval is None else open_pictures(command.eval)
+    if command.eval is not None and _same_place(command.data, command.eval):
+        raise DataError(
+            f"--data and --eval are both {command.eval!r}: accuracy on pictures that were calibrated on says nothing; give separate ones"
+        )
+    plan = None if command.plan is None else Plan.load(command.plan)
+    rest, held = pictures.split(0.2, command.seed)
+    notes: list[str] = []
+    if pictures.count is not None and pictures.count < FEW:
+        rest = held = pictures
+        notes.append(f"Only {pictures.count} pictures: calibration and measurement had to share them.")
+    calibration = rest.take(command.pictures, command.seed)
+    judged = held.take(1000, command.seed) if evaluation is None else evaluation
+    judged = judged if command.eval_limit is None else judged.take(command.eval_limit, command.seed)
+    check_classes(model, judged)
+    preprocess = preprocess_of(model)
+    batches = Loader(preprocess, command.batch_size)
+    if evaluation is not None and (shared := overlap(calibration, judged)):
+        raise DataError(
+            f"{shared} of the calibration pictures are also in --eval {command.eval!r}: accuracy there would not be honest"
+        )
+    settings = CompressSettings(**{f.name: getattr(command, f.name) for f in fields(CompressSettings)})
+    before = copy.deepcopy(model)
+    done = compress_(
+        model,
+        batches(calibration),
+        settings,
+        held_out=batches(held.take(2000, command.seed)) if command.max_drop is not None else None,
+        plan=plan,
+        progress=True,
+    )
+    notes += skip_notes(calibration)
+    if evaluation is None:
+        notes.append("Measured on pictures of --data that calibration did not see, for want of --eval.")
+    say = (
+        measure.evaluate(before, batches(judged), progress=True),
+        measure.evaluate(model, batches(judged), reference=before, progress=True),
+    )
+    timings = time_models({"before": before, "after": model}, done.prepared.example, command) if command.bench else None
+    report = collect(
+        before, model, done, title=f"{command.model}, compressed", model=command.model, command=shown or "comcat " + shlex.join(sys.argv[1:]),
+        settings=plain_settings(command), evaluations=say, timings=timings, notes=tuple(notes),
+    )  # fmt: skip
+    model.comcat_record = _with_results(model.comcat_record, report)
+    save(model, command.out, report=report, stock=command.stock)
+    print_report(report, time.monotonic() - started)
+    print(f"\nSaved to {command.out}; report: {(command.out / 'report.html').resolve()}")
+    return 0
+
+
+def _same_place(a: str, b: str) -> bool:
+    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve())
+
+
+def _with_results(record: Any, report: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(
+        record,
+        results={
+            "before": report.before,
+            "after": report.after,
+            "agreement": report.agreement,
+            "predicted_loss": report.predicted_loss,
+            "measured_loss": report.measured_loss,
+        },
+    )

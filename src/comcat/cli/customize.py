@@ -1,0 +1,54 @@
+"""``comcat customize``: teach a text-to-image pipeline a concept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ..diffusion.settings import CustomizeSettings
+from .common import Positional
+from .pipelines import PipelineCommand, open_pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Customize(PipelineCommand, CustomizeSettings):
+    """Teach a text-to-image pipeline a concept from a few pictures: a small adapter on its attention."""
+
+    model: Positional[str]
+    """OWNER/NAME on the hub, or a folder that diffusers saved."""
+    images: Path
+    """Folder of 4 to 12 pictures of the concept, or one picture."""
+    prompt: str
+    """What they show, with the identifier: "a photo of V* dog"."""
+    out: Path
+    """File to save the adapter to, dog.safetensors; checkpoints, samples and report.html go to dog.run."""
+    identifier: str = "V*"
+    """The word that will call the concept."""
+    recipe: Path | None = None
+    """Read options from a YAML file; options given on the command line win."""
+    restart: bool = False
+    """Begin anew instead of going on from the last checkpoint."""
+
+
+def run(command: Customize) -> int:
+    from ..diffusion.runfolder import folder_of
+    from ..diffusion.training import Customization
+
+    pipe = open_pipeline(command, command.model)
+    settings = CustomizeSettings(**{f.name: getattr(command, f.name) for f in fields(CustomizeSettings)})
+    work = Customization(
+        pipe, command.images, command.prompt, command.identifier, "default", settings, command.out, True
+    )
+    if work.processes.is_main:
+        for note in work.notes:
+            print(f"Note: {note}")
+    adapter = work.run(command.restart)
+    if work.processes.is_main and work.optimisation is not None:
+        done = work.optimisation.progress
+        print(
+            f"\nLearned {command.identifier} in {done.step} steps ({done.seconds:.0f} s of them now), "
+            f"{sum(p.numel() for p in adapter.parameters()):,} parameters."
+        )
+        size = command.out.stat().st_size / 1e6
+        print(f"Saved to {command.out} ({size:.2f} MB); report: {(folder_of(command.out) / 'report.html').resolve()}")
+    return 0

@@ -1,0 +1,53 @@
+"""``comcat eval``: accuracy of a model, and agreement with another."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from ..terminal import LABELS, number, table
+from .common import Common, Loader, Positional, check_classes, load, skip_notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval(Common):
+    """Accuracy of a model on pictures, and agreement with another."""
+
+    model: Positional[str]
+    """timm:NAME, hf:NAME or a folder."""
+    data: str
+    """Pictures, with labels for accuracy."""
+    against: str | None = None
+    """A model to compare predictions with."""
+    batch_size: int = 32
+    """Pictures a batch."""
+    limit: int | None = None
+    """Use so many pictures only, drawn at random."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def run(command: Eval) -> int:
+    from ..data import open_pictures
+    from ..measure import evaluate
+    from ..models import preprocess_of
+
+    model = load(command, command.model)
+    against = None if command.against is None else load(command, command.against)
+    pictures = open_pictures(command.data)
+    if command.limit is not None:
+        pictures = pictures.take(command.limit, command.seed)
+    check_classes(model, pictures)
+    batches = Loader(preprocess_of(model), command.batch_size)
+    result = {
+        k: v
+        for k, v in evaluate(model, batches(pictures), reference=against, progress=not command.json).to_dict().items()
+        if v is not None
+    }
+    if command.json:
+        print(json.dumps({"model": command.model, "data": command.data, **result}, indent=1))
+        return 0
+    table(["measure", "value"], [[LABELS.get(k, k), number(k, v)] for k, v in result.items()])
+    for note in skip_notes(pictures):
+        print(note)
+    return 0

@@ -1,0 +1,29 @@
+"""What the verbs on text-to-image pipelines share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from .common import pick_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineCommand:
+    """Options of every verb that loads a pipeline."""
+
+    ALTERNATIVES: ClassVar[tuple[str, ...]] = ()
+    """See :class:`~comcat.cli.common.Common`."""
+
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1, mps."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the pipeline's weights."""
+
+
+def open_pipeline(command: PipelineCommand, spec: str) -> Any:
+    import torch
+
+    from ..diffusion import load_pipeline
+
+    return load_pipeline(spec, device=pick_device(command.device), dtype=getattr(torch, command.dtype))

@@ -1,0 +1,75 @@
+"""What a model says of pictures, whichever library it is from."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .running import call, describe, unwrap
+
+
+def model_output(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model says of pictures, as one tensor: class logits where it gives any, else features.
+
+    ``images`` is (batch, channels, height, width); the result is (batch, classes or features). The model's mode and the
+    gradients are the caller's business. Models of transformers are called with ``pixel_values=`` and give ``logits``,
+    else ``image_embeds``, ``pooler_output``, or ``last_hidden_state`` averaged over tokens; a model of images and text
+    gives its image features. A tuple or list of equal (batch, classes) tensors, as distilled models in training mode
+    return for their two heads, is averaged. Plain tokens (batch, tokens, features) are averaged over tokens; tensors
+    with more dimensions are flattened to one row a picture.
+
+    Raises ModelError where the model fails on these pictures or returns something else.
+    """
+    output = call(model, images)
+    label = type(unwrap(model)).__name__
+    if isinstance(output, Mapping):
+        keys = [key for key in ("logits", "image_embeds", "pooler_output", "last_hidden_state") if key in output]
+        said = next((output[key] for key in keys if output[key] is not None), None)
+        if said is None:
+            raise ModelError(
+                f"model {label} returns {sorted(map(str, output))}; "
+                "expected logits, image_embeds, pooler_output or last_hidden_state"
+            )
+        output = said
+    if isinstance(output, tuple | list) and output and all(isinstance(part, Tensor) for part in output):
+        if len({part.shape for part in output}) == 1 and output[0].dim() == 2:
+            output = torch.stack(tuple(output)).mean(0)
+    if not isinstance(output, Tensor):
+        inside = f" of {describe(output)}" if isinstance(output, tuple | list) else ""
+        raise ModelError(
+            f"model {label} returns a {type(output).__name__}{inside}; expected a tensor, a transformers output, "
+            "or a tuple of equal (batch, classes) tensors"
+        )
+    if not output.dim() or output.shape[0] != images.shape[0]:
+        raise ModelError(
+            f"model {label} returns shape {tuple(output.shape)} for {images.shape[0]} pictures; "
+            "expected one row a picture"
+        )
+    if output.dim() == 3:
+        return output.mean(1)
+    return output.unsqueeze(1) if output.dim() == 1 else output.flatten(1)
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether the model's output is class logits.
+
+    Models of transformers: an image-classification class or one with a ``classifier``, and at least one label. Others:
+    ``num_classes`` (timm, torchvision's ViT) where the model has it; else whether a ``head``, ``heads``, ``fc`` or
+    ``classifier`` is there, or the last layer is linear.
+    """
+    inner = unwrap(model)
+    config = getattr(inner, "config", None)
+    if hasattr(inner, "main_input_name") and config is not None:
+        head = getattr(inner, "classifier", None)
+        named = any("ForImageClassification" in kind.__name__ for kind in type(inner).__mro__)
+        has_head = not isinstance(head, nn.Identity) and (named or isinstance(head, nn.Module))
+        return has_head and getattr(config, "num_labels", 0) > 0
+    classes = getattr(inner, "num_classes", None)
+    if isinstance(classes, int):
+        return classes > 0
+    heads = [child for name, child in inner.named_children() if name in ("head", "heads", "fc", "classifier")]
+    if heads:
+        return not all(isinstance(head, nn.Identity) for head in heads)
+    leaves = [module for module in inner.modules() if not any(True for _ in module.children())]
+    return isinstance(leaves[-1], nn.Linear)

@@ -1,0 +1,248 @@
+"""The search of ranks: its loss, its rounds, its budget, what it never sees, and going on after a kill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from comcat.data import Pictures, Preprocess, open_pictures
+from comcat.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, StoreError
+from comcat.measure import count_parameters
+from comcat.methods import search as searching
+from comcat.methods.search import SearchSettings, _Search, search
+from comcat.plan import apply_
+
+from .models import tiny_vit
+
+PREPROCESS = Preprocess(size=(32, 32), mean=(0.3,), std=(0.4,))
+FAST = {"rounds": 2, "rank_steps": 3, "weight_steps": 2, "batch_size": 8, "pictures": 16, "statistic": "activation"}
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Pictures:
+    return open_pictures("digits:train").take(60, 0)
+
+
+def model_of_digits():
+    return tiny_vit(num_classes=10)
+
+
+def run(pictures: Pictures, **settings):
+    return search(model_of_digits(), pictures, preprocess=PREPROCESS, **{**FAST, **settings})
+
+
+def start(pictures: Pictures, **settings) -> _Search:
+    """A search that has prepared all and not yet made a step."""
+    made = _Search(model_of_digits(), pictures, SearchSettings(**{**FAST, **settings}), PREPROCESS, None)
+    made._prepare(False)
+    made.relaxation = made._relax(made.prepared)
+    made._start()
+    return made
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reduce": 0.5},
+        {"reduce": 0.7, "start": "blind", "grid": "even", "penalty": "above"},
+        {"reduce": 0.4, "budget": "macs", "weight_steps": 0},
+        {"reduce": 0.5, "grid": "paper", "statistic": "weights", "start": "blind"},
+        {"reduce": 0.4, "multiple": 4},
+    ],
+    ids=["default", "blind", "macs", "paper", "multiple"],
+)
+def test_the_plan_meets_the_budget(pictures: Pictures, settings: dict) -> None:
+    model = model_of_digits()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    plan = search(model, pictures, preprocess=PREPROCESS, **{**FAST, **settings})
+    assert all(p.equal(before[n]) for n, p in model.named_parameters()), "the model given was changed"
+    assert plan.made_by["saved"] >= settings["reduce"] - 1e-9
+    if settings.get("budget") != "macs":
+        dense = count_parameters(model)
+        apply_(model, plan)
+        assert 1 - count_parameters(model) / dense == pytest.approx(plan.made_by["saved"], abs=1e-9)
+    if "multiple" in settings:
+        assert all(e.rank % 4 == 0 or e.rank == e.full_rank for e in plan.sites.values())
+    json.dumps(plan.to_dict())
+
+
+def test_the_curve_says_what_happened(pictures: Pictures) -> None:
+    curve = run(pictures).made_by["search"]["curve"]
+    assert [p["step"] for p in curve] == list(range(1, 9))
+    assert [p["round"] for p in curve] == [0] * 5 + [1] * 3
+    assert [("top1" in p) for p in curve] == [False, False, True, False, False, False, False, True]
+    assert all(0 < p["cost"] < 1 for p in curve)
+
+
+def test_eq_6(pictures: Pictures) -> None:
+    """The loss is cross-entropy times (expected cost / ε)^β, its gradient what autograd finds for that product."""
+    made = start(pictures, beta=1.5, start="blind")
+    batch = next(made._stream("ranks", 0))
+    p = {n: s.probabilities() for n, s in made.relaxation.soft.items()}
+    dense = count_parameters(model_of_digits())
+    cost = dense - sum(s.parameters() for s in made.prepared.sites.values())
+    for name, site in made.prepared.sites.items():
+        for probability, rank in zip(p[name], made.candidates[name].ranks, strict=True):
+            kept = rank < site.full_rank or site.parameters(rank) < site.parameters()
+            cost = cost + probability * site.parameters(rank if kept else None)
+    assert made.expected_cost().item() == pytest.approx(cost.item(), rel=1e-5)
+    assert made.penalty(cost).item() == pytest.approx((cost.item() / (0.5 * dense)) ** 1.5, rel=1e-5)
+    seen: dict[str, torch.Tensor] = {}
+    made.rank_optimizer.step = lambda: seen.update({n: q.grad.clone() for n, q in made.relaxation.logits()})  # type: ignore[method-assign]
+    point = made._one_step("ranks", batch)
+    made.relaxation.sample(made.temperature(), torch.Generator().manual_seed(searching.derive_seed(0, "gumbel", 0)))
+    whole = made._cross_entropy(batch) * made.penalty(made.expected_cost())
+    assert point["loss"] == pytest.approx(whole.item(), rel=1e-5)
+    for name, q in made.relaxation.logits():
+        (expected,) = torch.autograd.grad(whole, q, retain_graph=True)
+        assert torch.allclose(seen[name], expected, rtol=1e-3, atol=1e-7), name
+
+
+def test_penalty_above_the_budget_alone(pictures: Pictures) -> None:
+    made = start(pictures, penalty="above", beta=2.0)
+    assert made.penalty(torch.tensor(0.5 * made.goal)).item() == 1.0
+    assert made.penalty(torch.tensor(2.0 * made.goal)).item() == pytest.approx(4.0)
+
+
+def test_probabilities_and_weights_learn_from_different_pictures(pictures: Pictures) -> None:
+    made = start(pictures)
+    ranks, weights = ({s.key for s in part} for part in (made.ranks_part, made.weights_part))
+    assert ranks and weights and not ranks & weights and len(ranks | weights) == 60
+    for phase, part in (("ranks", made.ranks_part), ("weights", made.weights_part)):
+        stream = made._stream(phase, 0)
+        shown = [image for _ in range(2) for image in next(stream).images]
+        own = [PREPROCESS(s.image) for s in part]
+        assert all(any(image.equal(o) for o in own) for image in shown)
+
+
+def test_phases_move_what_they_should(pictures: Pictures) -> None:
+    made = start(pictures)
+
+    def state() -> tuple[dict, dict]:
+        return (
+            {n: p.detach().clone() for n, p in made.relaxation.logits()},
+            {n: p.detach().clone() for n, p in made.relaxation.weights()},
+        )
+
+    alphas, weights = state()
+    made._one_step("ranks", next(made._stream("ranks", 0)))
+    moved_alphas, same_weights = state()
+    assert all(not moved_alphas[n].equal(alphas[n]) for n in alphas)
+    assert all(same_weights[n].equal(weights[n]) for n in weights)
+    made.step = 3
+    made._enter(0, "weights")
+    made._one_step("weights", next(made._stream("weights", 0)))
+    same_alphas, moved_weights = state()
+    assert all(same_alphas[n].equal(moved_alphas[n]) for n in alphas)
+    assert sum(not moved_weights[n].equal(weights[n]) for n in weights) > 0.9 * len(weights)
+
+
+def test_temperature_falls_geometrically(pictures: Pictures) -> None:
+    made = start(pictures, rounds=3, rank_steps=3, weight_steps=2)
+    at = []
+    for step in range(13):
+        made.step = step
+        if made.position(step)[1] == "ranks":
+            at.append(made.temperature())
+    assert at[0] == 5.0 and at[-1] == pytest.approx(0.1)
+    ratios = [b / a for a, b in itertools.pairwise(at)]
+    assert all(r == pytest.approx(ratios[0]) for r in ratios)
+
+
+def test_a_search_prefers_what_the_loss_needs(pictures: Pictures) -> None:
+    """With one block's MLP made useless, the search gives its ranks to the other's."""
+    model = model_of_digits()
+    with torch.no_grad():
+        model.get_submodule("blocks.1.mlp.fc2").weight.mul_(1e-4)
+    plan = search(
+        model, pictures, preprocess=PREPROCESS, reduce=0.35, only=("linear",), grid="even", grid_size=8, start="blind", statistic="weights",
+        rounds=1, rank_steps=80, weight_steps=0, batch_size=16, rank_lr=0.2, pictures=16,
+    )  # fmt: skip
+    ranks = {
+        n: plan.sites[n].rank if n in plan.sites else 48
+        for n in (f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2))
+    }
+    assert ranks["blocks.1.mlp.fc1"] == ranks["blocks.1.mlp.fc2"] == min(ranks.values())
+    assert ranks["blocks.0.mlp.fc1"] + ranks["blocks.0.mlp.fc2"] > 2 * min(ranks.values())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("steps", [(4,), (1, 6), (5, 7)])
+def test_a_killed_search_goes_on_bit_for_bit(pictures: Pictures, tmp_path, monkeypatch, steps: tuple[int, ...]) -> None:
+    undisturbed = run(pictures, checkpoint_every=1)
+    original = _Search._one_step
+    for kill in steps:
+
+        def dies(self: _Search, phase, batch, kill=kill):
+            if self.step == kill:
+                raise Killed
+            return original(self, phase, batch)
+
+        monkeypatch.setattr(_Search, "_one_step", dies)
+        with pytest.raises(Killed):
+            run(pictures, checkpoint_every=1, out=tmp_path)
+    monkeypatch.setattr(_Search, "_one_step", original)
+    assert run(pictures, checkpoint_every=1, out=tmp_path).to_json() == undisturbed.to_json()
+    assert run(pictures, checkpoint_every=1, out=tmp_path).to_json() == undisturbed.to_json(), (
+        "a finished one is read back"
+    )
+
+
+def test_checkpoints_of_other_settings_are_refused(pictures: Pictures, tmp_path) -> None:
+    run(pictures, out=tmp_path)
+    with pytest.raises(StoreError, match=r"beta was 1.5, now 2.0.*--restart"):
+        run(pictures, out=tmp_path, beta=2.0)
+    assert run(pictures, out=tmp_path, beta=2.0, restart=True).made_by["search"]["settings"]["beta"] == 2.0
+
+
+def test_without_labels_the_model_labels(tmp_path) -> None:
+    for i, sample in enumerate(open_pictures("digits:train").take(24, 1)):
+        sample.image.save(tmp_path / f"{i}.png")
+    found = open_pictures(tmp_path)
+    assert not found.has_labels
+    assert run(found).made_by["saved"] >= 0.5
+
+
+def test_bad_settings_and_data(pictures: Pictures) -> None:
+    with pytest.raises(BudgetError, match="at most 0"):
+        run(pictures, reduce=0.98)
+    with pytest.raises(SettingsError, match="unknown setting 'betta'; did you mean 'beta'"):
+        run(pictures, betta=1)
+    with pytest.raises(SettingsError, match=r"reduce=1\.2"):
+        run(pictures, reduce=1.2)
+    with pytest.raises(DataError, match="falls on the part that"):
+        run(pictures.take(2, 0), held_out=0.01)
+    with pytest.raises(DataError, match="label"):
+        search(tiny_vit(num_classes=4), pictures, preprocess=PREPROCESS, **FAST)
+    with pytest.raises(ModelError, match="no classes"):
+        search(tiny_vit(num_classes=0), pictures, preprocess=PREPROCESS, **FAST)
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_place(pictures: Pictures, tmp_path, monkeypatch) -> None:
+    original = _Search._one_step
+
+    def poisoned(self: _Search, phase, batch):
+        if self.step == 4:
+            with torch.no_grad():
+                self.model.get_submodule("blocks.1.mlp").fc1.last.weight[0, 0] = float("nan")
+        return original(self, phase, batch)
+
+    monkeypatch.setattr(_Search, "_one_step", poisoned)
+    with pytest.raises(NumericsError, match=r"step 5.*blocks.1.mlp.fc1.last.weight.*step-00000004"):
+        run(pictures, out=tmp_path, checkpoint_every=2)
+
+
+def test_one_class_and_batches_of_one(pictures: Pictures, tmp_path) -> None:
+    assert run(pictures, batch_size=1).made_by["saved"] >= 0.5
+    (tmp_path / "only").mkdir()
+    for i, sample in enumerate(pictures.take(20, 0)):
+        sample.image.save(tmp_path / "only" / f"{i}.png")
+    one = open_pictures(tmp_path)
+    assert one.class_names == ("only",)
+    assert run(one).made_by["saved"] >= 0.5
