@@ -17,7 +17,7 @@ _WHERE = {
     "batches": "data", "calibrate": "calibration", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "models",
     "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
-    "ComcatError": "errors",
+    "search": "methods.search", "tune": "training.tuning", "ComcatError": "errors",
 }  # fmt: skip
 
 __all__ = ["__version__", *sorted(_WHERE)]
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .measure import evaluate as evaluate
     from .methods.allocate import allocate as allocate
     from .methods.compress import compress as compress
+    from .methods.search import search as search
     from .models import Origin as Origin
     from .models import load_model as load_model
     from .models import preprocess_of as preprocess_of
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .store import load as load
     from .store import push_to_hub as push_to_hub
     from .store import save as save
+    from .training.tuning import tune as tune
 
 
 def __getattr__(name: str) -> Any:

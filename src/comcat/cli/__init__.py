@@ -12,6 +12,8 @@ from ..errors import ComcatError
 VERBS = {
     "inspect": "inspect:Inspect",
     "compress": "compress:Compress",
+    "search": "search:Search",
+    "tune": "tune:Tune",
     "eval": "evaluate:Eval",
     "bench": "bench:Bench",
     "customize": "customize:Customize",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import tyro
 
-from ..errors import DataError, SettingsError
+from ..errors import ComcatError, DataError, SettingsError
 
 Positional = tyro.conf.Positional
 
@@ -88,6 +90,30 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise SettingsError(
             f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder"
         )
+
+
+def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
+    """Run the body of a verb in each of the processes that a launcher started; only the main one says what went wrong.
+
+    ``folder`` is where an interrupted run finds its checkpoints again.
+    """
+    from ..training.processes import Processes
+
+    processes = Processes(cpu=pick_device(device) == "cpu")
+    try:
+        return body(processes)
+    except ComcatError as error:
+        if getattr(error, "everywhere", False) and not processes.main:
+            return 1
+        raise
+    except KeyboardInterrupt:
+        if processes.main:
+            print(
+                f"comcat: interrupted; the same command goes on from the last checkpoint in {folder}", file=sys.stderr
+            )
+        return 130
+    finally:
+        processes.close()
 
 
 def check_classes(model: Any, pictures: Any) -> None:

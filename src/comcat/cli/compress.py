@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import DataError
+from ..errors import DataError, SettingsError
 from ..methods.compress import CompressSettings
+from ..methods.search import SearchOptions, SearchSettings
 from ..terminal import print_report
+from ..training.settings import TuneSettings
 from .common import (
     Common,
     Loader,
@@ -56,6 +60,14 @@ class Compress(Common, CompressSettings):
     """Save a checkpoint that plain transformers loads (attention at one uniform rank only)."""
     overwrite: bool = False
     """Replace a folder that holds an earlier result."""
+    epochs: float | None = None
+    """Tune for so many epochs afterwards, the model before compression being the teacher; --data then needs labels, or all is learned from the teacher."""
+    search: SearchOptions = field(default_factory=SearchOptions)
+    """How to search, with --ranks search."""
+    tune: TuneSettings = field(default_factory=TuneSettings)
+    """How to tune, with --epochs (or --tune.steps)."""
+    restart: bool = False
+    """Forget the checkpoints of an earlier search or tuning and begin anew."""
 
 
 def run(command: Compress) -> int:
@@ -69,16 +81,24 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
     from .. import measure
     from ..data import open_pictures, overlap
     from ..methods.compress import compress_
+    from ..methods.search import search_
     from ..models import preprocess_of
     from ..plan import Plan
     from ..report.collect import collect
     from ..store import save
+    from ..training.leaks import check_apart, same_place
+    from ..training.tuning import tune_
+    from .search import show as show_search
 
     started = time.monotonic()
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SettingsError(
+            "comcat compress works in one process; with several: comcat search, then compress --plan, then comcat tune"
+        )
     check_out(command.out, command.overwrite)
     pictures = open_pictures(command.data)
     evaluation = None if command.eval is None else open_pictures(command.eval)
-    if command.eval is not None and _same_place(command.data, command.eval):
+    if command.eval is not None and same_place(command.data, command.eval):
         raise DataError(
             f"--data and --eval are both {command.eval!r}: accuracy on pictures that were calibrated on says nothing; give separate ones"
         )
@@ -99,7 +119,18 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
             f"{shared} of the calibration pictures are also in --eval {command.eval!r}: accuracy there would not be honest"
         )
     settings = CompressSettings(**{f.name: getattr(command, f.name) for f in fields(CompressSettings)})
+    training = rest if evaluation is None else pictures
+    tuning = command.tune if command.epochs is None else replace(command.tune, epochs=command.epochs)
+    tunes = tuning.epochs is not None or tuning.steps is not None
+    if evaluation is not None and (tunes or command.ranks == "search"):
+        notes.append(check_apart(training, judged))
     before = copy.deepcopy(model)
+    work = command.out.with_name(f"{command.out.name}.run")  # what a search or tuning needs to go on where it stopped
+    if command.ranks == "search" and plan is None:
+        plan = search_(
+            model, training, _search_settings(command), out=work / "search", restart=command.restart, progress=True
+        )
+        show_search(plan.made_by, len(plan.sites))
     done = compress_(
         model,
         batches(calibration),
@@ -108,6 +139,17 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
         plan=plan,
         progress=True,
     )
+    if tunes:
+        tune_(
+            model,
+            training,
+            tuning,
+            teacher=before,
+            evaluation=judged if judged.has_labels else None,
+            out=work / "tuning",
+            restart=command.restart,
+            progress=True,
+        )
     notes += skip_notes(calibration)
     if evaluation is None:
         notes.append("Measured on pictures of --data that calibration did not see, for want of --eval.")
@@ -122,21 +164,24 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
     )  # fmt: skip
     model.comcat_record = _with_results(model.comcat_record, report)
     save(model, command.out, report=report, stock=command.stock)
+    shutil.rmtree(work, ignore_errors=True)
     print_report(report, time.monotonic() - started)
     print(f"\nSaved to {command.out}; report: {(command.out / 'report.html').resolve()}")
     return 0
 
 
-def _same_place(a: str, b: str) -> bool:
-    return a == b or (Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve())
+def _search_settings(command: Compress) -> SearchSettings:
+    if command.reduce is None:
+        raise SettingsError("--ranks search needs --reduce, the share to save")
+    asked = {n: getattr(command, n) for n in ("reduce", "budget", "statistic", "only", "pictures", "seed")}
+    return SearchSettings(**asdict(command.search), **asked, multiple=command.multiple or 1)
 
 
 def _with_results(record: Any, report: Any) -> Any:
-    from dataclasses import replace
-
     return replace(
         record,
         results={
+            **record.results,
             "before": report.before,
             "after": report.after,
             "agreement": report.agreement,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,8 +22,8 @@ def with_recipe(arguments: list[str], commands: Mapping[str, type]) -> list[str]
     path, given = _take_recipe(arguments[1:])
     if settings is None or "recipe" not in names or path is None:
         return arguments
-    content = _read(Path(path), known=[name for name in names if name != "recipe"])
-    hints = get_type_hints(settings, include_extras=True)
+    hints = {name: hint for name, hint in get_type_hints(settings, include_extras=True).items() if name in names}
+    content = _read(Path(path), {name: hint for name, hint in hints.items() if name != "recipe"})
     leading = list(takewhile(lambda a: not a.startswith("-"), given))
     by_hand = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in given if a.startswith("--")}
     replaced = set(settings.ALTERNATIVES) if by_hand & set(settings.ALTERNATIVES) else set()
@@ -49,7 +49,7 @@ def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
     return None, arguments
 
 
-def _read(path: Path, known: list[str]) -> dict[str, Any]:
+def _read(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a file by field name; what is left empty there keeps its default."""
     import yaml
 
@@ -62,17 +62,30 @@ def _read(path: Path, known: list[str]) -> dict[str, Any]:
         raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: expected options by name, got {type(content).__name__}")
+    return _checked(path, content, hints, "")
+
+
+def _checked(path: Path, content: Mapping[Any, Any], hints: Mapping[str, Any], group: str) -> dict[str, Any]:
+    """Options by field name; those of a group of settings (``search:``) are a mapping themselves."""
     options = {str(name).replace("-", "_"): value for name, value in content.items() if value is not None}
     for name, value in options.items():
-        if name not in known:
-            raise SettingsError(f"{path}: unknown option {name!r}{nearest(name, known)}")
-        if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
-            raise SettingsError(f"{path}: got {name} {value!r}, expected one value or a list of values")
+        if name not in hints:
+            raise SettingsError(f"{path}: unknown option {group + name!r}{nearest(name, hints)}")
+        if is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise SettingsError(f"{path}: got {group}{name} {value!r}, expected options by name")
+            options[name] = _checked(path, value, get_type_hints(hints[name]), f"{group}{name}.")
+        elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
+            raise SettingsError(f"{path}: got {group}{name} {value!r}, expected one value or a list of values")
     return options
 
 
 def _option(name: str, value: Any, hint: Any) -> list[str]:
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return [word for inner, v in value.items() for word in _option(f"{name}.{inner}", v, hints[inner])]
     flag = name.replace("_", "-")
     if hint is bool and isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
+        group, dot, last = flag.rpartition(".")
+        return [f"--{flag}" if value else f"--{group}{dot}no-{last}"]
     return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]

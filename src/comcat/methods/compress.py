@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -38,8 +38,8 @@ class CompressSettings:
     """What cost is: parameters or macs (multiply-accumulates)."""
     statistic: StatisticName = "loss"
     """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
-    ranks: RankRule = "waterfill"
-    """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values, or least predicted loss."""
+    ranks: RankRule | Literal["search"] = "waterfill"
+    """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values, least predicted loss, or by search on training pictures."""
     energy: float = 0.9
     """Share of the singular values to keep with ranks 'energy' where neither reduce nor max_drop is given."""
     multiple: int | None = None
@@ -99,6 +99,7 @@ def compress(
     calibration: Iterable | None = None,
     *,
     held_out: Iterable | None = None,
+    plan: Plan | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> nn.Module:
@@ -108,7 +109,8 @@ def compress(
         calibration: batches of pictures (batch, channels, height, width), with or without labels, which are ignored. Not needed with ``statistic="weights"``
             and a parameter budget.
         held_out: batches to measure the drop on, with ``max_drop``: training pictures that the calibration did not see, never the evaluation set.
-        settings: fields of :class:`CompressSettings`; at least ``reduce`` or ``max_drop``.
+        plan: ranks to use instead of choosing them, for example what :func:`comcat.search` found.
+        settings: fields of :class:`CompressSettings`; without a plan at least ``reduce`` or ``max_drop``.
 
     Returns:
         An ordinary module with ``comcat_record``, ready for :func:`comcat.save`.
@@ -116,7 +118,7 @@ def compress(
     chosen = make_settings(settings)
     training = model.training
     small = copy.deepcopy(model).eval()
-    compress_(small, calibration, chosen, held_out=held_out, progress=progress)
+    compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
     return small.train(training)
 
 
@@ -142,6 +144,10 @@ def compress_(
     if plan is None and settings.reduce is None and settings.max_drop is None and settings.ranks != "energy":
         raise SettingsError(
             "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan"
+        )
+    if plan is None and settings.ranks == "search":
+        raise SettingsError(
+            "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), then compress with that plan"
         )
     calibration = None if calibration is None else _kept(calibration)
     before = origin_or_none(model)
@@ -233,7 +239,7 @@ def propose(
             model,
             prepared.statistic,
             reduce=reduce,
-            rule=settings.ranks,
+            rule=settings.ranks,  # type: ignore[arg-type]  # a search never comes here
             budget=settings.budget,
             sites=prepared.sites,
             factorizations=prepared.factorizations,

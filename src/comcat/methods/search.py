@@ -45,13 +45,9 @@ HELD_OUT_CHECK = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings:
+class SearchOptions:
     """How to search; the command line and recipes are made from these fields."""
 
-    reduce: float = 0.5
-    """Share of the whole model's cost to save, for example 0.5."""
-    budget: Budget = "parameters"
-    """What cost is: parameters or macs (multiply-accumulates)."""
     beta: float = 1.5
     """Exponent β of the cost in Eq. 6."""
     penalty: Literal["always", "above"] = "always"
@@ -62,12 +58,8 @@ class SearchSettings:
     """How many candidates there are near the closed form's rank, or in equal steps."""
     candidates: tuple[int, ...] = ()
     """Candidate ranks themselves, summed over the heads of a layer as the paper states them."""
-    multiple: int = 1
-    """Candidates are multiples of it (per head); 8 suits 16-bit GPU kernels."""
     start: Literal["waterfill", "blind"] = "waterfill"
     """Begin at the closed form's ranks, or with all candidates alike as the paper does."""
-    statistic: StatisticName = "loss"
-    """What orders the channels and predicts losses: the weights alone (the paper), activations, or their effect on the loss."""
     rounds: int = 4
     """Rounds of learning probabilities; between two of them, weights are learned."""
     rank_steps: int = 50
@@ -88,14 +80,8 @@ class SearchSettings:
     """Temperature at the last; between the two it falls geometrically."""
     held_out: float = 0.2
     """Share of the training pictures that the probabilities are learned on and the weights never see."""
-    precision: Literal["no", "bf16"] = "no"
-    """Mixed precision of the forward passes."""
-    only: tuple[str, ...] = ()
-    """Kinds (qk, vo, linear) or path prefixes (blocks.3) that may shrink; by default all."""
-    pictures: int = 512
-    """How many pictures to calibrate on, each round."""
-    seed: int = 0
-    """Seed of everything random."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What to compute the forward passes in."""
     checkpoint_every: int = 100
     """Steps between checkpoints."""
     keep: int = 2
@@ -104,29 +90,47 @@ class SearchSettings:
     """Processes that read and decode pictures ahead, for each training process."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.reduce < 1:
-            raise SettingsError(f"got reduce={self.reduce:g}, expected a share between 0 and 1")
-        for name in (
-            "rounds",
-            "rank_steps",
-            "batch_size",
-            "grid_size",
-            "multiple",
-            "pictures",
-            "checkpoint_every",
-            "keep",
-        ):
+        for name in ("rounds", "rank_steps", "batch_size", "grid_size", "checkpoint_every", "keep"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"got {name}={getattr(self, name)}, expected at least 1")
         for name in ("rank_lr", "temperature", "final_temperature"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"got {name}={getattr(self, name):g}, expected a number above 0")
-        if min(self.weight_steps, self.beta, self.weight_lr, self.weight_decay, self.workers) < 0:
-            raise SettingsError("got a number below 0 among weight_steps, beta, weight_lr, weight_decay and workers")
+        for name in ("weight_steps", "beta", "weight_lr", "weight_decay", "workers"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"got {name}={getattr(self, name):g}, expected a number from 0")
         if any(c < 1 for c in self.candidates):
             raise SettingsError(f"got candidates {self.candidates}, expected ranks from 1")
         if not 0 < self.held_out < 1:
             raise SettingsError(f"got held_out={self.held_out:g}, expected a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(SearchOptions):
+    """What to search for, and how."""
+
+    reduce: float = 0.5
+    """Share of the whole model's cost to save, for example 0.5."""
+    budget: Budget = "parameters"
+    """What cost is: parameters or macs (multiply-accumulates)."""
+    statistic: StatisticName = "loss"
+    """What orders the channels and predicts losses: the weights alone (the paper), activations, or their effect on the loss."""
+    multiple: int = 1
+    """Candidates are multiples of it (per head); 8 suits 16-bit GPU kernels."""
+    only: tuple[str, ...] = ()
+    """Kinds (qk, vo, linear) or path prefixes (blocks.3) that may shrink; by default all."""
+    pictures: int = 512
+    """How many pictures to calibrate on, each round."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.reduce < 1:
+            raise SettingsError(f"got reduce={self.reduce:g}, expected a share between 0 and 1")
+        for name in ("multiple", "pictures"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"got {name}={getattr(self, name)}, expected at least 1")
 
 
 def search(
@@ -160,8 +164,24 @@ def search(
     for name in settings:
         if name not in known:
             raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
+    return search_(
+        model, data, SearchSettings(**settings), preprocess=preprocess, out=out, restart=restart, progress=progress
+    )
+
+
+def search_(
+    model: nn.Module,
+    data: Pictures | str | Path,
+    settings: SearchSettings,
+    *,
+    preprocess: Preprocess | None = None,
+    out: str | Path | None = None,
+    restart: bool = False,
+    progress: bool = False,
+) -> Plan:
+    """:func:`search` with its settings in one piece."""
     pictures = data if isinstance(data, Pictures) else open_pictures(data)
-    run = _Search(model, pictures, SearchSettings(**settings), preprocess, None if out is None else Path(out))
+    run = _Search(model, pictures, settings, preprocess, None if out is None else Path(out))
     return run.go(restart=restart, progress=progress)
 
 
@@ -212,7 +232,8 @@ class _Search:
             saved = self.checkpoints.latest()
             if saved is not None:
                 check_settings(saved, self._identity())
-        self._prepare(progress and self.processes.main)
+        with self.processes.together():
+            self._prepare(progress and self.processes.main)
         if saved is None:
             self.relaxation = self._relax(self.prepared)
             self._start()

@@ -1,0 +1,126 @@
+"""``comcat tune``: train a model on, from its teacher and from labels, and save it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import ComcatError, DataError, SettingsError
+from ..terminal import LABELS, number, table
+from ..training.settings import TuneSettings
+from .common import Common, Positional, check_out, load, pick_device, skip_notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tune(Common, TuneSettings):
+    """Win back by training what compression lost. Run again, the same command goes on where it stopped."""
+
+    student: Positional[str]
+    """timm:NAME, hf:NAME or a folder."""
+    data: str
+    """Pictures to train on: a folder, parquet, .tar shards, hf:DATASET or digits; with labels, or else with a teacher."""
+    eval: str | None = None
+    """Pictures with labels to follow the accuracy on. Nothing is chosen by them."""
+    eval_limit: int | None = None
+    """Evaluate on so many pictures only."""
+    teacher: str | None = None
+    """A model to learn from, such as the one before compression: timm:NAME, hf:NAME or a folder."""
+    out: Path | None = None
+    """Folder for the result, the log and the checkpoints; by default the student's with -tuned."""
+    recipe: Path | None = None
+    """Read options from a YAML file; options given on the command line win."""
+    restart: bool = False
+    """Begin anew where there are checkpoints of an earlier run."""
+    overwrite: bool = False
+    """Replace a folder that holds an earlier result."""
+
+
+def run(command: Tune) -> int:
+    from ..training.processes import Processes
+
+    processes = Processes(cpu=pick_device(command.device) == "cpu")
+    out = None
+    try:
+        with processes.together():
+            out = _out(command)
+        return _run(command, out, processes)
+    except ComcatError as error:
+        if getattr(error, "everywhere", False) and not processes.main:  # the main process says it
+            return 1
+        raise
+    except KeyboardInterrupt:
+        if processes.main:
+            print(f"comcat: interrupted; the same command goes on from the last checkpoint in {out}", file=sys.stderr)
+        return 130
+    finally:
+        processes.close()
+
+
+def _run(command: Tune, out: Path, processes: Any) -> int:
+    from ..data import open_pictures
+    from ..store import save
+    from ..training.leaks import check_apart, same_place
+    from ..training.tuning import tune_
+
+    note = None
+    with processes.together():
+        if command.eval is not None and same_place(command.data, command.eval):
+            raise DataError(
+                f"--data and --eval are both {command.eval!r}: accuracy on pictures that were trained on says nothing; give separate ones"
+            )
+        pictures = open_pictures(command.data)
+        evaluation = None if command.eval is None else open_pictures(command.eval)
+        if evaluation is not None and command.eval_limit is not None:
+            evaluation = evaluation.take(command.eval_limit, command.seed)
+        if evaluation is not None and processes.main:
+            note = check_apart(pictures, evaluation)
+        student = load(command, command.student)
+        teacher = None if command.teacher is None else load(command, command.teacher)
+    settings = TuneSettings(**{f.name: getattr(command, f.name) for f in fields(TuneSettings)})
+    tune_(
+        student,
+        pictures,
+        settings,
+        teacher=teacher,
+        evaluation=evaluation,
+        out=out,
+        restart=command.restart,
+        progress=True,
+    )
+    with processes.together():
+        if processes.main:
+            save(student, out)
+            _say(student.comcat_record.results["tuning"], [*([note] if note else []), *skip_notes(pictures)])
+            print(f"\nSaved to {out}; every step is in {out / 'log.jsonl'}")
+    return 0
+
+
+def _out(command: Tune) -> Path:
+    """Where to save. Raises SettingsError where something else is in the way; checkpoints to go on from are not."""
+    from ..training.stepping import CHECKPOINTS
+
+    out = command.out
+    if out is None:
+        folder = Path(command.student).expanduser()
+        if not folder.is_dir():
+            raise SettingsError(
+                f"say where to save: --out FOLDER (by default it lies beside a student's folder, but {command.student!r} is none)"
+            )
+        out = folder.with_name(f"{folder.resolve().name}-tuned")
+    if not (out / CHECKPOINTS).is_dir():
+        check_out(out, command.overwrite)
+    return out
+
+
+def _say(result: dict[str, Any], notes: list[str]) -> None:
+    before, after = result.get("before"), result.get("after")
+    if before and after:
+        keys = [key for key in ("top1", "top5", "loss", "cosine") if key in before and key in after]
+        print()
+        table(["", "before", "after"], [[LABELS[k], number(k, before[k]), number(k, after[k])] for k in keys])
+    speed = result["images_per_second"]
+    print(f"\nTook {result['seconds']:.0f} s{'' if speed is None else f', {speed:.0f} images/s while training'}.")
+    for note in notes:
+        print(note)
