@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,3 +250,22 @@ def test_one_class_and_batches_of_one(pictures: Pictures, tmp_path) -> None:
     one = open_pictures(tmp_path)
     assert one.class_names == ("only",)
     assert run(one).made_by["saved"] >= 0.5
+
+
+@pytest.mark.timeout(600)
+def test_two_processes_search_as_one(tmp_path) -> None:
+    """The same global batches and the same noise: the same losses over 20 steps, and the same plan."""
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    found = []
+    for count in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
+        out = tmp_path / f"{count}.json"
+        command = [sys.executable, *launcher, "-m", "tests.search_run", str(out)]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(out.read_text()))
+    one, two = (f["made_by"]["search"]["curve"] for f in found)
+    assert len(one) == len(two) == 20
+    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-4) for a, b in zip(one, two, strict=True))
+    assert found[0]["sites"] == found[1]["sites"]

@@ -43,6 +43,10 @@ class NumericsError(ComcatError, ArithmeticError):
     """NaN or infinity in weights, activations or gradients; the message names the place."""
 
 
+class MemoryShortage(ComcatError, MemoryError):
+    """A device ran out of memory; the message says what would fit."""
+
+
 class StoreError(ComcatError):
     """A saved folder is damaged, foreign or cannot be written."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,6 +15,12 @@ from .errors import UnknownSite, UnsupportedSite, nearest
 def part(model: nn.Module, path: str) -> Any:
     """The module at a path. (Typed as Any: torch types every attribute of a module as ``Tensor | Module``.)"""
     return model.get_submodule(path)
+
+
+def block_of(path: str) -> str:
+    """The block that a path belongs to: up to its last number, ``layers.0.blocks.1`` of ``layers.0.blocks.1.attn``."""
+    match = re.match(r"(.*(?:^|\.)\d+)\.", path)
+    return match.group(1) if match else path
 
 
 Kind = Literal["qk", "vo", "linear"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as js
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -31,7 +31,7 @@ def run(command: Score) -> int:
         command.pictures, command.against, settings, device=pick_device(command.device), progress=not command.json
     )
     if command.json:
-        print(js.dumps({"pictures": command.pictures, "against": command.against, **asdict(scores)}, indent=1))
+        print(json.dumps({"pictures": command.pictures, "against": command.against, **asdict(scores)}, indent=1))
         return 0
     rows = [
         [*_LABELS[metric], _number(metric, value), scores.extractors[metric]] for metric, value in scores.values.items()

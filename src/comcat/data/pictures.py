@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count as count_up
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -62,7 +63,7 @@ class Pictures:
         self.skipped: list[str] = []
         self._source = source
         self._max_unreadable = max_unreadable
-        self._parts: tuple[_Part, ...] = ()
+        self._parts: tuple[_Part | _Share, ...] = ()
         self._chosen: frozenset[str] | None = None
         self._warned = False
 
@@ -71,6 +72,11 @@ class Pictures:
 
     def __bool__(self) -> bool:  # else truth would ask for the length, which streams do not know
         return True
+
+    @property
+    def max_unreadable(self) -> float:
+        """The share of the pictures that may be unreadable, 0 to 1."""
+        return self._max_unreadable
 
     @cached_property
     def count(self) -> int | None:
@@ -125,6 +131,24 @@ class Pictures:
             views.append(self._view(f"{what} the {fraction:g} held out with seed {seed}", (*self._parts, part), chosen))
         return views[0], views[1]
 
+    def share(self, process: int, processes: int) -> Pictures:
+        """The part of process ``process`` (from 0) of ``processes``: together they hold every picture once.
+
+        A picture's part is chosen by its hashed key, so that streams of unknown length can be shared as well; the parts are equal
+        on average, and one of few pictures may be empty (iterating over it raises :class:`~comcat.errors.DataError`). The
+        limit on unreadable pictures holds for each part. Raises :class:`~comcat.errors.SettingsError` unless
+        0 ≤ ``process`` < ``processes``.
+        """
+        whole_number("processes", processes, least=1)
+        whole_number("process", process, least=0)
+        if process >= processes:
+            raise SettingsError(f"process: got {process}, expected one below {processes}, the number of processes")
+        if processes == 1:
+            return self
+        part = _Share(process, processes)
+        chosen = None if self._chosen is None else frozenset(key for key in self._chosen if part(key))
+        return self._view(f"part {process + 1} of {processes}", (*self._parts, part), chosen)
+
     def fingerprint(self, limit: int | None = 4096) -> frozenset[str]:
         """Hashes of the decoded RGB pixels of a random sample of ``limit`` pictures (None: all), to compare sets by."""
         if limit is not None:
@@ -150,9 +174,9 @@ class Pictures:
         skipped = self.skipped = []
         seen = 0
         entries = self._entries(seed)
-        for entry, outcome in _ahead(entries, lambda entry: _attempt(entry, work), workers):
+        for entry, outcome in _ahead(entries, lambda entry: attempt(entry, work), workers):
             seen += 1
-            if not isinstance(outcome, _Unreadable):
+            if not isinstance(outcome, Unreadable):
                 yield outcome, entry
                 continue
             skipped.append(f"{entry.key}: {outcome.reason}")
@@ -170,11 +194,33 @@ class Pictures:
         if len(skipped) == seen or len(skipped) > self._max_unreadable * seen:
             raise self._too_many(skipped, seen)
 
-    def _entries(self, seed: int | None) -> Iterator[Entry]:
-        if not self._parts and self._chosen is None:
-            entries = self._source.entries(None, seed)
-        else:
-            entries = self._source.entries(self._keep, seed)
+    def entries(
+        self, seed: int | None = None, wanted: Callable[[int], bool] | None = None
+    ) -> Iterator[tuple[int, Entry]]:
+        """The pictures, not yet decoded, in the order of :meth:`read`, each with its position in that order.
+
+        Only positions that ``wanted`` asks for are given (None: all). The others are not even read where pictures can
+        be reached one by one; elsewhere they are read and passed over.
+        """
+        if wanted is None or not self._source.shuffles_fully:
+            numbered = enumerate(self._entries(seed))
+            return numbered if wanted is None else ((i, entry) for i, entry in numbered if wanted(i))
+        positions: list[int] = []  # of the entry that the source gives next
+        following = count_up()
+
+        def keep(key: str) -> bool:
+            """A source whose pictures can be reached one by one asks for each key once, in order."""
+            if not self._keep(key) or not wanted(position := next(following)):
+                return False
+            positions.append(position)
+            return True
+
+        return ((positions.pop(), entry) for entry in self._entries(seed, keep))
+
+    def _entries(self, seed: int | None, keep: Callable[[str], bool] | None = None) -> Iterator[Entry]:
+        if keep is None and (self._parts or self._chosen is not None):
+            keep = self._keep
+        entries = self._source.entries(keep, seed)
         if self._chosen is not None:
             entries = islice(entries, len(self._chosen))  # streams need not be read to their end
         entries = guarded(entries, f"{self.name} cannot be read")
@@ -188,7 +234,7 @@ class Pictures:
             return self._chosen
         return (key for key in self._source.keys() if self._keep(key))
 
-    def _view(self, what: str, parts: tuple[_Part, ...], chosen: frozenset[str] | None) -> Pictures:
+    def _view(self, what: str, parts: tuple[_Part | _Share, ...], chosen: frozenset[str] | None) -> Pictures:
         view = Pictures(self._source, max_unreadable=self._max_unreadable)
         view.name = f"{self.name} ({what})"
         view._parts = parts
@@ -226,19 +272,33 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Unreadable:
+class _Share:
+    """One of several equal shares by hashed key: whether a key belongs to it."""
+
+    process: int
+    processes: int
+
+    def __call__(self, key: str) -> bool:
+        return _hash(f"share/{key}") % self.processes == self.process
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What :func:`attempt` makes of a picture that cannot be read."""
+
     reason: str
 
 
-def _attempt(entry: Entry, work: Callable[[Image.Image], T]) -> T | _Unreadable:
+def attempt(entry: Entry, work: Callable[[Image.Image], T]) -> T | Unreadable:
+    """``work`` done on an entry's picture; a picture that cannot be decoded, or on which it raises DataError, is unreadable."""
     try:
         image = decode(entry.content)
     except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        return _Unreadable(f"{type(error).__name__}: {error}")
+        return Unreadable(f"{type(error).__name__}: {error}")
     try:
         return work(image)
     except DataError as error:
-        return _Unreadable(str(error))
+        return Unreadable(str(error))
 
 
 def _ahead(entries: Iterator[Entry], work: Callable[[Entry], T], workers: int) -> Iterator[tuple[Entry, T]]:

@@ -84,6 +84,10 @@ class Preprocess:
         Any of Pillow's modes will do. Raises :class:`~comcat.errors.DataError` on floating-point and CIELAB pixels, and
         on pictures so long and thin that they would take over 10⁸ pixels when resized.
         """
+        return self.tensor(self.fit(image))
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The picture resized and cropped, in the model's colours (mode ``"RGB"`` or ``"L"``). Raises as the whole does."""
         try:
             image = plain(image).convert("RGB" if self.channels == 3 else "L")
         except ValueError as error:
@@ -94,7 +98,10 @@ class Preprocess:
                 f"a picture of {image.width}×{image.height} pixels is too long and thin for the model's input"
             )
         image = image.resize((width, height), _INTERPOLATIONS[self.interpolation])
-        image = self._cut(image)
+        return self._cut(image)
+
+    def tensor(self, image: Image.Image) -> Tensor:
+        """A fitted picture's pixels, normalised: (channels, height, width) float32."""
         # numpy, because torch would start threads of its own in each of the threads that prepare pictures
         pixels = np.asarray(image).reshape(*self.size, self.channels).transpose(2, 0, 1).astype(np.float32, order="C")
         pixels /= 255

@@ -5,6 +5,7 @@ Needs the extra ``comcat[report]`` once something is drawn; importing this packa
 
 from comcat.report.data import ReportData, SiteRow, Spectrum, rank_for_energy
 from comcat.report.figures import figure_curves, figure_parameters_for_energy, figure_ranks, figure_spectra
+from comcat.report.history import progress_series, search_series, tuning_series
 from comcat.report.page import render, write
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "figure_parameters_for_energy",
     "figure_ranks",
     "figure_spectra",
+    "progress_series",
     "rank_for_energy",
     "render",
+    "search_series",
+    "tuning_series",
     "write",
 ]

@@ -9,14 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingsError
 from ..factors import weight_factors
-from ..linalg import product_singular_values
+from ..linalg import Factorization, product_singular_values
 from ..measure import Evaluation, Timing, count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
 from ..methods.allocate import tail_loss
 from ..methods.compress import Compressed
-from ..plan import planned_parameters
+from ..plan import Plan, planned_parameters
 from ..sites import Attention, Kind, Site, Sites
+from . import units
 from .data import ReportData, SiteRow, Spectrum
+from .history import search_facts, search_series, tuning_facts, tuning_series
+
+_STRUCTURE = ("parameters", "size_bytes", "macs")
+"""Metrics that tuning does not change, and that need no pictures of one's own."""
 
 
 def collect(
@@ -29,19 +35,27 @@ def collect(
     command: str | None = None,
     settings: Mapping[str, Any] | None = None,
     evaluations: tuple[Evaluation | None, Evaluation | None] = (None, None),
+    compressed: Evaluation | None = None,
     timings: Mapping[str, Timing] | None = None,
     compiled: Mapping[str, Timing] | None = None,
     notes: tuple[str, ...] = (),
 ) -> ReportData:
     """Everything the report shows, computed or taken from measurements already made.
 
+    The search is told from the plan, tuning from the record of ``after``.
+
     Args:
         before, after: the model as it was and as it is; ``before`` must be a copy, since ``done`` was applied in place.
-        evaluations: of ``before`` and ``after``; the second against the first, for agreement. timings, compiled: with the keys
-            ``"before"`` and ``"after"``.
+        evaluations: of ``before`` and ``after``; the second against the first, for agreement.
+        compressed: where ``after`` was tuned, the evaluation on the same pictures of what it was before that; against ``before``, so that
+            the rise of the loss can be told from what tuning won back.
+        timings, compiled: with the keys ``"before"`` and ``"after"``.
     """
     plan, prepared = done.plan, done.prepared
-    evaluated = evaluations[1]
+    evaluated, tuning = evaluations[1], _tuning_of(after)
+    measured = evaluated if tuning is None else compressed
+    final = _metrics(after, prepared.example, evaluated, timings, compiled, "after")
+    curves, facts = _history(plan, tuning)
     agreement: dict[str, float | None] = {}
     if evaluated is not None:
         agreement = {
@@ -52,48 +66,62 @@ def collect(
         }
     return ReportData(
         title=title, model=model, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command,
-        settings={**(settings or {}), **{f"plan.{k}": v for k, v in plan.made_by.items()}}, environment=environment(),
+        settings={**(settings or {}), **_plan_settings(plan)}, environment=environment(),
         before=_metrics(before, prepared.example, evaluations[0], timings, compiled, "before"),
-        after=_metrics(after, prepared.example, evaluations[1], timings, compiled, "after"),
-        agreement=agreement, predicted_loss=plan.made_by.get("predicted_loss"), measured_loss=None if evaluated is None else evaluated.divergence,
-        sites=_rows(done), spectra=tuple(weight_spectra(before, prepared.sites)),
+        between={} if tuning is None else _structure(final) | _accuracy(compressed),
+        after=final, agreement=agreement, predicted_loss=plan.made_by.get("predicted_loss"),
+        measured_loss=None if measured is None else measured.divergence,
+        sites=site_rows(plan, prepared.sites, prepared.factorizations if prepared.statistic.name == "loss" else None),
+        spectra=tuple(weight_spectra(before, prepared.sites)), curves=curves, facts=facts,
         notes=(*notes, *done.notes, *_speed_note(timings)),
     )  # fmt: skip
 
 
-def weight_spectra(model: nn.Module, sites: Sites) -> list[Spectrum]:
-    """Singular values of every head's W_Q, W_K, W_V, W_O and of its products (the paper's Figures 1 and 2)."""
-    spectra: list[Spectrum] = []
-    for site in sites.values():
-        a = site.attention
-        if a is None:
-            continue
-        left, right = weight_factors(model, site, with_bias=False)
-        assert left is not None and right is not None
-        names = ("W_Q", "W_K", "QK") if site.kind == "qk" else ("W_V", "W_O", "VO")
-        values = (torch.linalg.svdvals(left), torch.linalg.svdvals(right), product_singular_values(left, right))
-        costs = (a.in_features + a.width, site.out_features + a.width, a.in_features + site.out_features)
-        spectra += [s for n, v, c in zip(names, values, costs, strict=True) for s in _by_head(a, n, v, c)]
-    return spectra
+def collect_tuning(
+    tuned: nn.Module,
+    *,
+    title: str,
+    model: str,
+    command: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    example: Tensor | None = None,
+    notes: tuple[str, ...] = (),
+) -> ReportData:
+    """The report of a model that :func:`comcat.tune` returned, from its record alone: evaluations, curves, and where it came from.
+
+    Args:
+        model: what a person calls the student. example: one picture (1, channels, height, width), to count MACs and memory by.
+
+    Raises:
+        SettingsError: if the model was not tuned.
+    """
+    record, tuning = getattr(tuned, "comcat_record", None), _tuning_of(tuned)
+    if record is None or tuning is None:
+        raise SettingsError("the model has no record of a tuning run: give one that comcat.tune returned")
+    costs = _metrics(tuned, example, None, None, None, "after")
+    student = _structure(costs) | _accuracy(tuning.get("before"))
+    original = _structure(record.results.get("before") or {})
+    curves, facts = _history(record.plan, tuning)
+    return ReportData(
+        title=title, model=model, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command,
+        settings={**(settings or {}), **_plan_settings(record.plan)}, environment=environment(),
+        before=original or student, between=student if original else {}, after=costs | _accuracy(tuning.get("after")),
+        agreement={}, predicted_loss=None, measured_loss=None, sites=(), spectra=(), curves=curves, facts=facts,
+        notes=(*notes, *_compression_note(record.results)),
+    )  # fmt: skip
 
 
-def _by_head(a: Attention, matrix: str, values: Tensor, cost: int) -> list[Spectrum]:
-    return [
-        Spectrum(layer=a.path, matrix=matrix, head=h, singular_values=tuple(v.tolist()), parameters_per_rank=cost)
-        for h, v in enumerate(values)
-    ]
-
-
-def _rows(done: Compressed) -> tuple[SiteRow, ...]:
-    plan, prepared = done.plan, done.prepared
-    loss_aware = prepared.statistic.name == "loss"
+def site_rows(
+    plan: Plan, sites: Sites, factorizations: Mapping[str, Factorization] | None = None
+) -> tuple[SiteRow, ...]:
+    """What a plan makes of each site, and what was refused; with factorisations under the loss-aware statistic, its predicted loss."""
     rows = []
-    for name, site in prepared.sites.items():
+    for name, site in sites.items():
         entry = plan.sites.get(name)
         rank = None if entry is None else entry.rank
         predicted = None
-        if loss_aware:
-            predicted = 0.0 if rank is None else float(tail_loss(prepared.factorizations[name].singular_values)[rank])
+        if factorizations is not None:
+            predicted = 0.0 if rank is None else float(tail_loss(factorizations[name].singular_values)[rank])
         rows.append(
             SiteRow(
                 name=name,
@@ -117,9 +145,32 @@ def _rows(done: Compressed) -> tuple[SiteRow, ...]:
             predicted_loss=None,
             note=r.reason,
         )
-        for r in prepared.sites.refused
+        for r in sites.refused
     ]
     return tuple(rows)
+
+
+def weight_spectra(model: nn.Module, sites: Sites) -> list[Spectrum]:
+    """Singular values of every head's W_Q, W_K, W_V, W_O and of its products (the paper's Figures 1 and 2)."""
+    spectra: list[Spectrum] = []
+    for site in sites.values():
+        a = site.attention
+        if a is None:
+            continue
+        left, right = weight_factors(model, site, with_bias=False)
+        assert left is not None and right is not None
+        names = ("W_Q", "W_K", "QK") if site.kind == "qk" else ("W_V", "W_O", "VO")
+        values = (torch.linalg.svdvals(left), torch.linalg.svdvals(right), product_singular_values(left, right))
+        costs = (a.in_features + a.width, site.out_features + a.width, a.in_features + site.out_features)
+        spectra += [s for n, v, c in zip(names, values, costs, strict=True) for s in _by_head(a, n, v, c)]
+    return spectra
+
+
+def _by_head(a: Attention, matrix: str, values: Tensor, cost: int) -> list[Spectrum]:
+    return [
+        Spectrum(layer=a.path, matrix=matrix, head=h, singular_values=tuple(v.tolist()), parameters_per_rank=cost)
+        for h, v in enumerate(values)
+    ]
 
 
 def _why_dense(site: Site) -> str:
@@ -146,13 +197,63 @@ def _metrics(
         example = example.to(device=p.device, dtype=p.dtype)
         numbers["macs"] = count_macs(model, example)
         numbers["peak_memory_bytes"] = peak_memory(model, example)
-    if evaluated is not None:
-        numbers |= {"top1": evaluated.top1, "top5": evaluated.top5, "loss": evaluated.loss}
+    numbers |= _accuracy(evaluated)
     if timings is not None:
         numbers |= {"latency_s": timings[key].median_s, "throughput": timings[key].throughput}
     if compiled is not None:
         numbers["compiled_latency_s"] = compiled[key].median_s
     return numbers
+
+
+def _structure(numbers: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {key: numbers[key] for key in _STRUCTURE if key in numbers}
+
+
+def _accuracy(evaluated: Evaluation | Mapping[str, Any] | None) -> dict[str, float | None]:
+    """What an evaluation says by itself; the cosine only where it is told without classes."""
+    if evaluated is None:
+        return {}
+    if isinstance(evaluated, Evaluation):
+        return {"top1": evaluated.top1, "top5": evaluated.top5, "loss": evaluated.loss}
+    return {key: evaluated[key] for key in ("top1", "top5", "loss", "cosine") if key in evaluated}
+
+
+def _plan_settings(plan: Plan) -> dict[str, Any]:
+    """How the plan was made, without the curve of its search."""
+    made_by = dict(plan.made_by)
+    if "search" in made_by:
+        made_by["search"] = made_by["search"]["settings"]
+    return {f"plan.{k}": v for k, v in made_by.items()}
+
+
+def _tuning_of(model: nn.Module) -> Mapping[str, Any] | None:
+    """The result of the tuning that a model carries with it, if it made a step."""
+    record = getattr(model, "comcat_record", None)
+    result = None if record is None else record.results.get("tuning")
+    return result if result and result["curve"] else None
+
+
+def _history(
+    plan: Plan, tuning: Mapping[str, Any] | None
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, str]]]:
+    """Curves and facts of how the model came about."""
+    curves, facts = {}, {}
+    if "search" in plan.made_by:
+        name = "Search of ranks"
+        curves[name], facts[name] = search_series(plan.made_by["search"]), search_facts(plan.made_by)
+    if tuning is not None:
+        curves["Tuning"], facts["Tuning"] = tuning_series(tuning), tuning_facts(tuning)
+    return curves, facts
+
+
+def _compression_note(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """Accuracy around compression, which may have been measured on other pictures and so has no place in the table."""
+    old, new = ((results.get(when) or {}).get("top1") for when in ("before", "after"))
+    if old is None or new is None:
+        return ()
+    return (
+        f"When the model was compressed, top-1 went from {units.percent(old)} to {units.percent(new)}, maybe on other pictures.",
+    )
 
 
 def _speed_note(timings: Mapping[str, Timing] | None) -> tuple[str, ...]:

@@ -79,8 +79,10 @@ class ReportData:
     (seconds), ``throughput`` (images/s). Other keys are shown too; those that end in ``_s``, ``_bytes`` or
     ``_percent`` with that unit. ``agreement`` holds ``agreement`` (per cent), ``cosine``, ``divergence`` and
     ``count`` (images compared). ``predicted_loss`` and ``measured_loss`` are rises of the loss. ``curves`` maps a
-    name to a list of series ``{"x": [...], "y": [...]}``, each optionally with ``"label"``, ``"x_label"`` and
-    ``"y_label"``; None is a gap.
+    name to a list of series ``{"x": [...], "y": [...]}``, each optionally with ``"label"``, ``"x_label"``,
+    ``"y_label"`` (series of one share a panel) and ``"reference"`` (true for a line to compare with); None is a gap.
+    ``between`` holds metrics of the model after compression where ``after`` is that of the tuned one. ``facts`` maps a
+    name, such as that of a curve, to texts by what they say.
 
     Raises SettingsError for malformed curves.
     """
@@ -100,6 +102,8 @@ class ReportData:
     spectra: tuple[Spectrum, ...]
     notes: tuple[str, ...]
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    between: dict[str, float | None] = field(default_factory=dict)
+    facts: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, series in self.curves.items():
@@ -128,7 +132,7 @@ class ReportData:
             raise StoreError(f"version of the report: got {document.get('version')!r}, expected {_VERSION}")
         content = {key: value for key, value in document.items() if key not in ("format", "version")}
         try:
-            for key in ("before", "after", "agreement", "predicted_loss", "measured_loss", "curves"):
+            for key in ("before", "between", "after", "agreement", "predicted_loss", "measured_loss", "curves"):
                 if key in content:
                     content[key] = _decode(content[key])
             content["sites"] = tuple(_build(SiteRow, row) for row in content.get("sites", ()))

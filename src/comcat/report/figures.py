@@ -1,13 +1,14 @@
 """The figures of the report, each a ``matplotlib.figure.Figure`` that any script can save; pyplot is never imported.
 
 They follow COMCAT (Xiao et al., ICML 2023): its Figure 1 (spectra), Figure 2 (parameters for a share of the singular
-values) and Figures 8 and 9 (ranks). Sizes are in inches. All raise ComcatError without matplotlib and SettingsError
+values) and Figures 8 and 9 (ranks); Figures 6 and 7 are curves (:mod:`comcat.report.history`). Sizes are in inches. All raise ComcatError without matplotlib and SettingsError
 if there is nothing to draw.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from comcat.errors import SettingsError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+_COLORS, _DASHES = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY), ("-", "--", ":")
 _TITLES = {"QK": "QK = W_Q W_Kᵀ", "VO": "VO = W_V W_O"}
 _FAMILIES = {"QK": ("W_Q", "W_K"), "VO": ("W_V", "W_O")}
 _TICKS = 16  # names along an axis, at most
@@ -182,24 +184,51 @@ def _tail(pattern: str) -> str:
     return pattern.rpartition("*.")[2]
 
 
-def figure_curves(series: Sequence[dict[str, Any]], *, width: float = 6.4) -> "Figure":
-    """Lines through the series of one entry of ``ReportData.curves``; None is a gap."""
+def figure_curves(series: Sequence[dict[str, Any]], *, columns: int = 3, width: float = 6.4) -> "Figure":
+    """Lines through the series of one entry of ``ReportData.curves``, a panel for every ``"y_label"``; None is a gap.
+
+    A label has one colour in all panels; a ``"reference"`` is grey and dashed.
+    """
     _expect(series, "series")
-    colors, dashes = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _ORANGE, _SKY), ("-", "--", ":")
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for entry in series:
+        panels.setdefault(str(entry.get("y_label") or ""), []).append(entry)
+    labels = list(dict.fromkeys(e["label"] for e in series if e.get("label") and not e.get("reference")))
+    alone = len(panels) == 1
     with drawing():
-        figure, (axis,) = _grid(1, 1, width, 0.3 * width + 1, extra=0)
-        for number, entry in enumerate(series):
-            turn, color = divmod(number, len(colors))
-            x, y = ([float("nan") if value is None else value for value in entry[key]] for key in ("x", "y"))
-            marker = "o" if len(x) <= 25 else None
-            label = _text(entry["label"]) if entry.get("label") else None
-            axis.plot(x, y, label=label, color=colors[color], ls=dashes[turn % len(dashes)], marker=marker, ms=3.5)
-        axis.set_xlabel(_text(next((e["x_label"] for e in series if e.get("x_label")), "")))
-        axis.set_ylabel(_text(next((e["y_label"] for e in series if e.get("y_label")), "")))
-        axis.grid()
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(loc="best")
+        figure, axes = _grid(len(panels), columns, width, 0.3 * width + 1 if alone else 2.5, extra=0 if alone else 0.4)
+        for position, (axis, (title, entries)) in enumerate(zip(axes, panels.items(), strict=True)):
+            for place, entry in enumerate(entries):
+                _line(axis, entry, labels.index(entry["label"]) if entry.get("label") in labels else place)
+            (axis.set_ylabel if alone else axis.set_title)(_text(title))
+            if position + columns >= len(panels):
+                axis.set_xlabel(_text(next((e["x_label"] for e in entries if e.get("x_label")), "")))
+            axis.grid()
+        handles = {
+            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        if handles and alone:
+            axes[0].legend(loc="best")
+        elif handles:
+            fitting = int(width / (0.6 + 0.075 * max(map(len, handles))))
+            figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=max(1, fitting))
     return figure
+
+
+def _line(axis: "Axes", entry: dict[str, Any], style: int) -> None:
+    """One series; points are marked where there are few, or no others beside them."""
+    x, y = ([float("nan") if value is None else value for value in entry[key]] for key in ("x", "y"))
+    label = _text(entry["label"]) if entry.get("label") else None
+    if entry.get("reference"):
+        axis.plot(x, y, label=label, color=GREY, ls="--", lw=1)
+        return
+    there = [False, *map(isfinite, y), False]
+    few = sum(there) <= 25
+    marks = [i for i in range(len(y)) if there[i + 1] and (few or not (there[i] or there[i + 2]))]
+    turn, color = divmod(style, len(_COLORS))
+    axis.plot(
+        x, y, label=label, color=_COLORS[color], ls=_DASHES[turn % len(_DASHES)], marker="o", markevery=marks, ms=3.5
+    )
 
 
 def _grid(count: int, columns: int, width: float, height: float, *, extra: float) -> tuple["Figure", list["Axes"]]:

@@ -47,7 +47,9 @@ def render(data: ReportData) -> str:
         metrics=_metrics(data),
         agreement=_agreement(data.agreement),
         losses=_losses(data),
+        columns=_columns(data),
         figures=_figures(data),
+        sections=_sections(data),
         sites=_sites(data.sites),
         dense=_dense(data.sites),
         settings=_flat(data.settings),
@@ -81,7 +83,7 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     tiles = []
     for key in ("parameters", "macs"):
         how, old, new = units.METRICS[key], data.before.get(key), data.after.get(key)
-        if text := units.change(old, new, how):
+        if (text := units.change(old, new, how)) and old != new:
             detail = f"{units.cell(old, how)} → {units.cell(new, how)}"
             tiles.append({"label": how.label, "value": text, "detail": detail})
     for key in ("throughput", "latency_s", "compiled_latency_s"):
@@ -91,7 +93,8 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
             detail = f"{how.label.lower()} {units.cell(old, how)} → {units.cell(new, how)}"
             tiles.append({"label": "Speed-up", "value": f"{factor:.2f}×", "detail": detail})
             break
-    how, old, new = units.METRICS["top1"], units.number(data.before.get("top1")), units.number(data.after.get("top1"))
+    how, new = units.METRICS["top1"], units.number(data.after.get("top1"))
+    old = units.number(_earlier(data, "top1"))
     if old is not None and new is not None:
         value = f"{old:.2f} → {units.cell(new, how)}"
         tiles.append({"label": how.label, "value": value, "detail": units.change(old, new, how)})
@@ -106,21 +109,32 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     return tiles
 
 
-def _metrics(data: ReportData) -> list[dict[str, str]]:
-    """The rows of the table of numbers before and after: the known ones first, in their order."""
-    given = {**data.before, **data.after}
+def _columns(data: ReportData) -> list[str]:
+    """The headings of the table of numbers."""
+    return ["Before", "Compressed", "Tuned"] if data.between else ["Before", "After"]
+
+
+def _earlier(data: ReportData, key: str) -> float | None:
+    """What a metric was before everything, or before tuning where nobody knows more."""
+    first = data.before.get(key)
+    return data.between.get(key) if first is None else first
+
+
+def _metrics(data: ReportData) -> list[dict[str, Any]]:
+    """The rows of the table of numbers: the known ones first, in their order."""
+    states = [data.before, data.between, data.after] if data.between else [data.before, data.after]
+    given = {key: None for state in states for key in state}
     keys = [key for key in units.METRICS if key in given] + [key for key in given if key not in units.METRICS]
     rows = []
     for key in keys:
-        how, old, new = units.metric(key), data.before.get(key), data.after.get(key)
+        how, old, new = units.metric(key), _earlier(data, key), data.after.get(key)
         row = {
             "label": how.label,
-            "before": units.cell(old, how),
-            "after": units.cell(new, how),
+            "cells": [units.cell(state.get(key), how) for state in states],
             "change": units.change(old, new, how),
             "ratio": units.ratio(old, new, how),
         }
-        if row["before"] or row["after"]:
+        if any(row["cells"]):
             rows.append(row)
     return rows
 
@@ -156,7 +170,7 @@ def _losses(data: ReportData) -> dict[str, Any] | None:
 
 def _figures(data: ReportData) -> dict[str, Any]:
     """Every figure in a wide and a narrow form, with its caption."""
-    figures: dict[str, Any] = {"curves": []}
+    figures: dict[str, Any] = {}
     two, one = {"columns": 2}, {"columns": 1, "width": _NARROW}
     if data.sites:
         caption = _ranks_caption(data.sites)
@@ -173,12 +187,25 @@ def _figures(data: ReportData) -> dict[str, Any]:
         caption = "Parameters needed to hold 90\u00a0% of the sum of the singular values, by layer." + _saving(counts)
         draw = partial(figure_parameters_for_energy, spectra)
         figures["energy"] = _picture("energy", "Line charts", caption, draw, two, one)
-    for position, (name, series) in enumerate(data.curves.items()):
-        if series:
-            draw = partial(figure_curves, series)
-            picture = _picture(f"curve{position}", "Line chart", name, draw, {}, {"width": _NARROW})
-            figures["curves"].append({"name": name, "picture": picture})
     return figures
+
+
+def _sections(data: ReportData) -> list[dict[str, Any]]:
+    """Curves and facts by name: a figure, a table, or both."""
+    sections = []
+    for position, name in enumerate(dict.fromkeys([*data.curves, *data.facts])):
+        series, facts = data.curves.get(name), data.facts.get(name)
+        panels = len({entry.get("y_label") for entry in series or ()})
+        picture = None
+        if series:
+            wide = {"columns": 3, "width": 9.6} if panels > 1 else {}
+            draw, kind = partial(figure_curves, series), "Line charts" if panels > 1 else "Line chart"
+            picture = _picture(f"curve{position}", kind, name, draw, wide, {"columns": 1, "width": _NARROW})
+        if picture or facts:
+            sections.append(
+                {"name": name, "picture": picture, "small": panels < 2, "facts": list((facts or {}).items())}
+            )
+    return sections
 
 
 def _picture(

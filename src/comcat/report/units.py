@@ -53,6 +53,16 @@ def duration(value: float) -> str:
     return f"{_digits(value * 1e6)}{SPACE}µs"
 
 
+def elapsed(seconds: float) -> str:
+    """How long something took: ``45 s``, ``12 min 5 s``, ``3 h 25 min``."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return duration(seconds)
+    hours, minutes = divmod(minutes, 60)
+    parts = (f"{hours:,}{SPACE}h", f"{minutes}{SPACE}min") if hours else (f"{minutes}{SPACE}min", f"{rest}{SPACE}s")
+    return SPACE.join(parts)
+
+
 def percent(value: float) -> str:
     return f"{value:.2f}{SPACE}%".replace("-", MINUS)
 
@@ -92,6 +102,7 @@ METRICS = {
     "top1": Metric(label="Top-1 accuracy", show=percent, change="points"),
     "top5": Metric(label="Top-5 accuracy", show=percent, change="points"),
     "loss": Metric(label="Loss", change="difference"),
+    "cosine": Metric(label="Cosine similarity to the teacher", change="difference"),
     "latency_s": Metric(label="Latency", show=duration, words=_TIMES),
     "compiled_latency_s": Metric(label="Latency, compiled", show=duration, words=_TIMES),
     "throughput": Metric(label="Throughput", show=rate, words=("slower", "faster")),

@@ -20,6 +20,8 @@ from ..errors import StoreError
 FORMAT = 1
 WEIGHTS, PLAN, CONFIG, CARD, REPORT = "model.safetensors", "plan.json", "config.json", "README.md", "report.html"
 FILES = (WEIGHTS, PLAN, CONFIG, CARD, REPORT)
+RUN = frozenset({"checkpoints", "log.jsonl", "trackers"})
+"""What training leaves in its folder before it saves a model there."""
 STOCK_CONFIG = "comcat.json"  # of a stock export, whose config.json is the other library's
 
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM}
@@ -64,7 +66,7 @@ def check_replaceable(folder: Path, overwrite: bool) -> None:
     if not folder.is_dir():
         raise StoreError(f"{folder} is a file, expected a folder to save to")
     names = sorted(p.name for p in folder.iterdir())
-    if not names:
+    if set(names) <= RUN:
         return
     if own_config(folder) is None:
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -163,10 +165,9 @@ def _lock(folder: Path, *, wait: bool) -> int:
 
 def _carry_over(target: Path, new: Path) -> None:
     """Give ``new`` what lies at ``target`` and is not comcat's: hard links, so that both stay whole."""
-    config = own_config(target)
-    if config is None:
+    if not target.is_dir():
         return
-    ours = {CONFIG, STOCK_CONFIG, *config.get("sha256", ())}
+    ours = {CONFIG, STOCK_CONFIG, *(own_config(target) or {}).get("sha256", ())}
     for path in target.iterdir():
         if path.name in ours or (new / path.name).exists():
             continue

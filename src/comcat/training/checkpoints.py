@@ -62,7 +62,7 @@ class Checkpoints:
             for path in [*new.iterdir(), new]:
                 _sync(path)
             if target.exists():  # a run that went on from an earlier checkpoint comes by again
-                shutil.rmtree(target)
+                _forget(target)
             os.rename(new, target)
             _sync(self.folder)
         except (OSError, StoreError) as error:
@@ -71,7 +71,7 @@ class Checkpoints:
             kept = "there is no earlier one" if last is None else f"the last good one is {last.path}"
             raise StoreError(f"checkpoint {target} cannot be written: {error}; {kept}") from error
         for old in self._folders()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            _forget(old)
         return target
 
     def latest(self) -> Checkpoint | None:
@@ -92,13 +92,23 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Forget all checkpoints, to begin anew."""
-        for folder in [*self._folders(), *self.folder.glob(".step-*.tmp")]:
-            shutil.rmtree(folder)
+        for folder in reversed(self._folders()):  # killed half-way, the oldest are left, which a restart forgets again
+            _forget(folder)
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _folders(self) -> list[Path]:
         if not self.folder.is_dir():
             return []
         return sorted(p for p in self.folder.iterdir() if _NAME.fullmatch(p.name))
+
+
+def _forget(folder: Path) -> None:
+    """Delete a checkpoint. It loses its name first, since a kill may come when only half of it is gone."""
+    doomed = folder.with_name(f".{folder.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

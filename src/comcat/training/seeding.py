@@ -26,9 +26,11 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """:func:`seed_all` inside the block; afterwards the CPU's generators go on as if nothing had happened."""
+    """The CPU's generators seeded inside the block; afterwards they go on as if nothing had happened. Other devices' are left alone."""
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:

@@ -1,0 +1,281 @@
+"""Teaching a pipeline a concept from a few pictures (Xiao et al. 2023, §3.2 and §4.3)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from .._version import __version__
+from ..errors import SettingsError, StoreError
+from ..training.checkpoints import Checkpoints, check_settings
+from ..training.seeding import derive_seed
+from .adapter import Adapter
+from .attaching import attach, unload
+from .families import family_of
+from .files import save
+from .generating import generate, generate_to
+from .learning import LearnedToken
+from .noising import noising_of
+from .optimising import Optimisation, Processes
+from .preparing import EXAMPLES, Examples, Rotation, check_resolution, encode, read_examples
+from .prompts import check_prompt, splitting_notes
+from .readying import Idle, check_whole, frozen, recomputing
+from .runfolder import Samples, folder_of, write_report
+from .settings import CustomizeSettings, make_settings
+from .sources import CachedSource, Stream, Texts
+
+
+def customize(
+    pipe: Any,
+    images: EXAMPLES,
+    *,
+    prompt: str,
+    identifier: str = "V*",
+    name: str = "default",
+    out: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> Adapter:
+    """Teach a pipeline a concept: low-rank terms on its attention's products (Eq. 8) learn to denoise pictures of it (Eq. 7).
+
+    Latents and prompts are encoded once; the VAE and the text encoders then leave the device, unless they learn as well, so a step costs
+    the denoiser alone. Processes started with ``accelerate launch`` or ``torchrun`` share each batch.
+
+    Args:
+        pipe: a text-to-image pipeline of diffusers, whole, in the dtype to compute in. The adapter's own parameters are float32.
+        images: some pictures, or what :func:`comcat.open_pictures` takes; 4 to 12 are usual.
+        prompt: what the pictures show, with ``identifier`` in it: ``"a photo of V* dog"``.
+        name: what the adapter is called in ``pipe``.
+        out: file to save to, ``dog.safetensors``. Checkpoints, samples and ``report.html`` go to a folder beside it, ``dog.run``. The same
+            call goes on from the last checkpoint there; ``restart`` begins anew.
+        settings: fields of :class:`CustomizeSettings`.
+
+    Returns:
+        The trained adapter, in place in ``pipe``. Everything else about the pipeline is as it was. After an error, the adapter is out
+        again, too.
+
+    Raises:
+        SettingsError: for a prompt without the identifier or a setting that does not fit. DataError: without pictures. ModelError: if the
+            pipeline is of no supported family. StoreError: if ``out`` holds something made with other settings, or cannot be written.
+            NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what would fit.
+    """
+    return Customization(
+        pipe, images, prompt, identifier, name, make_settings(CustomizeSettings, settings), out, progress
+    ).run(restart)
+
+
+class Customization:
+    """One run of :func:`customize`, in parts. ``notes`` gathers what there is to say about it."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        images: EXAMPLES,
+        prompt: str,
+        identifier: str,
+        name: str,
+        settings: CustomizeSettings,
+        out: str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> None:
+        check_prompt(prompt, identifier)
+        self.family = family_of(pipe)
+        check_whole(pipe)
+        self.pipe, self.prompt, self.identifier, self.name = pipe, prompt, identifier, name
+        self.settings, self.progress = settings, progress
+        self.noising = noising_of(pipe.scheduler, settings.snr_gamma)
+        self.side = check_resolution(settings.resolution, self.family)
+        self.processes = Processes(self.family.device)
+        if settings.batch_size % self.processes.count:
+            raise SettingsError(
+                f"batch_size: got {settings.batch_size} for {self.processes.count} processes, expected a multiple"
+            )
+        self.examples = read_examples(images)
+        self.notes = [*self.examples.notes, *self._notes_on_sizes(self.examples.images)]
+        if settings.new_token is None:
+            self.notes += splitting_notes(self.family, identifier)
+        self.out = None if out is None else _checked(Path(out).expanduser())
+        self.optimisation: Optimisation | None = None
+
+    def run(self, restart: bool) -> Adapter:
+        """Train, save, report."""
+        about = self._about()
+        checkpoints = self._checkpoints(restart, about)
+        class_pictures = self._class_pictures()
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.family))
+            adapter = attach(
+                self.pipe, rank=self.settings.rank, where=self.settings.where, text_encoder=self.settings.text_encoder,
+                name=self.name, init=self.settings.init, seed=derive_seed(self.settings.seed, "factors"),
+            )  # fmt: skip
+            try:
+                self._train(adapter, class_pictures, checkpoints, about)
+            except BaseException:
+                unload(self.pipe, self.name)
+                raise
+        return adapter
+
+    def _train(
+        self, adapter: Adapter, class_pictures: Examples | None, checkpoints: Checkpoints | None, about: dict[str, Any]
+    ) -> None:
+        settings, family = self.settings, self.family
+        live = settings.text_encoder or settings.new_token is not None
+        token = None
+        if settings.new_token is not None:
+            token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
+        source = self._source(class_pictures, live)
+        needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
+        idle = Idle(family, needed)
+        parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
+        run = self.optimisation = Optimisation(family, self.noising, parameters, source, settings, self.processes)
+        if checkpoints is not None and (last := checkpoints.latest()) is not None:
+            groups = {group: last.tensors(group) for group in ("adapter", "optimizer")}
+            run.restore(last.step, groups, last.state)
+        samples = None
+        if self.out is not None:
+            samples = Samples(self.pipe, folder_of(self.out), settings.sample_prompt or self.prompt, settings)
+
+        def after(step: int) -> None:
+            if samples is not None and settings.sample_every and step % settings.sample_every == 0:
+                if self.processes.is_main:
+                    with idle.back():
+                        samples.draw(step)
+                self.processes.wait()
+
+        with ExitStack() as stack:
+            stack.enter_context(recomputing(family.denoiser, settings.gradient_checkpointing))
+            stack.enter_context(idle.away())
+            if token is not None:
+                stack.enter_context(token.learning())
+            run.run(checkpoints=checkpoints, about=about, progress=self.progress, after=after)
+        if token is not None:
+            token.settle()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        if self.out is not None and self.processes.is_main:
+            self._save(token)
+            self._report(samples)
+        self.processes.wait()
+
+    def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
+        settings = self.settings
+        streams, prompts = [], []
+        kinds = [(self.examples, self.prompt, 1.0, "concept")]
+        if class_pictures is not None and settings.prior_prompt is not None:
+            kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, "class"))
+        for pictures, prompt, weight, what in kinds:
+            seed = derive_seed(settings.seed, what)
+            latents = encode(
+                self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
+            )
+            rotation = Rotation(latents.frames_of, settings.seed, what)
+            streams.append(Stream(latents, rotation, settings.batch_size, weight))
+            prompts.append(prompt)
+        return CachedSource(streams, Texts(self.family, prompts, live=live))
+
+    def _class_pictures(self) -> Examples | None:
+        """Pictures of the class for prior preservation: given, or made by the pipeline as it is now."""
+        settings = self.settings
+        if settings.prior_prompt is None:
+            return None
+        if settings.prior_images is not None:
+            return read_examples(settings.prior_images, what="pictures of the class")
+        how = {
+            "count": settings.prior_count, "seed": derive_seed(settings.seed, "class"), "steps": settings.sample_steps,
+            "guidance": settings.sample_guidance, "size": self.side,
+        }  # fmt: skip
+        if self.out is None:
+            made = generate(self.pipe, settings.prior_prompt, progress=self.progress, **how)
+            return Examples([generated.image for generated in made], [], "made here")
+        folder = folder_of(self.out) / "class"
+        if self.processes.is_main:
+            generate_to(folder, self.pipe, settings.prior_prompt, overwrite=True, progress=self.progress, **how)
+        self.processes.wait()
+        return read_examples(folder, what="pictures of the class")
+
+    def _checkpoints(self, restart: bool, about: dict[str, Any]) -> Checkpoints | None:
+        if self.out is None:
+            return None
+        checkpoints = Checkpoints(folder_of(self.out) / "checkpoints", keep=self.settings.keep)
+        if restart and self.processes.is_main:
+            checkpoints.clear()
+        self.processes.wait()
+        last = checkpoints.latest()
+        if last is not None:
+            check_settings(last, about)
+        elif self.out.exists() and not restart:
+            raise StoreError(f"{self.out} is there already, and no run to go on with; name another file, or --restart")
+        return checkpoints
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with to go on from it."""
+        return {
+            **self.settings.shaping,
+            "resolution": self.side,
+            "prompt": self.prompt,
+            "identifier": self.identifier,
+            "pictures": self.examples.fingerprint,
+            "base": _base_of(self.pipe),
+            "dtype": str(next(self.family.denoiser.parameters()).dtype).removeprefix("torch."),
+        }
+
+    def _save(self, token: LearnedToken | None) -> None:
+        assert self.out is not None
+        save(
+            self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt, base=_base_of(self.pipe),
+            token_embeddings=None if token is None else token.rows(),
+            metadata={"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))},
+        )  # fmt: skip
+
+    def _report(self, samples: Samples | None) -> None:
+        assert self.out is not None and samples is not None and self.optimisation is not None
+        facts = {
+            "prompt": self.prompt,
+            "identifier": self.identifier,
+            "base": _base_of(self.pipe) or type(self.pipe).__name__,
+            "pictures": len(self.examples.images),
+            **{k: v for k, v in asdict(self.settings).items() if v is not None},
+            "resolution": self.side,
+            "size of the adapter": f"{self.out.stat().st_size / 1e6:.2f} MB",
+            "seconds in steps": f"{self.optimisation.progress.seconds:.1f}",
+            "comcat": __version__,
+            "torch": torch.__version__,
+        }
+        write_report(
+            folder_of(self.out), title=f"{self.identifier}, learned from {len(self.examples.images)} pictures",
+            samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
+            notes=self.notes,
+        )  # fmt: skip
+
+    def _notes_on_sizes(self, images: Sequence[Image.Image]) -> list[str]:
+        notes = []
+        if small := sum(min(i.size) < self.side for i in images):
+            notes.append(f"{small} of {len(images)} pictures are smaller than {self.side} pixels and were enlarged.")
+        if long := sum(max(i.size) > 2 * min(i.size) for i in images):
+            notes.append(
+                f"{long} of {len(images)} pictures are over twice as long as wide: less than half is in a crop."
+            )
+        return notes
+
+
+def _base_of(pipe: Any) -> str | None:
+    """The name or folder that a pipeline was loaded from, if it was."""
+    return getattr(pipe, "name_or_path", None) or (pipe.config.get("_name_or_path") or None)
+
+
+def _checked(out: Path) -> Path:
+    if out.suffix != ".safetensors":
+        raise SettingsError(f"out: got {str(out)!r}, expected a file name that ends in .safetensors")
+    if out.is_dir():
+        raise SettingsError(f"out: {str(out)!r} is a folder, expected a file to write to")
+    return out

@@ -1,0 +1,51 @@
+"""A CLIP tokenizer made on the spot: a few words as tokens of their own, everything else split into characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+_END = "</w>"  # how CLIP marks the last character of a word
+
+
+def make_tokenizer(words: Iterable[str], *, identifiers: Iterable[str] = (), length: int = 32) -> Any:
+    """A ``CLIPTokenizer`` of sequences of ``length`` tokens.
+
+    Args:
+        words: lower-case words, one token each.
+        identifiers: one token each as well, matched as they are written, case and punctuation included.
+
+    Any other text is split into known pieces, in the last resort into bytes, as CLIP's own vocabulary does it
+    (byte-pair encoding; Sennrich et al. 2016, Radford et al. 2019).
+    """
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    characters = sorted(ByteLevel.alphabet())
+    vocabulary = [*characters, *(c + _END for c in characters)]
+    merges: list[tuple[str, str]] = []
+    for word in words:
+        # Later merges have lower priority, so a new word first falls into what earlier ones left, and they stay whole.
+        pieces = _split(word, merges)
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = ["".join(pieces[:2]), *pieces[2:]]
+            vocabulary.append(pieces[0])
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    numbered = {token: number for number, token in enumerate(dict.fromkeys(vocabulary))}
+    tokenizer = CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=length)  # type: ignore[arg-type]
+    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in identifiers])  # type: ignore[arg-type]
+    return tokenizer
+
+
+def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
+    """The pieces that byte-pair encoding leaves of a word."""
+    pieces = [*word[:-1], word[-1] + _END]
+    for left, right in merges:
+        place = 0
+        while place < len(pieces) - 1:
+            if (pieces[place], pieces[place + 1]) == (left, right):
+                pieces[place : place + 2] = [left + right]
+            place += 1
+    return pieces

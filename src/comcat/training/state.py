@@ -1,0 +1,70 @@
+"""A model's and an optimizer's state as named tensors and plain data, whichever way the model is spread over processes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+
+def model_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict on the CPU, in the main process; other processes may get nothing. All must call it."""
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return state
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state dict, in every process. All must call it."""
+    state: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return state
+
+
+def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a model the state that :func:`model_state` gave; only the main process needs to have it. All must call it."""
+    set_model_state_dict(model, dict(state), options=_from_main())
+
+
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The optimizer's tensors, named ``exp_avg:blocks.0.mlp.fc1.weight``, and its groups, as :func:`model_state` gives them."""
+    state: Any = get_optimizer_state_dict(
+        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    tensors = {f"{key}:{name}": value for name, kept in state.get("state", {}).items() for key, value in kept.items()}
+    return tensors, state.get("param_groups", [])
+
+
+def restore_optimizer(
+    model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
+) -> None:
+    """Give an optimizer what :func:`optimizer_state` gave; only the main process needs to have it. All must call it."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for label, value in tensors.items():
+        key, _, name = label.partition(":")
+        state.setdefault(name, {})[key] = value
+    whole: Any = {"state": state, "param_groups": groups} if groups else {}
+    set_optimizer_state_dict(model, optimizer, whole, options=_from_main())
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that stand for the names, shapes and values of a model's state."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _from_main() -> StateDictOptions:
+    spread = torch.distributed.is_initialized()
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=spread)

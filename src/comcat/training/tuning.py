@@ -1,0 +1,133 @@
+"""Tuning: winning back by training what compression lost (COMCAT, Xiao et al. 2023, §4.1: AdamW, a cosine, hard distillation)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..data import Pictures, Preprocess, open_pictures
+from ..errors import ModelError
+from ..models import origin_of
+from ..plan import Plan, Record
+from .preparing import prepare
+from .processes import Processes
+from .settings import TuneSettings, make_settings
+from .state import whole_state
+from .stepping import Loop
+
+
+def tune(
+    student: nn.Module,
+    data: Pictures | str | os.PathLike[str],
+    *,
+    teacher: nn.Module | None = None,
+    evaluation: Pictures | str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    preprocess: Preprocess | None = None,
+    restart: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> nn.Module:
+    """Train a model on, in place, and return it; it is changed only at the end, so a run that fails leaves it as it was.
+
+    Started by ``torchrun`` or ``accelerate launch``, the run spreads over all processes, and each gets the tuned model. The model
+    is tuned where it is: on the CPU, or on the accelerators.
+
+    With ``out``, the run can be killed at any moment: it keeps checkpoints in ``OUT/checkpoints``, and the same call goes on from the
+    last one. Everything random in a step is seeded by its number, so the result is bit for bit that of a run that was not
+    interrupted (on a CPU, with the same number of processes); no states of random generators need saving.
+
+    Args:
+        data: training pictures, with labels or, given a teacher, without. teacher: what to distil: the model before compression, or another
+            with the same classes and picture size. evaluation: labelled pictures to follow the top-1 on; nothing is chosen by them.
+        out: folder for the checkpoints and ``log.jsonl``. preprocess: of models that do not say how they want their pictures.
+        restart: forget the checkpoints in ``out`` and begin anew. settings: fields of :class:`TuneSettings`.
+
+    Returns:
+        ``student``, with ``comcat_record.results["tuning"]``: settings, teacher, curve, seconds, images per second, and the evaluations before,
+        after, and at the best of the steps (which is for information: the last weights are what counts).
+
+    Raises:
+        SettingsError: for settings or a teacher that do not fit. DataError: for labels outside the model's classes, too many unreadable pictures,
+            or no labels and no teacher. NumericsError: for a loss that is not finite or explodes; it names the step, the place and the last
+            good checkpoint. StoreError: for checkpoints of another run, or where none can be written.
+    """
+    return tune_(
+        student,
+        data,
+        make_settings(settings),
+        teacher=teacher,
+        evaluation=evaluation,
+        out=out,
+        preprocess=preprocess,
+        restart=restart,
+        progress=progress,
+    )
+
+
+def tune_(
+    student: nn.Module,
+    data: Pictures | str | os.PathLike[str],
+    settings: TuneSettings,
+    *,
+    teacher: nn.Module | None = None,
+    evaluation: Pictures | str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    preprocess: Preprocess | None = None,
+    restart: bool = False,
+    progress: bool = False,
+) -> nn.Module:
+    """:func:`tune` with its settings in one piece."""
+    processes = Processes(cpu=next(student.parameters()).device.type == "cpu")
+    with processes.together():
+        run = prepare(
+            student,
+            _opened(data),
+            settings,
+            teacher=teacher,
+            evaluation=None if evaluation is None else _opened(evaluation),
+            folder=None if out is None else Path(out),
+            preprocess=preprocess,
+            processes=processes,
+        )
+    if run.steps:
+        loop = Loop(run, progress=progress)
+        loop.go_on(restart=restart)
+        loop.run()
+        student.load_state_dict(whole_state(loop.learner.judged))
+        result = loop.result()
+    else:
+        result = {"curve": [], "seconds": 0.0, "images_per_second": None}
+    _note(student, {"settings": asdict(settings), "teacher": _name_of(teacher), **result})
+    return student
+
+
+def _opened(source: Pictures | str | os.PathLike[str]) -> Pictures:
+    return source if isinstance(source, Pictures) else open_pictures(source)
+
+
+def _name_of(model: nn.Module | None) -> str | None:
+    """What a person calls a model."""
+    if model is None:
+        return None
+    try:
+        origin = origin_of(model)
+    except ModelError:
+        return type(model).__name__
+    return origin.source or origin.name
+
+
+def _note(student: Any, result: dict[str, Any]) -> None:
+    """Write a run's result into the student's record; a model that was never compressed gets a record with an empty plan."""
+    record = getattr(student, "comcat_record", None)
+    if record is None:
+        try:
+            origin = origin_of(student).to_dict()
+        except ModelError:
+            origin = None  # it can be given when the model is saved
+        record = Record(plan=Plan(sites={}), origin=origin)
+    student.comcat_record = replace(record, results={**record.results, "tuning": result})
