@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+TABLES, TRAINED = ("table1", "table3", "table4"), ("table2", "figure6", "figure7", "figures89")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield tmp_path
-    for name in ("tables", "table1", "table3", "table4", "figures12", "common"):
+    for name in (*TABLES, *TRAINED, "tables", "runs", "figures12", "common"):
         sys.modules.pop(name, None)
 
 
@@ -55,7 +56,7 @@ def _given(folder) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("table1", 9), ("table3", 2), ("table4", 10)])
+@pytest.mark.parametrize(("name", "rows"), list(zip(TABLES, (9, 2, 10), strict=True)))
 def test_tables(name, rows, scripts, folder):
     module = __import__(name)
     given = [a for a in _given(folder) if a != "--no-pretrained"]
@@ -74,3 +75,73 @@ def test_figures(scripts, folder, tmp_path):
     needed = figures12.main(["--model", str(folder), "--out", str(tmp_path / "figures")])
     assert needed["QK"] < needed["W_Q"] + needed["W_K"]
     assert {"figure1.svg", "figure2.svg", "figure2.json"} <= {p.name for p in (tmp_path / "figures").iterdir()}
+
+
+@pytest.fixture
+def small(folder, tmp_path) -> list[str]:
+    """A recipe's search and tuning, but in a few steps."""
+    options = {
+        "model": folder, "data": "digits:train", "eval": "digits:test", "out": tmp_path / "out", "recipe": "deit-small-half", "limit": 24,
+        "eval-limit": 20, "batch-size": 8, "pictures": 8, "rounds": 2, "rank-steps": 2, "weight-steps": 1, "epochs": 1, "workers": 0, "precision": "fp32",
+    }  # fmt: skip
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def _written(scripts, name):
+    return json.loads(next(scripts.rglob(f"paper-{name}.json")).read_text())
+
+
+def test_table2(scripts, folder, small, tmp_path):
+    import table2
+
+    rows = table2.main(small)
+    assert sum("published" in name for name in rows) == len(table2.PUBLISHED)
+    top1, macs, parameters, untuned = rows[f"{folder.name}, deit-small-half"]
+    assert 0 <= top1 <= 100 and 0 <= untuned <= 100 and macs > 0
+    assert parameters >= 49.98
+    written = _written(scripts, "table2")
+    assert written["rows"].keys() == rows.keys()
+    settings = written["settings"]["deit-small-half"]
+    assert (settings["search"]["rank_steps"], settings["search"]["beta"]) == (2, 1.5)
+    assert (settings["tune"]["epochs"], settings["tune"]["distillation"], settings["tune"]["clip"]) == (1, "hard", None)
+    page = (tmp_path / "out" / folder.name / "deit-small-half.html").read_text()
+    assert all(f">{words}</" in page for words in ("Search of ranks", "Tuning", "Compressed", "Tuned"))
+
+
+def test_figure6(scripts, folder, small, tmp_path):
+    import figure6
+
+    rows = figure6.main(small)
+    assert rows["search"][0] < rows["as it was"][0] and rows["uniform"][0] < rows["as it was"][0]
+    assert (tmp_path / "out" / folder.name / "figure6.svg").stat().st_size > 1000
+    series = _written(scripts, "figure6")["series"]
+    labels = {s["label"] for s in series}
+    assert labels == {"search", "search, held-out training pictures", "uniform"}
+    ends = {s["label"]: s["x"][-1] for s in series if s["y_label"].startswith("parameters")}
+    # five steps of eight pictures of 24, then an epoch
+    assert ends == {"search": pytest.approx(5 * 8 / 24 + 1), "uniform": pytest.approx(1)}
+
+
+def test_figure7(scripts, folder, small, tmp_path):
+    import figure7
+
+    rows = figure7.main([*small, "--beta", "0.5", "2"])
+    assert list(rows) == ["β = 0.5", "β = 2"]
+    assert all(row[2] >= 49.98 for row in rows.values())
+    assert (tmp_path / "out" / folder.name / "figure7.svg").stat().st_size > 1000
+    assert {s["label"] for s in _written(scripts, "figure7")["series"]} == {"β = 0.5", "β = 2", "budget"}
+
+
+def test_figures89(scripts, folder, small, tmp_path, capsys):
+    import figures89
+
+    out = tmp_path / "out" / folder.name
+    found = figures89.main(small)
+    assert any(rank is not None and rank < full for rank, full in found.values())
+    assert (out / "ranks-deit-small-half.svg").stat().st_size > 1000
+    plan = out / "deit-small-half-plan.json"
+    again = figures89.main(["--model", str(folder), "--plan", str(plan), "--out", str(tmp_path / "again")])
+    assert list(again.values()) == list(found.values())
+    with pytest.raises(SystemExit):
+        figures89.main(["--model", str(folder)])
+    assert "--plan" in capsys.readouterr().err

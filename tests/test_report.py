@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,12 +23,16 @@ from comcat.report import (
     figure_parameters_for_energy,
     figure_ranks,
     figure_spectra,
+    progress_series,
     rank_for_energy,
     render,
+    search_series,
+    tuning_series,
     units,
     write,
 )
 from comcat.report.figures import parameters_for_energy, rank_panels
+from comcat.report.history import POINTS, search_facts, tuning_facts
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col", "wbr"}
 HOSTILE = "</title><script>alert('$x_{')</script>&<b \"q\">"
@@ -104,6 +109,48 @@ def full(depth=2, heads=2, width=4, cost=10):
         spectra=spectra,
         notes=("The value bias folds into the output bias.",),
         curves={"Learning": [{"x": [0, 1, 2], "y": [0.1, None, 0.3], "label": "top-1", "x_label": "epoch"}]},
+    )
+
+
+SEARCH = {
+    "settings": {
+        "reduce": 0.6, "budget": "parameters", "beta": 1.5, "penalty": "always", "candidates": (), "grid": "near", "held_out": 0.2,
+        "rounds": 2, "rank_steps": 2, "weight_steps": 1, "batch_size": 10,
+    },
+    "curve": [
+        {"step": 1, "round": 0, "loss": 4.0, "cross_entropy": 2.0, "cost": 0.8},
+        {"step": 2, "round": 0, "loss": 3.0, "cross_entropy": 1.5, "cost": 0.6, "top1": 50.0},
+        {"step": 3, "round": 0, "loss": 1.4, "cross_entropy": 1.4, "cost": 0.5},
+        {"step": 4, "round": 1, "loss": 1.6, "cross_entropy": 1.3, "cost": 0.45},
+        {"step": 5, "round": 1, "loss": 1.2, "cross_entropy": 1.1, "cost": 0.41, "top1": 60.0},
+    ],
+}  # fmt: skip
+
+
+def tuning(lines=4, **changes):
+    """A tuning run of two epochs with an evaluation after each, as its record has it."""
+    curve = [
+        {"step": i, "epoch": 2 * i / lines, "lr": 1e-4 / i, "loss": 1 / i, "label_loss": 2 / i, "distillation_loss": 0.5, "train_top1": 10.0 * i}
+        for i in range(1, lines + 1)
+    ]  # fmt: skip
+    curve[lines // 2 - 1] |= {"top1": 70.0, "eval_loss": 0.7}
+    curve[-1] |= {"top1": 75.0, "eval_loss": 0.6}
+    settings = {"distillation": "hard", "batch_size": 256, "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.005}
+    result = {
+        "settings": settings, "teacher": "timm:deit_small_patch16_224", "curve": curve, "seconds": 3725.0, "images_per_second": 1512.7,
+        "before": {"count": 100, "top1": 65.0, "loss": 0.9}, "after": {"count": 100, "top1": 75.0, "loss": 0.6}, "best": {"step": lines, "top1": 75.0},
+    }  # fmt: skip
+    return {**result, **changes}
+
+
+def tuned():
+    """The report of a model that was searched, compressed and tuned."""
+    made_by = {"search": SEARCH, "saved": 0.605}
+    return dataclasses.replace(
+        full(),
+        between={"parameters": 11_029_000, "macs": 2.248e9, "top1": 70.11},
+        curves={"Search of ranks": search_series(SEARCH), "Tuning": tuning_series(tuning())},
+        facts={"Search of ranks": search_facts(made_by), "Tuning": tuning_facts(tuning())},
     )
 
 
@@ -225,6 +272,9 @@ def test_json_round_trip():
     data = full()
     assert ReportData.from_json(data.to_json()) == data
     assert ReportData.from_json(empty().to_json()) == empty()
+    assert ReportData.from_json(tuned().to_json()) == tuned()
+    unsound = empty(between={"loss": math.inf}, facts={"Tuning": {"Teacher": "nan"}})
+    assert ReportData.from_json(unsound.to_json()) == unsound
 
 
 def test_json_holds_numbers_that_json_has_not():
@@ -282,6 +332,11 @@ def test_damaged_json_is_refused():
         (units.duration(3.2e-5), "32 µs"),
         (units.duration(999.7), "1,000 s"),
         (units.rate(1512.7), "1,513 images/s"),
+        (units.elapsed(45.24), "45.2 s"),
+        (units.elapsed(59.7), "1 min 0 s"),
+        (units.elapsed(725), "12 min 5 s"),
+        (units.elapsed(12_300), "3 h 25 min"),
+        (units.elapsed(0), "0 s"),
         (units.plain(-0.25), "−0.25"),
         (units.signed(-0.0001, 2), "0.00"),
         (units.change(80.0, 79.5, units.METRICS["top1"]), "−0.50 points"),
@@ -394,6 +449,30 @@ def test_figure_curves_leaves_gaps():
     assert len({(line.get_color(), line.get_linestyle()) for line in many}) == 14
 
 
+def test_figure_curves_has_a_panel_for_every_quantity():
+    series = [
+        {"x": [0, 1], "y": [2, 1], "label": "a", "y_label": "loss"},
+        {"x": [0, 1], "y": [3, 2], "label": "b", "y_label": "loss"},
+        {"x": [0, 1], "y": [40, 50], "label": "b", "y_label": "top-1", "x_label": "epoch"},
+        {"x": [0, 1], "y": [45, 45], "label": "goal", "y_label": "top-1", "reference": True},
+    ]
+    figure = figure_curves(series)
+    loss, accuracy = figure.axes
+    assert [axis.get_title() for axis in figure.axes] == ["loss", "top-1"]
+    assert accuracy.get_xlabel() == "epoch"
+    assert loss.lines[1].get_color() == accuracy.lines[0].get_color() != loss.lines[0].get_color()
+    assert accuracy.lines[1].get_linestyle() == "--" and accuracy.lines[1].get_color() != accuracy.lines[0].get_color()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "goal"]
+
+
+def test_figure_curves_marks_points_that_no_line_would_show():
+    y = [1.0] * 40 + [None, 2.0, math.nan, 3.0, 4.0]
+    line = figure_curves([{"x": list(range(45)), "y": y}]).axes[0].lines[0]
+    assert line.get_markevery() == [41]
+    few = figure_curves([{"x": [0, 1, 2], "y": [1, None, 2]}]).axes[0].lines[0]
+    assert few.get_markevery() == [0, 2]
+
+
 @pytest.mark.parametrize("draw", [figure_spectra, figure_parameters_for_energy, figure_ranks, figure_curves])
 def test_nothing_to_draw_is_said(draw):
     with pytest.raises(SettingsError, match="to draw"):
@@ -433,6 +512,175 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+# Search and tuning
+
+
+def by_label(series):
+    return {(one["y_label"], one["label"]): one for one in series}
+
+
+def test_search_series_show_cost_only_while_ranks_are_learned():
+    series = by_label(search_series(SEARCH))
+    cost = "expected cost, % of all parameters"
+    assert series[cost, "expected cost"]["x"] == [1, 2, 3, 4, 5]
+    assert series[cost, "expected cost"]["y"] == [80, 60, None, 45, 41]
+    budget = series[cost, "budget"]
+    assert budget["reference"] and budget["x"] == [1, 5] and budget["y"] == [40, 40]
+    assert series["loss", "cross-entropy"]["y"] == [2, 1.5, 1.4, 1.3, 1.1]
+    assert series["loss", "with the cost factor (Eq. 6)"]["y"] == [4, 3, None, 1.6, 1.2]
+    rounds = series["held-out top-1, %", "at a round's end"]
+    assert (rounds["x"], rounds["y"]) == ([2, 5], [50, 60])
+
+
+def test_searches_to_compare_have_one_label_each():
+    series = search_series(SEARCH, "β = 2")
+    assert [one["label"] for one in series] == ["β = 2", "budget", "β = 2", "β = 2"]
+    assert len({one["y_label"] for one in series}) == 3
+    macs = {**SEARCH, "settings": {**SEARCH["settings"], "budget": "macs", "weight_steps": 0}}
+    assert search_series(macs)[0]["y_label"].endswith("MACs")
+    assert None not in search_series(macs)[0]["y"]
+
+
+def test_tuning_series_begin_before_the_first_step():
+    series = by_label(tuning_series(tuning()))
+    assert set(series) == {
+        *(("loss", label) for label in ("training", "labels", "distillation", "evaluation")),
+        ("top-1, %", "training"),
+        ("top-1, %", "evaluation"),
+        ("learning rate", "training"),
+    }
+    evaluated = series["top-1, %", "evaluation"]
+    assert (evaluated["x"], evaluated["y"]) == ([0, 1, 2], [65, 70, 75])
+    assert series["loss", "evaluation"]["y"] == [0.9, 0.7, 0.6]
+    assert series["top-1, %", "training"]["x"] == [0.5, 1, 1.5, 2]
+
+
+def test_a_long_log_is_averaged_and_evaluations_are_not():
+    series = by_label(tuning_series(tuning(lines=4 * POINTS, before=None)))
+    line = series["top-1, %", "training"]
+    assert len(line["x"]) == POINTS
+    assert line["y"][0] == pytest.approx(25)  # the mean of 10, 20, 30 and 40
+    assert line["x"][0] == pytest.approx(2.5 * 2 / (4 * POINTS))
+    assert series["top-1, %", "evaluation"]["x"] == [1, 2]
+
+
+def test_the_only_part_of_a_loss_is_not_drawn_twice():
+    lines = [{"step": 1, "epoch": 1.0, "lr": 0.1, "loss": 1.0, "feature_loss": 1.0, "cosine": 0.9}]
+    series = by_label(tuning_series(tuning(curve=lines, before={"cosine": 0.8})))
+    assert set(series) == {("loss", "training"), ("cosine to the teacher", "evaluation"), ("learning rate", "training")}
+    assert series["cosine to the teacher", "evaluation"]["y"] == [0.8, 0.9]
+
+
+def test_progress_counts_the_epochs_of_the_search():
+    series = by_label(
+        progress_series("search", {"search": SEARCH, "saved": 0.6}, tuning(), parameters=20_000_000, pictures=100)
+    )
+    held_out = series["top-1, %", "search, held-out training pictures"]
+    assert held_out["x"] == pytest.approx([0.2, 0.5]) and held_out["y"] == [50, 60]
+    evaluated = series["top-1, %", "search"]
+    assert evaluated["x"] == pytest.approx([0.5, 1.5, 2.5]) and evaluated["y"] == [65, 70, 75]
+    size = series["parameters, millions", "search"]
+    assert size["x"] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 2.5])
+    assert size["y"] == pytest.approx([16, 12, None, 9, 8.2, 8, 8])
+
+
+def test_progress_of_ranks_set_by_hand_begins_with_tuning():
+    series = by_label(progress_series("uniform", {"saved": 0.5}, tuning(), parameters=20_000_000, pictures=100))
+    assert set(series) == {("top-1, %", "uniform"), ("parameters, millions", "uniform")}
+    size = series["parameters, millions", "uniform"]
+    assert (size["x"], size["y"]) == ([0, 2], [10, 10])
+
+
+def test_facts_say_who_taught_and_how_long():
+    facts = {name: text.replace(units.SPACE, " ") for name, text in tuning_facts(tuning()).items()}
+    assert facts["Teacher"] == "timm:deit_small_patch16_224 (hard distillation)"
+    assert facts["Length"] == "2 epochs, 4 steps of 256 pictures"
+    assert facts["Throughput while training"] == "1,513 images/s"
+    assert facts["Took"].startswith("1 h 2 min")
+    alone = tuning(teacher=None, images_per_second=None, best=None)
+    assert set(facts) - set(tuning_facts(alone)) == {"Throughput while training", "Best top-1 on the way"}
+    assert tuning_facts(alone)["Teacher"] == "none"
+    assert search_facts({"search": SEARCH, "saved": 0.605})["Saved"].startswith("60.50")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from comcat import open_pictures
+    from comcat.data import Preprocess
+
+    return open_pictures("digits:train").take(40, 0), Preprocess(size=(32, 32), mean=(0.3,), std=(0.4,))
+
+
+def tuned_model(digits, plan=None, **settings):
+    """A tiny model, the same compressed and tuned, and how that came about."""
+    from comcat import batches, evaluate
+    from comcat.methods.compress import CompressSettings, compress_
+    from comcat.training.tuning import tune
+
+    from .models import tiny_vit
+
+    pictures, preprocess = digits
+    before, small = tiny_vit(num_classes=10), tiny_vit(num_classes=10)
+    loader = batches(pictures, preprocess, batch_size=20)
+    done = compress_(small, loader, CompressSettings(statistic="activation", pictures=20, reduce=0.5), plan=plan)
+    compressed = evaluate(small, loader, reference=before)
+    tune(
+        small, pictures, teacher=before, evaluation=pictures, preprocess=preprocess, batch_size=20, crop_scale=None,
+        **settings,
+    )  # fmt: skip
+    after = evaluate(small, loader, reference=before)
+    return before, small, done, (evaluate(before, loader), compressed, after)
+
+
+def test_a_searched_and_tuned_model_is_reported_on(digits):
+    from comcat.methods.search import search
+    from comcat.report.collect import collect, collect_tuning
+
+    from .models import tiny_vit
+
+    plan = search(
+        tiny_vit(num_classes=10), digits[0], preprocess=digits[1], reduce=0.5, rounds=1, rank_steps=2, batch_size=8,
+        pictures=16, statistic="activation",
+    )  # fmt: skip
+    before, small, done, (first, compressed, last) = tuned_model(digits, plan, steps=4, log_every=1)
+    told = {"title": "A report", "model": "tiny"}
+    report = collect(before, small, done, **told, evaluations=(first, last), compressed=compressed)
+    assert ReportData.from_json(report.to_json()).between == report.between
+    assert report.before["top1"] == first.top1 and report.after["top1"] == last.top1
+    assert report.between["top1"] == compressed.top1 and report.between["loss"] == compressed.loss
+    assert report.between["parameters"] == report.after["parameters"] < report.before["parameters"]
+    assert report.measured_loss == compressed.divergence  # what compression lost, not what tuning left
+    assert list(report.curves) == list(report.facts) == ["Search of ranks", "Tuning"]
+    assert "curve" not in json.dumps(report.settings) and report.settings["plan.search"]["rank_steps"] == 2
+    assert "soft distillation" in report.facts["Tuning"]["Teacher"]
+
+    later = collect_tuning(small, **told)
+    assert later.before["parameters"] == report.after["parameters"] and later.between == {}
+    assert later.before["top1"] == compressed.top1 and later.after["top1"] == pytest.approx(last.top1)
+    assert list(later.curves) == ["Search of ranks", "Tuning"]
+    results = {**small.comcat_record.results, "before": report.before, "after": report.after}
+    small.comcat_record = dataclasses.replace(small.comcat_record, results=results)
+    whole = collect_tuning(small, **told, example=torch.zeros(1, 3, 32, 32))
+    assert whole.after["macs"] == report.after["macs"]
+    assert whole.before == {k: v for k, v in report.before.items() if k in ("parameters", "macs", "size_bytes")}
+    assert whole.between["top1"] == compressed.top1 and "maybe on other pictures" in whole.notes[0]
+    text = Page(render(dataclasses.replace(whole, curves={}))).text.replace(units.SPACE, " ")
+    assert "Before Compressed Tuned Change Ratio" in text
+    assert f"{compressed.top1:.2f} → {last.top1:.2f} %" in text
+
+
+def test_a_model_that_was_not_tuned_has_no_tuning_to_report(digits):
+    from comcat.report.collect import collect, collect_tuning
+
+    before, small, done, (first, _, last) = tuned_model(digits, steps=0)
+    report = collect(before, small, done, title="A report", model="tiny", evaluations=(first, last))
+    assert (report.between, report.curves, report.facts) == ({}, {}, {})
+    assert report.measured_loss == last.divergence
+    for model in (before, small):
+        with pytest.raises(SettingsError, match="no record of a tuning run"):
+            collect_tuning(model, title="A report", model="tiny")
 
 
 # The page
@@ -492,6 +740,34 @@ def test_every_figure_is_described(page):
     assert {attrs.get("role") for tag, attrs in page.tags if tag == "svg"} == {"img"}
 
 
+def test_page_of_a_tuned_model():
+    page = Page(render(tuned()))
+    text = page.text.replace(units.SPACE, " ")
+    for words in (
+        "Before Compressed Tuned Change Ratio",
+        "Top-1 accuracy 79.80 % 70.11 % 79.27 % −0.53 points",
+        "Throughput 974 images/s – 1,513 images/s",
+        "Search of ranks",
+        "60.50 % of the parameters; 60 % were asked for",
+        "expected cost, % of all parameters",
+        "Tuning",
+        "timm:deit_small_patch16_224 (hard distillation)",
+        "learning rate",
+    ):
+        assert words in text, words
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_a_tuned_model_whose_original_nobody_knows():
+    data = empty(before={"parameters": 100, "top1": 70.0}, after={"parameters": 100, "top1": 75.0})
+    text = Page(render(data)).text.replace(units.SPACE, " ")
+    assert "Before After Change Ratio" in text and "70.00 → 75.00 %" in text
+    assert "Parameters 0.0 %" not in text  # tuning leaves them: no headline
+    between = dataclasses.replace(data, before={"parameters": 200}, between=data.before)
+    text = Page(render(between)).text.replace(units.SPACE, " ")
+    assert "70.00 → 75.00 %" in text and "Top-1 accuracy – 70.00 % 75.00 % +5.00 points" in text
+
+
 def test_same_data_same_page():
     data = empty(spectra=full().spectra[4:6], sites=full().sites[:1])
     assert render(data) == render(data)
@@ -543,7 +819,13 @@ def test_hostile_text_is_escaped():
         sites=(*rows, site(name=HOSTILE + "2", kind="qk", rank=None, note=HOSTILE)),
         spectra=(spectrum(layer=HOSTILE, matrix="QK"),),
         notes=(HOSTILE,),
-        curves={HOSTILE: [{"x": [0, 1], "y": [0, 1], "label": HOSTILE, "x_label": HOSTILE, "y_label": HOSTILE}]},
+        curves={
+            HOSTILE: [
+                {"x": [0, 1], "y": [0, 1], "label": HOSTILE, "x_label": HOSTILE, "y_label": y} for y in (HOSTILE, "")
+            ]
+        },
+        between={HOSTILE: 1.0},
+        facts={HOSTILE: {HOSTILE: HOSTILE}},
     )
     text = render(data)
     page = Page(text)

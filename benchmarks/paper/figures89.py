@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import finish, parser, prepared, settings_of
+from runs import command_of, finish, parser, prepared
 
 from comcat import Plan, find_sites, load_model
 from comcat.report import figure_ranks
@@ -25,7 +25,7 @@ def main(given: list[str] | None = None) -> dict:
     ranks: dict[str, list[int | None]] = {}
     if a.plan is not None:
         plan = Plan.load(a.plan)
-        model = load_model(settings_of(a.recipe[0], a)[0], pretrained=a.pretrained)
+        model = load_model(command_of(a.recipe[0], a).model, pretrained=a.pretrained)
         Path(a.out).mkdir(parents=True, exist_ok=True)
         ranks = _draw(model, plan, Path(a.out) / f"ranks-{a.plan.stem}.svg")
     elif a.data is None or a.eval is None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import tyro
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 from comcat import batches, evaluate, load_model, open_pictures, preprocess_of
+from comcat.cli.compress import Compress
+from comcat.cli.recipes import with_recipe
 from comcat.data import Pictures, Preprocess
 from comcat.errors import DataError
 from comcat.measure import Evaluation, count_parameters
@@ -66,13 +68,15 @@ def parser(doc: str | None, recipes: tuple[str, ...], out: str, *, required: boo
 
 
 def command_of(recipe: str, a: argparse.Namespace) -> Compress:
-    """What `comcat compress --recipe` would do, with the options given."""
-    given = ["--data", str(a.data), "--out", a.out, *([a.model_spec] if a.model else [])]
+    """What ``comcat compress --recipe`` is asked for, with the options given."""
+    arguments = ["compress"]
+    if a.model is not None:
+        arguments.append(a.model if ":" in a.model or Path(a.model).exists() else f"timm:{a.model}")
     for name, (_, groups) in _OWN.items():
         if getattr(a, name) is not None:
             option = name.replace("_", "-")
-            given += [word for group in groups for word in (f"--{group}{option}", str(getattr(a, name)))]
-    arguments = ["compress", *given, "--recipe", str(RECIPES / f"{recipe}.yaml")]
+            arguments += [word for group in groups for word in (f"--{group}{option}", str(getattr(a, name)))]
+    arguments += ["--data", str(a.data), "--out", a.out, "--recipe", str(RECIPES / f"{recipe}.yaml")]
     return tyro.cli(Compress, args=with_recipe(arguments, {"compress": Compress})[1:])
 
 
@@ -140,7 +144,9 @@ class Run:
 
 
 def prepared(recipe: str, a: argparse.Namespace) -> Run:
-    spec, search, tune = settings_of(recipe, a)
+    command = command_of(recipe, a)
+    shared = {n: getattr(command, n) for n in ("reduce", "budget", "statistic", "only", "pictures", "seed")}
+    search = SearchSettings(**asdict(command.search), **shared, multiple=command.multiple or 1)
     if same_place(a.data, a.eval):
         raise DataError(
             f"--data and --eval are both {a.data!r}: accuracy on pictures that were trained on says nothing"
@@ -149,11 +155,11 @@ def prepared(recipe: str, a: argparse.Namespace) -> Run:
     training = training if a.limit is None else training.take(a.limit, search.seed)
     evaluation = evaluation if a.eval_limit is None else evaluation.take(a.eval_limit, search.seed)
     print(check_apart(training, evaluation))
-    model = load_model(spec, pretrained=a.pretrained, device=a.device)
-    name = Path(spec.partition(":")[2] or spec).name
+    model = load_model(command.model, pretrained=a.pretrained, device=a.device)
+    name = Path(command.model.rpartition(":")[2]).name
     out = Path(a.out) / name
     out.mkdir(parents=True, exist_ok=True)
-    return Run(name, model, preprocess_of(model), training, evaluation, search, tune, out)
+    return Run(name, model, preprocess_of(model), training, evaluation, search, command.tune, out)
 
 
 def finish(

@@ -13,6 +13,7 @@ from comcat.diffusion import generate
 from comcat.diffusion.families import family_of
 from comcat.diffusion.noising import noising_of
 from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
+from comcat.diffusion.protecting import principal_directions
 from comcat.errors import (
     DataError,
     MemoryShortage,
@@ -191,7 +192,10 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("extra", [{}, {"new_token": "dog"}, {"prior_prompt": "a photo of a dog", "prior_count": 2}])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"new_token": "dog"}, {"prior_prompt": "a photo of a dog", "prior_count": 2}, {"protect": ("a red cat",)}],
+)
 def test_a_killed_run_goes_on_bit_for_bit(extra, tmp_path, monkeypatch):
     settings = {**QUICK, "steps": 6, "checkpoint_every": 2, "crops": 3, "flip": True, "sample_steps": 1, **extra}
     straight, broken = tmp_path / "straight.safetensors", tmp_path / "broken.safetensors"
@@ -315,6 +319,41 @@ def test_prior_preservation_from_the_pipeline_and_from_a_folder(tmp_path, pipe):
     assert any(not torch.equal(first[k], without[k]) for k in first)
     with pytest.raises(SettingsError, match="prior_images needs prior_prompt"):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="n", prior_images=str(tmp_path), **QUICK)
+
+
+def test_protected_prompts_stay_as_they_are(pipe, tmp_path):
+    settings = {**QUICK, "steps": 20, "lr": 2e-2, "crops": 1}
+    protected = ("a photo of a cat", "a red dog")
+    before = {p: picture(pipe, p) for p in (*protected, PROMPT)}
+    moved = {}
+    for name, protect in (("free", ()), ("kept", protected)):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, protect=protect, **settings)
+        moved[name] = {p: float((picture(pipe, p) - x).norm()) for p, x in before.items()}
+        cd.unload(pipe)
+    for prompt in protected:
+        assert moved["kept"][prompt] < 0.05 * moved["free"][prompt], moved
+        assert moved["kept"][prompt] < 0.1 * moved["kept"][PROMPT], moved
+    assert moved["kept"][PROMPT] > 0.1 * moved["free"][PROMPT], moved
+
+
+def test_principal_directions():
+    plane = torch.linalg.qr(torch.randn(6, 2)).Q.mT
+    tokens = torch.cat([torch.randn(9, 2) @ plane, 100 * plane[:1], torch.zeros(1, 6)])
+    found = principal_directions(tokens, 0.9999)
+    assert found.shape == (2, 6)
+    torch.testing.assert_close(found @ found.mT, torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(tokens.double() @ found.mT @ found, tokens.double(), atol=1e-5, rtol=1e-5)
+    assert len(principal_directions(tokens, 0.3)) == 1
+
+
+def test_protection_is_refused_where_nothing_can_be_promised(tmp_path, pipe):
+    for settings, said in (({"where": "all"}, "cross"), ({"text_encoder": True}, "text encoder learns as well")):
+        with pytest.raises(SettingsError, match=said):
+            cd.customize(pipe, tiny.pictures(), prompt=PROMPT, protect=("a cat",), **settings, **QUICK)
+        assert not cd.adapters(pipe)
+    joint = tiny.stable_diffusion_3(tmp_path / "joint")
+    with pytest.raises(SettingsError, match="cross"):
+        cd.customize(joint, tiny.pictures(), prompt=PROMPT, protect=("a cat",), where="joint", **QUICK)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

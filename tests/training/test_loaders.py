@@ -117,6 +117,13 @@ def test_epochs_differ_and_are_reproducible(pictures):
     assert any(not torch.equal(image, by_pixels[1][key]) for key, image in by_pixels[0].items())  # another augmentation
 
 
+def test_a_picture_is_augmented_anew_each_epoch(pictures):
+    """One picture, always at the same position."""
+    data = TrainingData(pictures=pictures.take(1, seed=0), transform=noisy, batch_size=1)
+    drawn = [next(iter(data.epoch(epoch))).images for epoch in range(3)]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+
+
 def test_labels_go_with_their_pictures(pictures):
     plain = TrainingData(pictures=pictures, transform=noisy, batch_size=4)
     for images, labels, _ in global_batches(plain):

@@ -90,7 +90,7 @@ def test_it_learns_and_says_so(data, tmp_path):
     steps = [line["step"] for line in found["curve"]]
     assert steps == sorted(set(steps)) and steps[-1] == 48 and {10, 20, 4, 8} <= set(steps)
     assert all("loss" in line and "lr" in line for line in found["curve"])
-    assert found["curve"][-1]["lr"] < 1e-5 < found["curve"][0]["lr"]  # the cosine
+    assert found["curve"][-1]["lr"] < 1e-4 < found["curve"][0]["lr"]  # the cosine
     json.dumps(found)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == steps
@@ -494,7 +494,7 @@ def killed_at(monkeypatch, step: int):
 
 EVERYTHING = {
     **QUICK, "epochs": 3, "ema": 0.9, "mixup": 0.8, "cutmix": 1.0, "rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.5,
-    "repeats": 2, "features": ("all",), "log_every": 3, "checkpoint_every": 2, "eval_every": 0.5,
+    "repeats": 2, "features": ("all",), "log_every": 3, "checkpoint_every": 2, "eval_every": 1.0,
 }  # fmt: skip
 
 

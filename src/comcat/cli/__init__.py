@@ -18,6 +18,7 @@ VERBS = {
     "bench": "bench:Bench",
     "customize": "customize:Customize",
     "generate": "generate:Generate",
+    "score": "score:Score",
     "demo": "demo:Demo",
 }
 """Verb → module of this package and settings in it."""
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             commands,
             args=with_recipe(arguments, commands),
             prog="comcat",
-            description="Attention-based vision models, smaller and faster.",
+            description="Attention-based vision models, smaller, faster and personal.",
         )
         return import_module(type(command).__module__).run(command)
     except ComcatError as error:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ComcatError, DataError, SettingsError
+from ..errors import DataError, SettingsError
 from ..terminal import LABELS, number, table
 from ..training.settings import TuneSettings
-from .common import Common, Positional, check_out, load, pick_device, skip_notes
+from .common import Common, Positional, check_out, in_processes, load, skip_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,24 +37,9 @@ class Tune(Common, TuneSettings):
 
 
 def run(command: Tune) -> int:
-    from ..training.processes import Processes
-
-    processes = Processes(cpu=pick_device(command.device) == "cpu")
-    out = None
-    try:
-        with processes.together():
-            out = _out(command)
-        return _run(command, out, processes)
-    except ComcatError as error:
-        if getattr(error, "everywhere", False) and not processes.main:  # the main process says it
-            return 1
-        raise
-    except KeyboardInterrupt:
-        if processes.main:
-            print(f"comcat: interrupted; the same command goes on from the last checkpoint in {out}", file=sys.stderr)
-        return 130
-    finally:
-        processes.close()
+    folder = Path(command.student).expanduser()
+    out = folder.with_name(f"{folder.resolve().name}-tuned") if command.out is None else command.out
+    return in_processes(command.device, lambda processes: _run(command, out, processes), out)
 
 
 def _run(command: Tune, out: Path, processes: Any) -> int:
@@ -66,6 +50,7 @@ def _run(command: Tune, out: Path, processes: Any) -> int:
 
     note = None
     with processes.together():
+        _check_out(command, out)
         if command.eval is not None and same_place(command.data, command.eval):
             raise DataError(
                 f"--data and --eval are both {command.eval!r}: accuracy on pictures that were trained on says nothing; give separate ones"
@@ -97,21 +82,18 @@ def _run(command: Tune, out: Path, processes: Any) -> int:
     return 0
 
 
-def _out(command: Tune) -> Path:
-    """Where to save. Raises SettingsError where something else is in the way; checkpoints to go on from are not."""
+def _check_out(command: Tune, out: Path) -> None:
+    """Raises where nobody says where to save, or something else is there; checkpoints to go on from are not."""
+    from ..store.folder import check_replaceable
     from ..training.stepping import CHECKPOINTS
 
-    out = command.out
-    if out is None:
-        folder = Path(command.student).expanduser()
-        if not folder.is_dir():
-            raise SettingsError(
-                f"say where to save: --out FOLDER (by default it lies beside a student's folder, but {command.student!r} is none)"
-            )
-        out = folder.with_name(f"{folder.resolve().name}-tuned")
+    if command.out is None and not Path(command.student).expanduser().is_dir():
+        raise SettingsError(
+            f"say where to save, --out FOLDER: by default that is beside the student's folder, but {command.student!r} is none"
+        )
     if not (out / CHECKPOINTS).is_dir():
         check_out(out, command.overwrite)
-    return out
+    check_replaceable(out, overwrite=True)
 
 
 def _say(result: dict[str, Any], notes: list[str]) -> None:

@@ -60,12 +60,14 @@ class LearnedToken:
             for name, parameter in self.parameters.items():
                 tokenizer, encoder = self.family.text_encoders()[self.keys[name]]
                 token = tokenizer.convert_tokens_to_ids(self.identifier)
-                hook = encoder.get_input_embeddings().register_forward_hook(_reading(parameter, token))
+                hook = encoder.get_input_embeddings().register_forward_hook(reading_row(parameter, token))
                 stack.callback(hook.remove)
             yield
 
 
-def _reading(parameter: nn.Parameter, token: int) -> Any:
+def reading_row(parameter: nn.Parameter, token: int) -> Any:
+    """A forward hook for an embedding: ``parameter`` (width,) in place of the row of ``token``."""
+
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         here = (inputs[0] == token).unsqueeze(-1)  # (batch, tokens, 1)
         return torch.where(here, parameter.to(output), output)

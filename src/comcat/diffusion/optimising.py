@@ -87,6 +87,7 @@ class Optimisation:
     Args:
         parameters: what is trained, by the names it has on disk.
         source: draws batches.
+        constrain: called before the first step and after each.
     """
 
     def __init__(
@@ -97,7 +98,10 @@ class Optimisation:
         source: Source,
         settings: CustomizeSettings,
         processes: Processes,
+        constrain: Callable[[], None] = lambda: None,
     ) -> None:
+        self.constrain = constrain
+        constrain()
         self.family, self.noising, self.parameters = family, noising, dict(parameters)
         self.source, self.settings, self.processes = source, settings, processes
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -137,6 +141,7 @@ class Optimisation:
         nn.utils.clip_grad_norm_(trained, self.settings.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.constrain()
         self.progress.step += 1
         self.progress.losses.append(value)
         self.progress.seconds += time.perf_counter() - started

@@ -20,7 +20,7 @@ from .digits import IDENTIFIER, LEFT_OUT, SIDE, every_word, scans_of
 from .pretraining import pretrain
 from .vocabulary import make_tokenizer
 
-STEPS = 700
+STEPS = 500
 """Training steps of the denoiser."""
 RECIPE = 1
 """Counts up when the same settings would give another pipeline."""

@@ -37,6 +37,8 @@ class CustomizeSettings:
     """Largest norm of a step's gradient."""
     new_token: str | None = None
     """Give the identifier a token of its own and learn its embedding, from that of this word: dog."""
+    protect: tuple[str, ...] = ()
+    """Prompts that shall go on giving what they give: their tokens are projected out of what the adapter reads (cross-attention only)."""
     prior_prompt: str | None = None
     """Prior preservation: a prompt for the class without the identifier, whose pictures shall stay as they are."""
     prior_images: str | None = None

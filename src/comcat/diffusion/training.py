@@ -27,6 +27,7 @@ from .noising import noising_of
 from .optimising import Optimisation, Processes
 from .preparing import EXAMPLES, Examples, Rotation, check_resolution, encode, read_examples
 from .prompts import check_prompt, splitting_notes
+from .protecting import Protection
 from .readying import Idle, check_whole, frozen, recomputing
 from .runfolder import Samples, folder_of, write_report
 from .settings import CustomizeSettings, make_settings
@@ -135,8 +136,12 @@ class Customization:
         source = self._source(class_pictures, live)
         needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
         idle = Idle(family, needed)
+        protection = Protection(family, adapter, settings.protect) if settings.protect else None
         parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
-        run = self.optimisation = Optimisation(family, self.noising, parameters, source, settings, self.processes)
+        run = self.optimisation = Optimisation(
+            family, self.noising, parameters, source, settings, self.processes,
+            constrain=protection.apply if protection is not None else lambda: None,
+        )  # fmt: skip
         if checkpoints is not None and (last := checkpoints.latest()) is not None:
             groups = {group: last.tensors(group) for group in ("adapter", "optimizer")}
             run.restore(last.step, groups, last.state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 _END = "</w>"  # how CLIP marks the last character of a word
@@ -24,28 +25,27 @@ def make_tokenizer(words: Iterable[str], *, identifiers: Iterable[str] = (), len
 
     characters = sorted(ByteLevel.alphabet())
     vocabulary = [*characters, *(c + _END for c in characters)]
-    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        # Later merges have lower priority, so a new word first falls into what earlier ones left, and they stay whole.
-        pieces = _split(word, merges)
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = ["".join(pieces[:2]), *pieces[2:]]
-            vocabulary.append(pieces[0])
+        # Merges of lower rank go first, so earlier words stay whole, and a new one first falls into what they leave of it.
+        while len(pieces := _split(word, ranks)) > 1:
+            ranks[pieces[0], pieces[1]] = len(ranks)
+            vocabulary.append(pieces[0] + pieces[1])
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     numbered = {token: number for number, token in enumerate(dict.fromkeys(vocabulary))}
-    tokenizer = CLIPTokenizer(vocab=numbered, merges=merges, model_max_length=length)  # type: ignore[arg-type]
+    tokenizer = CLIPTokenizer(vocab=numbered, merges=list(ranks), model_max_length=length)  # type: ignore[arg-type]
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in identifiers])  # type: ignore[arg-type]
     return tokenizer
 
 
-def _split(word: str, merges: list[tuple[str, str]]) -> list[str]:
-    """The pieces that byte-pair encoding leaves of a word."""
+def _split(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """The pieces that byte-pair encoding leaves of a word: the pair of lowest rank is merged, wherever it is, and so on."""
     pieces = [*word[:-1], word[-1] + _END]
-    for left, right in merges:
+    while known := [pair for pair in pairwise(pieces) if pair in ranks]:
+        best = min(known, key=ranks.__getitem__)
         place = 0
         while place < len(pieces) - 1:
-            if (pieces[place], pieces[place + 1]) == (left, right):
-                pieces[place : place + 2] = [left + right]
+            if (pieces[place], pieces[place + 1]) == best:
+                pieces[place : place + 2] = ["".join(best)]
             place += 1
     return pieces

@@ -22,6 +22,7 @@ def environment() -> dict[str, Any]:
     ``device`` is the current CUDA device's name, else the processor's; ``memory_bytes`` is that device's, else None.
     A library that is not installed has the version None.
     """
+
     def installed(name: str) -> str | None:
         try:
             return version(name)

@@ -60,9 +60,10 @@ def peak_memory(model: nn.Module, example: Tensor | tuple | list | Mapping) -> i
     held = [*model.parameters(), *model.buffers(), *tensors]
     with evaluating(model), torch.no_grad():
         if device.type != "cuda":
-            call(model, example)  # tables that a model builds once are then held, not counted as they come
-            with LiveBytes(held) as mode:
-                call(model, example)
+            with eagerly(model):
+                call(model, example)  # tables that a model builds once are then held, not counted as they come
+                with LiveBytes(held) as mode:
+                    call(model, example)
             return mode.peak
         storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held if t.device == device)}
         call(model, example)  # tables, library handles and workspaces that come once and stay

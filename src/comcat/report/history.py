@@ -23,26 +23,17 @@ def search_series(found: Mapping[str, Any], label: str | None = None) -> list[di
         found: ``plan.made_by["search"]``, its settings and curve. label: of all lines, where searches are compared (COMCAT's Figure 7).
     """
     settings, curve = found["settings"], found["curve"]
-    cycle = settings["rank_steps"] + settings["weight_steps"]
-    on_ranks = [(p["step"] - 1) % cycle < settings["rank_steps"] for p in curve]
     steps = [p["step"] for p in curve]
     goal = 100 * (1 - settings["reduce"])
     what = "MACs" if settings["budget"] == "macs" else settings["budget"]
     cost, rounds = f"expected cost, % of all {what}", [p for p in curve if "top1" in p]
     series = [
-        # While weights are learned the ranks are decided, and nothing is expected.
-        _series(
-            steps,
-            [100 * p["cost"] if ranks else None for p, ranks in zip(curve, on_ranks, strict=True)],
-            cost,
-            label or "expected cost",
-        ),
+        _series(steps, _on_ranks(found, "cost", 100), cost, label or "expected cost"),
         _series([steps[0], steps[-1]], [goal, goal], cost, "budget") | {"reference": True},
         _series(steps, [p["cross_entropy"] for p in curve], "loss", label or "cross-entropy"),
     ]
     if label is None:
-        weighed = [p["loss"] if ranks else None for p, ranks in zip(curve, on_ranks, strict=True)]
-        series.append(_series(steps, weighed, "loss", "with the cost factor (Eq. 6)"))
+        series.append(_series(steps, _on_ranks(found, "loss"), "loss", "with the cost factor (Eq. 6)"))
     held_out = [p["top1"] for p in rounds]
     series.append(_series([p["step"] for p in rounds], held_out, "held-out top-1, %", label or "at a round's end"))
     return series
@@ -81,11 +72,11 @@ def progress_series(
     accuracy, size = "top-1, %", "parameters, millions"
     found, start = made_by.get("search"), 0.0
     series = []
-    sizes: list[tuple[float, float]] = []
+    sizes: list[tuple[float, float | None]] = []
     if found is not None:
         epochs = [p["step"] * found["settings"]["batch_size"] / pictures for p in found["curve"]]
         start = epochs[-1]
-        sizes = [(x, p["cost"] * parameters / 1e6) for x, p in zip(epochs, found["curve"], strict=True)]
+        sizes = list(zip(epochs, _on_ranks(found, "cost", parameters / 1e6), strict=True))
         rounds = [(x, p["top1"]) for x, p in zip(epochs, found["curve"], strict=True) if "top1" in p]
         held_out = f"{label}, held-out training pictures"
         series.append(_series([x for x, _ in rounds], [y for _, y in rounds], accuracy, held_out, "epoch"))
@@ -104,12 +95,12 @@ def search_facts(made_by: Mapping[str, Any]) -> dict[str, str]:
     what = "MACs" if s["budget"] == "macs" else s["budget"]
     candidates = ", ".join(map(str, s["candidates"])) if s["candidates"] else s["grid"]
     return {
-        "Saved": f"{units.percent(100 * made_by['saved'])} of the {what}, {units.percent(100 * s['reduce'])} were asked for",
+        "Saved": f"{units.percent(100 * made_by['saved'])} of the {what}; {100 * s['reduce']:g}{units.SPACE}% were asked for",
         "Exponent β of the cost": f"{s['beta']:g}" + (", above the budget only" if s["penalty"] == "above" else ""),
         "Candidate ranks": candidates,
         "Length": f"{s['rounds']} rounds: {s['rank_steps']} steps on ranks each, {s['weight_steps']} on weights between them, "
         f"{s['batch_size']} pictures a step",
-        "Held out": f"{units.percent(100 * s['held_out'])} of the training pictures: ranks are learned on them, weights never see them",
+        "Held out": f"{100 * s['held_out']:g}{units.SPACE}% of the training pictures: ranks are learned on them, weights never see them",
     }
 
 
@@ -131,6 +122,13 @@ def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
             f"{units.percent(best['top1'])} after step {units.plain(float(best['step']))}; the last weights are what counts"
         )
     return facts
+
+
+def _on_ranks(found: Mapping[str, Any], key: str, factor: float = 1.0) -> list[float | None]:
+    """A column of a search's curve; None while weights are learned, when ranks are decided and nothing is expected."""
+    settings = found["settings"]
+    cycle = settings["rank_steps"] + settings["weight_steps"]
+    return [factor * p[key] if (p["step"] - 1) % cycle < settings["rank_steps"] else None for p in found["curve"]]
 
 
 def _series(x: list[Any], y: list[Any], panel: str, label: str, x_label: str = "step") -> dict[str, Any]:

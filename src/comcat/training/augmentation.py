@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -60,8 +62,17 @@ def _rand_augment(words: str, preprocess: Preprocess) -> Any:
         "interpolation": str_to_pil_interp(preprocess.interpolation),
     }
     try:
-        return rand_augment_transform(words, options)
+        transform = rand_augment_transform(words, options)
     except (AssertionError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"rand_augment: timm does not understand {words!r}, expected such as rand-m9-mstd0.5-inc1"
         ) from error
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.level_fn = partial(_bits, operation.level_fn)
+    return transform
+
+
+def _bits(bits: Callable[..., tuple[int]], level: float, options: dict[str, Any]) -> tuple[int]:
+    """Bits that Posterize keeps: timm asks for none at its strongest, which makes a black picture and which Pillow 13 refuses."""
+    return (max(1, bits(level, options)[0]),)

@@ -1,0 +1,59 @@
+"""The recipes of the paper's Table 2 are what `comcat compress` understands, and say what the paper says."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import tyro
+
+from comcat.cli.compress import Compress
+from comcat.cli.recipes import with_recipe
+from comcat.methods.search import SearchSettings
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+PAPER = {
+    "deit-small-half": ("timm:deit_small_patch16_224", 0.4998, 0.005),
+    "deit-small-44": ("timm:deit_small_patch16_224", 0.4382, 0.005),
+    "deit-small-40": ("timm:deit_small_patch16_224", 0.4011, 0.005),
+    "deit-base-61": ("timm:deit_base_patch16_224", 0.6106, 0.05),
+}
+
+
+def parsed(name: str, *given: str) -> Compress:
+    arguments = ["compress", "--data", "train", "--out", "out", *given, "--recipe", str(RECIPES / f"{name}.yaml")]
+    return tyro.cli(Compress, args=with_recipe(arguments, {"compress": Compress})[1:])
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_recipe_says_what_the_paper_says(name):
+    command, (model, reduce, weight_decay) = parsed(name), PAPER[name]
+    assert (command.model, command.reduce, command.budget, command.ranks) == (model, reduce, "parameters", "search")
+    search = SearchSettings(**asdict(command.search), reduce=reduce, statistic=command.statistic)
+    assert (search.beta, search.grid, search.start, search.penalty) == (1.5, "paper", "blind", "always")
+    assert (search.temperature, search.final_temperature) == (5.0, 0.1)
+    tune = command.tune
+    assert (tune.lr, tune.min_lr, tune.weight_decay, tune.epochs) == (1e-4, 1e-6, weight_decay, 300)
+    assert (tune.distillation, tune.clip, tune.mixup, tune.cutmix, tune.repeats) == ("hard", None, 0.8, 1.0, 3)
+
+
+def test_what_is_given_by_hand_wins():
+    command = parsed("deit-small-half", "--reduce", "0.3", "--tune.epochs", "2", "--search.beta", "1")
+    assert (command.reduce, command.tune.epochs, command.search.beta) == (0.3, 2, 1.0)
+    assert command.tune.lr == 1e-4
+
+
+def test_their_augmentation_works_at_its_strongest():
+    """Pillow 13 refuses what timm asks of Posterize there."""
+    from PIL import Image
+
+    from comcat.data import Preprocess
+    from comcat.training.augmentation import Augment
+
+    augment = Augment(Preprocess(size=(16, 16), mean=(0.5,), std=(0.5,)), parsed("deit-small-half").tune)
+    for operation in augment.colours.ops:
+        operation.magnitude, operation.magnitude_std, operation.prob = 10, 0, 1.0
+        assert operation(Image.new("RGB", (16, 16), "red")).size == (16, 16), operation.name
+
+
+def test_no_recipe_is_left_out():
+    assert {path.stem for path in RECIPES.glob("deit-*.yaml")} == set(PAPER)
