@@ -25,12 +25,14 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import RESULTS, machine, parser, table, write
-from peers import METHODS, EncodingSource, Kind, Method, cached_source
+from diffusers.utils import logging as diffusers_logging
+from peers import METHODS, EncodingSource, Kind, Method, cached_source, peak_of_step
 from PIL import Image
 
 import comcat.diffusion as diffusion
@@ -43,7 +45,6 @@ from comcat.diffusion.pipeline import digits_pipeline
 from comcat.diffusion.readying import frozen
 from comcat.diffusion.recognise import Recogniser, train_recogniser
 from comcat.diffusion.settings import CustomizeSettings
-from comcat.measure.memory import LiveBytes
 from comcat.scoring import fid, kid
 
 MODES = ("published", "equal")
@@ -95,13 +96,10 @@ class Harness:
                 family, seed=seed, protect=[prompt_of(digit) for digit in OTHERS],
                 token=IDENTIFIER if mode == "published" else None,
             )  # fmt: skip
-            with method.undo:
-                run = self.optimisation(family, method, mode, name, seed, lr)
-                run.run()
-                seconds = time.perf_counter() - started
-                if mode == "published" and method.live_text:
-                    keep_embeddings(family, method)
-                peak = peak_of_step(run, family, encoding=encodes(mode, name), live_text=method.live_text)
+            run = self.optimisation(family, method, mode, name, seed, lr)
+            run.run()
+            seconds = time.perf_counter() - started
+            peak = peak_of_step(run, family, encoding=encodes(mode, name), live_text=method.live_text)
         result: dict[str, Any] = {
             "mode": mode, "method": name, "seed": seed, "lr": lr, "steps": self.a.steps, "batch": self.a.batch,
             "seconds": seconds, "seconds_in_steps": run.progress.seconds, "peak_bytes": peak,
@@ -134,41 +132,11 @@ def encodes(mode: str, name: str) -> bool:
     return mode == "published" and not name.startswith("comcat")
 
 
-def keep_embeddings(family: Family, method: Method) -> None:
-    """Put Custom Diffusion's learned embedding into the text encoder."""
-    for component, (tokenizer, encoder) in family.text_encoders().items():
-        row = method.trained[f"{component}.{IDENTIFIER}"]
-        encoder.get_input_embeddings().weight.data[tokenizer.convert_tokens_to_ids(IDENTIFIER)] = row.detach()
-
-
-def peak_of_step(run: Optimisation, family: Family, *, encoding: bool, live_text: bool) -> int:
-    """The most bytes that one more step needs at once, with all that must be held for it: weights, moments, latents."""
-    pipe = family.pipe
-    needed = [
-        family.denoiser,
-        *([pipe.vae] if encoding else []),
-        *([pipe.text_encoder] if encoding or live_text else []),
-    ]
-    held = [p for module in needed for p in module.parameters()]
-    held += [
-        value for state in run.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-    ]
-    for stream in getattr(run.source, "streams", []):
-        held += [stream.latents.mean, stream.latents.std]
-    run.optimizer.zero_grad(set_to_none=True)
-    kept = {name: p.detach().clone() for name, p in run.parameters.items()}
-    run.progress.step -= 1
-    with LiveBytes(held) as memory:
-        run.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for name, p in run.parameters.items():
-            p.copy_(kept[name])
-    return memory.peak
-
-
 def open_base(a: argparse.Namespace) -> Any:
-    pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
+    if a.pipeline is not None:
+        pipe = diffusion.load_pipeline(a.pipeline, device=a.device)
+    else:
+        pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -285,6 +253,7 @@ def figure(a: argparse.Namespace, mode: str, sheets: dict[str, Path], out: Path)
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p = parser(__doc__)
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-customization"), help="where runs are kept")
+    p.add_argument("--pipeline", type=Path, help="folder of a digits pipeline made before; left out, one is trained")
     p.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     p.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     p.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -302,6 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if a.quick:
         a.steps, a.samples, a.tuning_samples, a.class_count, a.sample_steps, a.reach, a.seeds = 2, 18, 9, 4, 2, 0, [0]
     a.work.mkdir(parents=True, exist_ok=True)
+    diffusers_logging.disable_progress_bar()
     harness = prepare(a)
     untouched = kept_result(a.work / "untouched.json", lambda: harness.judge(open_base(a), a.samples))
     modes: dict[str, dict[str, Any]] = {}
@@ -317,16 +287,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             for seed in a.seeds:
                 stem = f"{mode}-{slug(name)}-{seed}"
                 sheet = a.work / f"{stem}.png"
-                runs.append(
-                    kept_result(a.work / f"{stem}.json", lambda: harness.run(mode, name, seed, lr, a.samples, sheet))
-                )  # noqa: B023
+                run = partial(harness.run, mode, name, seed, lr, a.samples, sheet)
+                runs.append(kept_result(a.work / f"{stem}.json", run))
                 sheets.setdefault(name, sheet)
             every += runs
             modes[mode][name] = summary(runs)
         figures.append(str(figure(a, mode, sheets, a.work if a.no_write else RESULTS / machine())))
     print_tables(modes, untouched)
     result = {
-        "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write")},
+        "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write", "pipeline")},
         "features": f"{harness.concept.shape[1]} of the digit classifier's last layer", "real_pictures": len(harness.concept),
         "concept": LEFT_OUT, "untouched": untouched, "modes": modes, "rates": rates, "runs": every,
         "figures": [Path(f).name for f in figures],

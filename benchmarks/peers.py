@@ -20,10 +20,11 @@ from torch import Tensor, nn
 import comcat.diffusion as diffusion
 from comcat.diffusion.families import Family
 from comcat.diffusion.learning import reading_row
-from comcat.diffusion.optimising import Batch
+from comcat.diffusion.optimising import Batch, Optimisation
 from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.protecting import Protection
 from comcat.diffusion.sources import CachedSource, Stream, Texts
+from comcat.measure.memory import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -35,6 +36,7 @@ class Method:
     Attributes:
         trained: parameters by name, which is also what the method stores. live_text: whether the text encoder takes part in every step.
         regularised: whether it comes with prior preservation as published. constrain: see ``Optimisation``.
+        undo: closed, the pipeline is as before, but for what was trained in place.
     """
 
     trained: dict[str, nn.Parameter]
@@ -54,19 +56,25 @@ class Method:
         return size
 
 
-def comcat_cross(family: Family, seed: int, **_: Any) -> Method:
-    adapter = diffusion.attach(family.pipe, rank=2, where="cross", seed=seed)
-    return Method(adapter.named_parameters())
+def comcat_cross(family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), **_: Any) -> Method:
+    """Eq. 8 at rank 2."""
+    adapter = diffusion.attach(family.pipe, rank=2, where=where, seed=seed)
+    constrain = Protection(family, adapter, protect).apply if protect else lambda: None
+    method = Method(adapter.named_parameters(), constrain=constrain)
+    method.undo.callback(diffusion.unload, family.pipe, adapter.name)
+    return method
 
 
 def comcat_all(family: Family, seed: int, **_: Any) -> Method:
-    adapter = diffusion.attach(family.pipe, rank=2, where="all", seed=seed)
-    return Method(adapter.named_parameters())
+    return comcat_cross(family, seed, where="all")
 
 
 def comcat_protected(family: Family, seed: int, protect: Sequence[str] = (), **_: Any) -> Method:
-    adapter = diffusion.attach(family.pipe, rank=2, where="cross", seed=seed)
-    return Method(adapter.named_parameters(), constrain=Protection(family, adapter, protect).apply)
+    return comcat_cross(family, seed, protect=protect)
+
+
+def comcat_plain(family: Family, seed: int, **_: Any) -> Method:
+    return comcat_cross(family, seed)
 
 
 def custom_diffusion(family: Family, seed: int, token: str | None = None, **_: Any) -> Method:
@@ -87,28 +95,34 @@ def custom_diffusion(family: Family, seed: int, token: str | None = None, **_: A
 
 
 def dreambooth(family: Family, seed: int, **_: Any) -> Method:
+    """Every weight of the UNet."""
     return Method(_asking({f"unet.{n}": p for n, p in family.denoiser.named_parameters()}), regularised=True)
 
 
-def lora(family: Family, seed: int, rank: int = 4, **_: Any) -> Method:
-    from peft import LoraConfig, inject_adapter_in_model
+def lora(family: Family, seed: int, rank: int = 4, modules: list[str] | str = ATTENTION, **_: Any) -> Method:
+    from peft import LoraConfig
 
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=ATTENTION)
-    inject_adapter_in_model(config, family.denoiser)
-    return Method(_of_peft(family, "lora_"))
+    settings = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": modules}
+    return _peft(family, seed, LoraConfig(**settings), "lora_")
 
 
 def lokr(family: Family, seed: int, rank: int = 4, **_: Any) -> Method:
-    from peft import LoKrConfig, inject_adapter_in_model
+    from peft import LoKrConfig
 
+    return _peft(family, seed, LoKrConfig(r=rank, alpha=rank, target_modules=ATTENTION), "lokr_")
+
+
+def _peft(family: Family, seed: int, config: Any, mark: str) -> Method:
+    denoiser: Any = family.denoiser
     torch.manual_seed(seed)
-    inject_adapter_in_model(LoKrConfig(r=rank, alpha=rank, target_modules=ATTENTION), family.denoiser)
-    return Method(_of_peft(family, "lokr_"))
+    denoiser.add_adapter(config)
+    method = Method(_asking({f"unet.{n}": p for n, p in denoiser.named_parameters() if mark in n}))
+    method.undo.callback(denoiser.unload_lora)
+    return method
 
 
 METHODS: dict[str, Callable[..., Method]] = {
-    "comcat": comcat_cross,
+    "comcat": comcat_plain,
     "comcat, all attention": comcat_all,
     "comcat, protected": comcat_protected,
     "Custom Diffusion": custom_diffusion,
@@ -122,10 +136,6 @@ def _asking(trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     for parameter in trained.values():
         parameter.requires_grad_(True)
     return trained
-
-
-def _of_peft(family: Family, mark: str) -> dict[str, nn.Parameter]:
-    return _asking({f"unet.{n}": p for n, p in family.denoiser.named_parameters() if mark in n})
 
 
 @dataclass(frozen=True)
@@ -172,3 +182,29 @@ class EncodingSource:
         latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
         framing = {k: torch.cat([f[k] for f in framings]).to(mean.device) for k in framings[0]}
         return Batch(latents, self.family.encode(prompts) | framing, torch.tensor(weights))
+
+
+def peak_of_step(run: Optimisation, family: Family, *, encoding: bool, live_text: bool) -> int:
+    """The most bytes that one more step needs at once, with all that must be held for it: weights, moments, latents."""
+    pipe = family.pipe
+    needed = [
+        family.denoiser,
+        *([pipe.vae] if encoding else []),
+        *([pipe.text_encoder] if encoding or live_text else []),
+    ]
+    held = [p for module in needed for p in module.parameters()]
+    held += [
+        value for state in run.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    ]
+    for stream in getattr(run.source, "streams", []):
+        held += [stream.latents.mean, stream.latents.std]
+    run.optimizer.zero_grad(set_to_none=True)
+    kept = {name: p.detach().clone() for name, p in run.parameters.items()}
+    run.progress.step -= 1
+    with LiveBytes(held) as memory:
+        run.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for name, p in run.parameters.items():
+            p.copy_(kept[name])
+    return memory.peak

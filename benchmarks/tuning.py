@@ -4,7 +4,7 @@ For every saving and seed, four plans (uniform, energy, waterfill, searched), th
 compression as the teacher. The classifier head stays as it is (10 classes: `uniform` would cut it to one or two). Ranks are found, and everything is trained, on training pictures alone; accuracy is on the 5,000 validation pictures. Seconds to find
 the plan are part of the result. Each finished run is kept, so the script can be stopped and goes on.
 
-    python benchmarks/tuning.py                        # 10,000 samples a run, 3 seeds
+    python benchmarks/tuning.py                        # 5,000 samples a run, 3 seeds
     python benchmarks/tuning.py --epochs 1 --savings 0.5 0.6 0.7 0.8 0.9
 """
 
@@ -23,7 +23,7 @@ import comcat
 from comcat.methods.compress import CompressSettings, compress_
 
 RULES = ("uniform", "energy", "waterfill", "search")
-SEARCH: dict[str, Any] = {"rounds": 4, "rank_steps": 30, "weight_steps": 20, "batch_size": 64, "precision": "bf16"}
+SEARCH: dict[str, Any] = {"rounds": 3, "rank_steps": 24, "weight_steps": 12, "batch_size": 64, "precision": "bf16"}
 ONLY = ("blocks",)
 TUNE: dict[str, Any] = {"batch_size": 128, "lr": 1e-4, "crop_scale": (0.6, 1.0), "precision": "bf16"}
 
@@ -36,7 +36,7 @@ def main() -> None:
     p.add_argument("--savings", type=float, nargs="+", default=[0.7, 0.9])
     p.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--epochs", type=float, default=0.2)
+    p.add_argument("--epochs", type=float, default=0.1)
     p.add_argument("--limit", type=int, help="so many training and evaluation pictures")
     p.add_argument("--pictures", type=int, default=512, help="for calibration")
     p.add_argument("--name", default="tuning")

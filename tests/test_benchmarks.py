@@ -32,7 +32,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield tmp_path
-    for name in (*TABLES, *TRAINED, "tables", "runs", "figures12", "common"):
+    for name in (*TABLES, *TRAINED, "tables", "trained", "figures12", "common"):
         sys.modules.pop(name, None)
 
 

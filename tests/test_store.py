@@ -444,8 +444,9 @@ def test_a_failed_save_leaves_the_old_model_whole(quick, tmp_path, monkeypatch, 
 def test_killed_at_any_moment_the_old_or_the_new_model_is_there(quick, tmp_path):
     folder = save(marked(quick, 0), tmp_path / "small")
     moments = random.Random(0)
-    seen = set()
-    for _ in range(20):
+    seen, kills = set(), 0
+    while kills < 20 or len(seen) == 1:  # some saves must get through, however slow the machine
+        kills += 1
         child = os.fork()
         if not child:
             try:
@@ -453,11 +454,10 @@ def test_killed_at_any_moment_the_old_or_the_new_model_is_there(quick, tmp_path)
                     save(marked(quick, value), folder)
             finally:
                 os._exit(1)
-        time.sleep(moments.uniform(0.01, 0.1))
+        time.sleep(moments.uniform(0.01, 0.1) * max(1, kills - 20))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         seen.add(mark(folder))
-    assert len(seen) > 1  # some saves got through
     save(marked(quick, -1), folder)
     assert mark(folder) == -1 and load(folder)
     assert not leftovers(folder)

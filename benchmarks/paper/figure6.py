@@ -8,7 +8,7 @@ the evaluation pictures. The search hands over ranks and no weights: tuning begi
 
 from __future__ import annotations
 
-from runs import finish, parser, prepared
+from trained import finish, parser, prepared
 
 from comcat.report import figure_curves, progress_series
 

@@ -8,7 +8,7 @@ model compressed by each plan, without tuning. Writes figure7.svg.
 
 from __future__ import annotations
 
-from runs import finish, parser, prepared
+from trained import finish, parser, prepared
 
 from comcat.report import figure_curves, search_series
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from runs import command_of, finish, parser, prepared
+from trained import command_of, finish, parser, prepared
 
 from comcat import Plan, find_sites, load_model
 from comcat.report import figure_ranks

@@ -8,7 +8,7 @@ paper calls FLOPs. Writes a report for each of our rows.
 
 from __future__ import annotations
 
-from runs import finish, parser, prepared
+from trained import finish, parser, prepared
 
 COLUMNS = ["top-1", "MACs ↓ %", "parameters ↓ %", "top-1 untuned"]
 PUBLISHED = {

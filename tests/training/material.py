@@ -51,3 +51,18 @@ def shards(path: Path, count: int, each: int = 10) -> str:
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     return str(path / "shard-*.tar")
+
+
+def rows(path: Path, count: int, each: int = 5) -> str:
+    """A parquet file of ``count`` pictures in row groups of ``each``."""
+    import pyarrow
+    from pyarrow import parquet
+
+    encoded = []
+    for number in range(count):
+        buffer = io.BytesIO()
+        picture(number % CLASSES, number).save(buffer, "png")
+        encoded.append({"bytes": buffer.getvalue(), "path": f"{number:04d}.png"})
+    labels = [number % CLASSES for number in range(count)]
+    parquet.write_table(pyarrow.table({"image": encoded, "label": labels}), path, row_group_size=each)
+    return str(path)

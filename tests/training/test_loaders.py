@@ -12,7 +12,7 @@ from comcat.data import open_pictures
 from comcat.errors import DataError, SettingsError
 from comcat.training.loaders import TrainingData, check_labels
 
-from .material import folder, shards
+from .material import folder, rows, shards
 
 COUNT = 23
 
@@ -31,6 +31,11 @@ def pictures(tmp_path_factory):
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     return open_pictures(shards(tmp_path_factory.mktemp("shards"), COUNT))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return open_pictures(rows(tmp_path_factory.mktemp("rows") / "train.parquet", COUNT))
 
 
 def global_batches(data: TrainingData, epoch: int = 0, start: int = 0):
@@ -58,7 +63,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize("source", ["pictures", "stream"])
+@pytest.mark.parametrize("source", ["pictures", "stream", "table"])
 def test_processes_see_together_what_one_would(request, source, repeats):
     base = TrainingData(
         pictures=request.getfixturevalue(source), transform=noisy, batch_size=4, repeats=repeats, count=COUNT
@@ -68,7 +73,7 @@ def test_processes_see_together_what_one_would(request, source, repeats):
     assert same(whole, global_batches(replace(base, batch_size=1, processes=4), 1))
 
 
-@pytest.mark.parametrize("source", ["pictures", "stream"])
+@pytest.mark.parametrize("source", ["pictures", "stream", "table"])
 def test_workers_do_not_change_batches(request, source):
     base = TrainingData(
         pictures=request.getfixturevalue(source), transform=noisy, batch_size=2, processes=2, count=COUNT, repeats=3
@@ -78,7 +83,7 @@ def test_workers_do_not_change_batches(request, source):
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
-@pytest.mark.parametrize("source", ["pictures", "stream"])
+@pytest.mark.parametrize("source", ["pictures", "stream", "table"])
 def test_an_epoch_begun_in_the_middle_is_the_rest_of_it(request, source, repeats):
     data = TrainingData(
         pictures=request.getfixturevalue(source), transform=noisy, batch_size=4, repeats=repeats, count=COUNT
@@ -230,8 +235,8 @@ def test_a_stream_shorter_than_its_epoch_is_an_error(stream, workers):
         list(data.epoch(0))
 
 
-def test_what_is_not_needed_is_not_decoded(stream, pictures):
-    for source in (stream, pictures):
+def test_what_is_not_needed_is_not_decoded(stream, pictures, table):
+    for source in (stream, pictures, table):
         decoded = []
 
         def noting(image, decoded=decoded):
@@ -271,7 +276,7 @@ def test_labels_outside_the_classes_are_refused():
 # ---------------------------------------------------------------- sharing
 
 
-@pytest.mark.parametrize("source", ["pictures", "stream"])
+@pytest.mark.parametrize("source", ["pictures", "stream", "table"])
 @pytest.mark.parametrize("processes", [1, 2, 3, 40])
 def test_shares_hold_every_picture_once(request, source, processes):
     whole = request.getfixturevalue(source)
@@ -287,7 +292,7 @@ def test_a_share_must_exist(pictures):
         pictures.share(2, 2)
 
 
-@pytest.mark.parametrize("source", ["pictures", "stream"])
+@pytest.mark.parametrize("source", ["pictures", "stream", "table"])
 def test_entries_come_in_the_order_of_reading(request, source):
     whole = request.getfixturevalue(source)
     read = [entry.key for _, entry in whole.read(lambda image: None, seed=5)]

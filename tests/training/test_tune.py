@@ -397,9 +397,47 @@ def test_settings_that_cannot_be_met_are_told(data):
         tune(model(), data, trackers=("tensorboard",), **QUICK)
 
 
+def test_trackers_get_the_lines_of_the_log(data, tmp_path):
+    from accelerate.tracking import GeneralTracker, register_tracker_class
+
+    told = []
+
+    class Notes(GeneralTracker):
+        name = "notes-of-a-test"
+        requires_logging_directory = False
+        tracker = None
+
+        def __init__(self, run_name, **keywords):
+            super().__init__()
+            told.append(run_name)
+
+        def store_init_configuration(self, values):
+            told.append(values)
+
+        def log(self, values, step=None, **keywords):
+            told.append((step, values["loss"]))
+
+        def finish(self):
+            told.append("finished")
+
+    register_tracker_class(Notes)
+    net = model()
+    tune(net, data, trackers=("notes-of-a-test",), out=tmp_path, steps=4, log_every=2, **QUICK)
+    name, configuration, *lines, end = told
+    assert name == "comcat" and configuration["lr"] == 1e-3 and end == "finished"
+    assert lines == [(line["step"], line["loss"]) for line in result(net)["curve"]] and len(lines) == 2
+
+
 def test_unknown_trackers_are_told(data, tmp_path):
-    with pytest.raises(SettingsError, match="nonsense"):
+    with pytest.raises(SettingsError, match="Unsupported logging capability: nonsense"):
         tune(model(), data, trackers=("nonsense",), out=tmp_path, **QUICK)
+
+
+def test_trackers_that_are_not_installed_are_told(data, tmp_path, monkeypatch):
+    """accelerate itself would leave them out in silence."""
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(SettingsError, match="tracker 'wandb' is not installed"):
+        tune(model(), data, trackers=("wandb",), out=tmp_path, **QUICK)
 
 
 def test_too_many_unreadable_pictures_stop_the_run_and_a_few_do_not(tmp_path):

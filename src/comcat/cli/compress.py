@@ -139,6 +139,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
         plan=plan,
         progress=True,
     )
+    compressed = measure.evaluate(model, batches(judged), reference=before, progress=True) if tunes else None
     if tunes:
         tune_(
             model,
@@ -160,7 +161,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
     timings = time_models({"before": before, "after": model}, done.prepared.example, command) if command.bench else None
     report = collect(
         before, model, done, title=f"{command.model}, compressed", model=command.model, command=shown or "comcat " + shlex.join(sys.argv[1:]),
-        settings=plain_settings(command), evaluations=say, timings=timings, notes=tuple(notes),
+        settings=plain_settings(command), evaluations=say, compressed=compressed, timings=timings, notes=tuple(notes),
     )  # fmt: skip
     model.comcat_record = _with_results(model.comcat_record, report)
     save(model, command.out, report=report, stock=command.stock)

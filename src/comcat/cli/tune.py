@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from ..errors import DataError, SettingsError
 from ..terminal import LABELS, number, table
 from ..training.settings import TuneSettings
-from .common import Common, Positional, check_out, in_processes, load, skip_notes
+from .common import Common, Positional, check_out, in_processes, load, plain_settings, skip_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +78,11 @@ def _run(command: Tune, out: Path, processes: Any) -> int:
     )
     with processes.together():
         if processes.main:
-            save(student, out)
-            _say(student.comcat_record.results["tuning"], [*([note] if note else []), *skip_notes(pictures)])
-            print(f"\nSaved to {out}; every step is in {out / 'log.jsonl'}")
+            notes = [*([note] if note else []), *skip_notes(pictures)]
+            result = student.comcat_record.results["tuning"]
+            save(student, out, report=_report(command, student, notes) if result["curve"] else None)
+            _say(result, notes)
+            print(f"\nSaved to {out}; report: {(out / 'report.html').resolve()}; every step is in {out / 'log.jsonl'}")
     return 0
 
 
@@ -94,6 +98,19 @@ def _check_out(command: Tune, out: Path) -> None:
     if not (out / CHECKPOINTS).is_dir():
         check_out(out, command.overwrite)
     check_replaceable(out, overwrite=True)
+
+
+def _report(command: Tune, student: Any, notes: list[str]) -> Any:
+    import torch
+
+    from ..models import preprocess_of
+    from ..report.collect import collect_tuning
+
+    p = preprocess_of(student)
+    return collect_tuning(
+        student, title=f"{command.student}, tuned", model=command.student, command="comcat " + shlex.join(sys.argv[1:]), settings=plain_settings(command),
+        example=torch.zeros(1, p.channels, *p.size), notes=tuple(notes),
+    )  # fmt: skip
 
 
 def _say(result: dict[str, Any], notes: list[str]) -> None:

@@ -275,7 +275,8 @@ class Customization:
 
 def _base_of(pipe: Any) -> str | None:
     """The name or folder that a pipeline was loaded from, if it was."""
-    return getattr(pipe, "name_or_path", None) or (pipe.config.get("_name_or_path") or None)
+    name = pipe.config.get("_name_or_path")
+    return str(name) if name else None
 
 
 def _checked(out: Path) -> Path:

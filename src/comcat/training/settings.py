@@ -20,8 +20,8 @@ _UNIMPORTANT = frozenset({"workers", "trackers", "keep", "checkpoint_every", "lo
 class TuneSettings:
     """How to tune; the command line and recipes are made from these fields.
 
-    The defaults are for a short run on a model that compression has left nearly right: no regularisation beyond a light crop and
-    flips, and a soft teacher. A run of many epochs wants DeiT's: ``mixup=0.8, cutmix=1.0, smoothing=0.1,
+    The defaults are for a short run on a model that compression has left nearly right: no regularisation beyond DeiT's
+    random crops and flips, and a soft teacher. A run of many epochs wants DeiT's: ``mixup=0.8, cutmix=1.0, smoothing=0.1,
     rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3, weight_decay=0.05``.
     """
 

@@ -291,12 +291,18 @@ class Loop:
         lines = self.processes.share(self.log.lines)
         return {
             "steps": self.r.steps,
-            "curve": [{key: line[key] for key in _CURVE if key in line} for line in lines],
+            "curve": [{key: line[key] for key in _CURVE if key in line} for line in _thinned(lines)],
             "seconds": self._seconds(),
             "images_per_second": self.trained["samples"] / max(self.trained["seconds"], 1e-9),
             "processes": self.processes.count,
             **self.scores,
         }
+
+
+def _thinned(lines: list[dict[str, Any]], most: int = 500) -> list[dict[str, Any]]:
+    """About so many lines at most, those with an evaluation and the last one among them; the log has them all."""
+    every = -(-len(lines) // most) if lines else 1
+    return [line for i, line in enumerate(lines) if i % every == 0 or "top1" in line or i == len(lines) - 1]
 
 
 class _Reading:

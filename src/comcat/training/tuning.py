@@ -1,4 +1,4 @@
-"""Tuning: winning back by training what compression lost (COMCAT, Xiao et al. 2023, §4.1: AdamW, a cosine, hard distillation)."""
+"""Tuning: winning back by training what compression lost (as COMCAT, Xiao et al. 2023, does with DeiT's recipe)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,125 @@
+"""The benchmarks of customization run, on pipelines that are hardly trained or tiny."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def scripts(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
+    yield tmp_path
+    for name in ("common", "peers", "customization", "adapter_cost"):
+        sys.modules.pop(name, None)
+
+
+def test_customization(scripts, capsys):
+    import customization
+
+    arguments = [
+        "--quick",
+        "--work",
+        str(scripts / "work"),
+        "--methods",
+        "comcat",
+        "comcat, protected",
+        "Custom Diffusion",
+        "LoKr",
+    ]
+    first = customization.main(arguments)
+    assert first["modes"].keys() == {"published", "equal"} and len(first["runs"]) == 8
+    for mode in first["modes"].values():
+        assert mode["comcat"]["trained"]["mean"] < mode["Custom Diffusion"]["trained"]["mean"]
+    published, equal = (first["modes"][m]["Custom Diffusion"] for m in ("published", "equal"))
+    assert published["trained"]["mean"] > equal["trained"]["mean"]  # V*'s embedding learns as well
+    assert published["peak_bytes"]["mean"] > equal["peak_bytes"]["mean"]  # VAE and text encoder take part
+    assert 0 <= published["recognised"]["mean"] <= 1 and published["stored_bytes"]["mean"] > 0
+    said = capsys.readouterr().out
+    assert "Table 5, published" in said and "Table 6, equal" in said
+    written = json.loads(next((scripts / "results").rglob("customization.json")).read_text())
+    assert written["rates"]["equal"]["LoKr"]["lr"] == pytest.approx(1e-3) and written["environment"]
+    assert len(list((scripts / "results").rglob("customization-*.png"))) == 2
+    again = customization.main(arguments)  # everything is kept
+    assert again["runs"] == first["runs"]
+
+
+def test_methods_leave_the_pipeline_as_it_was(scripts, tmp_path):
+    import peers
+
+    from comcat.diffusion.families import family_of
+
+    from . import tiny
+
+    pipe = tiny.stable_diffusion(tmp_path / "parts")
+    family = family_of(pipe)
+    noisy, times = torch.randn(1, 4, 8, 8), torch.tensor([50])
+    conditions = family.encode(["a photo of a cat"])
+    before = family.predict(noisy, times, conditions)
+    names = [n for n, _ in pipe.unet.named_parameters()]
+    for name, set_up in peers.METHODS.items():
+        method = set_up(family, seed=0, protect=["a red cat"], token=None)
+        assert method.trained and all(p.requires_grad for p in method.trained.values()), name
+        assert method.stored_bytes(tmp_path) > 2 * sum(p.numel() for p in method.trained.values())
+        method.undo.close()
+        assert torch.equal(family.predict(noisy, times, conditions), before), name
+        assert [n for n, _ in pipe.unet.named_parameters()] == names, name
+
+
+def test_encoding_anew_draws_what_the_cache_draws(scripts, tmp_path):
+    """The same pictures, latents and prompts by step, whichever way they are had."""
+    import peers
+
+    from comcat.diffusion.families import family_of
+
+    from . import tiny
+
+    family = family_of(tiny.stable_diffusion(tmp_path / "parts"))
+    kinds = [
+        peers.Kind(tiny.pictures(3, (16, 16)), "a photo of V* dog", 2, 1.0),
+        peers.Kind(tiny.pictures(1), "a dog", 2, 0.5),
+    ]
+    anew = peers.EncodingSource(family, kinds, 16, seed=3)
+    cached = peers.cached_source(family, kinds, 16, seed=3, live_text=False)
+    for source in (anew, cached):
+        batch = source(5, torch.Generator().manual_seed(0))
+        assert batch.latents.shape == (4, 4, 8, 8)
+        assert batch.weights.tolist() == [0.5, 0.5, 0.25, 0.25]
+    a, b = (s(5, torch.Generator().manual_seed(0)) for s in (anew, cached))
+    torch.testing.assert_close(a.conditions["prompt"], b.conditions["prompt"])
+
+
+def test_adapter_cost(scripts, capsys):
+    import adapter_cost
+
+    result = adapter_cost.main(["--smoke", "--rounds", "2", "--repeats", "1"])
+    assert len(result["training"]) == 7 and result["stored"]["cross"]["bytes"] < result["stored"]["all"]["bytes"]
+    equal = next(r for n, r in result["training"].items() if "cross-attention, bytes as comcat" in n)
+    assert abs(equal["parameters"] / result["training"]["comcat"]["parameters"] - 1) < 0.2
+    assert result["training"]["DreamBooth as published"]["peak_bytes"] > result["training"]["comcat"]["peak_bytes"]
+    assert result["inference"].keys() == {"plain", "adapter", "fused"}
+    written = json.loads(next((scripts / "results").rglob("adapter-cost-sd14-64.json")).read_text())
+    assert written["smoke"] and written["training"].keys() == result["training"].keys()
+
+
+def test_goals_of_size_are_met_by_the_true_shapes(scripts):
+    """By counting alone: the parameters of Stable Diffusion 1.4's adapter, on the meta device."""
+    import adapter_cost
+    from diffusers import UNet2DConditionModel
+
+    import comcat.diffusion as cd
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**adapter_cost.UNETS["sd14"])
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964  # as published
+    for where, goal in adapter_cost.GOALS.items():
+        adapter = cd.attach(unet, rank=2, where=where)
+        assert adapter.bytes(torch.float16) + 200 * len(adapter.parameters()) < goal
+        cd.unload(unet)
