@@ -39,10 +39,11 @@ from PIL import Image
 import comcat.diffusion as diffusion
 from comcat.diffusion.families import Family, family_of
 from comcat.diffusion.noising import noising_of
-from comcat.diffusion.optimising import Optimisation, Processes
+from comcat.diffusion.optimising import Optimisation
 from comcat.diffusion.readying import frozen
 from comcat.diffusion.settings import CustomizeSettings
 from comcat.diffusion.vocabulary import make_tokenizer
+from comcat.training.processes import Processes
 
 IDENTIFIER, PROMPT, CLASS_PROMPT = "V*", "a photo of V* dog", "a photo of a dog"
 UNETS: dict[str, dict[str, Any]] = {
@@ -188,7 +189,7 @@ def training(pipe: Any, a: argparse.Namespace, sizes: dict[str, dict[str, float]
                 source = cached if feeding == "cached" else EncodingSource(family, [concept, prior], a.side, 0)
                 run = Optimisation(
                     family, noising_of(pipe.scheduler), method.trained, source,
-                    CustomizeSettings(steps=10**6, lr=1e-6, checkpoint_every=0), Processes(family.device),
+                    CustomizeSettings(steps=10**6, lr=1e-6, checkpoint_every=0), Processes(cpu=family.device.type == "cpu"),
                 )  # fmt: skip
                 run.step()  # the optimizer's moments come with the first
                 found[name]["seconds"].append([_seconds(run) for _ in range(a.repeats)])

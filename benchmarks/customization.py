@@ -39,13 +39,14 @@ import comcat.diffusion as diffusion
 from comcat.diffusion.digits import CLASS_PROMPT, IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
 from comcat.diffusion.families import Family, family_of
 from comcat.diffusion.noising import noising_of
-from comcat.diffusion.optimising import Optimisation, Processes
+from comcat.diffusion.optimising import Optimisation
 from comcat.diffusion.pictures import grid
 from comcat.diffusion.pipeline import digits_pipeline
 from comcat.diffusion.readying import frozen
 from comcat.diffusion.recognise import Recogniser, train_recogniser
 from comcat.diffusion.settings import CustomizeSettings
 from comcat.scoring import fid, kid
+from comcat.training.processes import Processes
 
 MODES = ("published", "equal")
 OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
@@ -122,7 +123,7 @@ class Harness:
             source = cached_source(family, kinds, SIDE, seed, live_text=method.live_text)
         settings = CustomizeSettings(steps=self.a.steps, batch_size=self.a.batch, lr=lr, seed=seed)
         return Optimisation(
-            family, noising_of(family.pipe.scheduler), method.trained, source, settings, Processes(family.device),
+            family, noising_of(family.pipe.scheduler), method.trained, source, settings, Processes(cpu=family.device.type == "cpu"),
             constrain=method.constrain,
         )  # fmt: skip
 

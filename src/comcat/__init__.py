@@ -4,7 +4,8 @@
     comcat.save(small, "small/")
     small = comcat.load("small/")
 
-Step by step: :func:`find_sites`, :func:`calibrate`, :func:`allocate`, :func:`apply_` and ``handle.revert()``.
+Step by step: :func:`find_sites`, :func:`calibrate`, :func:`allocate` or :func:`search`, :func:`apply_` and ``handle.revert()``; then :func:`tune`.
+Diffusion models are personalised in :mod:`comcat.diffusion`.
 """
 
 from importlib import import_module
@@ -20,9 +21,13 @@ _WHERE = {
     "search": "methods.search", "tune": "training.tuning", "ComcatError": "errors",
 }  # fmt: skip
 
-__all__ = ["__version__", *sorted(_WHERE)]
+_PARTS = ("diffusion", "scoring")
+
+__all__ = ["__version__", *sorted([*_WHERE, *_PARTS])]
 
 if TYPE_CHECKING:
+    from . import diffusion as diffusion
+    from . import scoring as scoring
     from .calibration import Statistics as Statistics
     from .calibration import calibrate as calibrate
     from .data import batches as batches
@@ -50,6 +55,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f".{name}", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'comcat' has no attribute {name!r}")
     # A sub-module of the same name (comcat.calibration) becomes an attribute of the package once imported: put the function there.

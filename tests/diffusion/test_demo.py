@@ -2,6 +2,7 @@
 
 import pytest
 
+from comcat.cli import main
 from comcat.diffusion import demo
 from comcat.diffusion.digits import LEFT_OUT, WORDS
 
@@ -14,6 +15,13 @@ def quick(monkeypatch):
     monkeypatch.setattr(demo, "SAMPLING", {"steps": 2, "guidance": 3.0, "batch_size": 12, "seed": 0})
     monkeypatch.setattr(demo, "CONCEPTS", 6)
     monkeypatch.setattr(demo, "OTHERS", 2)
+
+
+def test_the_command(quick, tmp_path, capsys):
+    assert main(["demo", "customize", "--out", str(tmp_path / "demo"), "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert f"V* recognised as a {WORDS[LEFT_OUT]}" in said and "the other nine recognised" in said
+    assert "report.html" in said and (tmp_path / "demo" / "report.html").is_file()
 
 
 def test_demo(quick, tmp_path, capsys):

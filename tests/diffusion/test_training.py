@@ -420,8 +420,8 @@ def test_process_count_must_divide_the_batch(pipe, monkeypatch):
     from comcat.diffusion import training
 
     class Two(training.Processes):
-        def __init__(self, device):
-            super().__init__(device)
+        def __init__(self, *, cpu):
+            super().__init__(cpu=cpu)
             self.count = 2
 
     monkeypatch.setattr(training, "Processes", Two)

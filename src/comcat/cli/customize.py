@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..diffusion.settings import CustomizeSettings
-from .common import Positional
+from .common import Positional, in_processes
 from .pipelines import PipelineCommand, open_pipeline
 
 
@@ -32,21 +33,28 @@ class Customize(PipelineCommand, CustomizeSettings):
 
 def run(command: Customize) -> int:
     from ..diffusion.runfolder import folder_of
+
+    return in_processes(command.device, lambda processes: _run(command, processes), folder_of(command.out))
+
+
+def _run(command: Customize, processes: Any) -> int:
+    from ..diffusion.runfolder import folder_of
     from ..diffusion.training import Customization
 
-    pipe = open_pipeline(command, command.model)
     settings = CustomizeSettings(**{f.name: getattr(command, f.name) for f in fields(CustomizeSettings)})
-    work = Customization(
-        pipe, command.images, command.prompt, command.identifier, "default", settings, command.out, True
-    )
-    if work.processes.is_main:
+    with processes.together():
+        pipe = open_pipeline(command, command.model, processes.device if processes.count > 1 else None)
+        work = Customization(
+            pipe, command.images, command.prompt, command.identifier, "default", settings, command.out, True
+        )
+    if processes.main:
         for note in work.notes:
             print(f"Note: {note}")
     adapter = work.run(command.restart)
-    if work.processes.is_main and work.optimisation is not None:
+    if processes.main and work.optimisation is not None:
         done = work.optimisation.progress
         print(
-            f"\nLearned {command.identifier} in {done.step} steps ({done.seconds:.0f} s of them now), "
+            f"\nLearned {command.identifier} in {done.step} steps ({done.seconds:.0f} s now), "
             f"{sum(p.numel() for p in adapter.parameters()):,} parameters."
         )
         size = command.out.stat().st_size / 1e6

@@ -21,9 +21,10 @@ class PipelineCommand:
     """Type of the pipeline's weights."""
 
 
-def open_pipeline(command: PipelineCommand, spec: str) -> Any:
+def open_pipeline(command: PipelineCommand, spec: str, device: Any = None) -> Any:
+    """The pipeline of a command, on ``device`` if one is given."""
     import torch
 
     from ..diffusion import load_pipeline
 
-    return load_pipeline(spec, device=pick_device(command.device), dtype=getattr(torch, command.dtype))
+    return load_pipeline(spec, device=device or pick_device(command.device), dtype=getattr(torch, command.dtype))

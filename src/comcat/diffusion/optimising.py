@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..training.checkpoints import Checkpoints
+from ..training.processes import Processes
 from ..training.seeding import derive_seed
 from ..training.watching import LossWatch
 from .families import Conditions, Family
@@ -33,42 +34,26 @@ class Source(Protocol):
     def __call__(self, step: int, generator: torch.Generator) -> Batch: ...
 
 
-class Processes:
-    """The processes of a run, as accelerate launched them. Each takes its share of every batch; gradients are summed."""
+def share_of(batch: Any, processes: Processes) -> Any:
+    """This process's part of tensors (batch, …), or of a dictionary of them."""
+    if isinstance(batch, dict):
+        return {name: share_of(value, processes) for name, value in batch.items()}
+    return batch[processes.index :: processes.count]
 
-    def __init__(self, device: torch.device) -> None:
-        from accelerate import PartialState
 
-        state = PartialState(cpu=device.type == "cpu")
-        self.state, self.count, self.index, self.is_main = (
-            state,
-            state.num_processes,
-            state.process_index,
-            state.is_main_process,
-        )
+def add_up(loss: Tensor, parameters: list[nn.Parameter], processes: Processes) -> float:
+    """The loss over all processes; the parameters' gradients become their sums.
 
-    def share(self, batch: Any) -> Any:
-        """This process's part of tensors (batch, …)."""
-        if isinstance(batch, dict):
-            return {name: self.share(value) for name, value in batch.items()}
-        return batch[self.index :: self.count]
-
-    def sum(self, loss: Tensor, parameters: list[nn.Parameter]) -> float:
-        """The loss over all processes; the parameters' gradients become their sums.
-
-        What is trained is so small that one flat reduction costs nothing, and the models need no wrapper.
-        """
-        if self.count > 1:
-            gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-            flat = torch.cat([loss.detach().float().view(1), *(g.float().flatten() for g in gradients)])
-            torch.distributed.all_reduce(flat)
-            loss = flat[0]
-            for p, g in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
-                p.grad = g.view_as(p).to(p.dtype)
-        return float(loss.detach())
-
-    def wait(self) -> None:
-        self.state.wait_for_everyone()
+    What is trained is so small that one flat reduction costs nothing, and the models need no wrapper.
+    """
+    if processes.count > 1:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([loss.detach().float().view(1), *(g.float().flatten() for g in gradients)])
+        torch.distributed.all_reduce(flat)
+        loss = flat[0]
+        for p, g in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
+            p.grad = g.view_as(p).to(p.dtype)
+    return float(loss.detach())
 
 
 @dataclass
@@ -116,8 +101,9 @@ class Optimisation:
         batch = self.source(step, generator)
         times = self.noising.draw(len(batch.latents), generator).to(batch.latents.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
-        latents, times, noise, weights = map(self.processes.share, (batch.latents, times, noise, batch.weights))
-        conditions = self.processes.share(batch.conditions)
+        latents, times, noise, weights, conditions = (
+            share_of(part, self.processes) for part in (batch.latents, times, noise, batch.weights, batch.conditions)
+        )
         noisy = self.noising.mix(latents, noise, times)
         dtype = next(self.family.denoiser.parameters()).dtype
         predicted = self.family.predict(
@@ -134,7 +120,7 @@ class Optimisation:
         with shortage_explained(f"training at step {number}", self._what_would_fit()):
             loss = self.loss(number)
             self.scaler.scale(loss).backward()
-        value = self.processes.sum(loss, trained)
+        value = add_up(loss, trained, self.processes)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(number)
         self.scaler.unscale_(self.optimizer)
@@ -172,7 +158,7 @@ class Optimisation:
             initial=saved,
             desc="learning",
             unit="step",
-            disable=not (progress and self.processes.is_main),
+            disable=not (progress and self.processes.main),
         )
         with bar:
             while self.progress.step < settings.steps:
@@ -186,8 +172,9 @@ class Optimisation:
                 done = self.progress.step
                 every = settings.checkpoint_every
                 if checkpoints is not None and every and (done % every == 0 or done == settings.steps):
-                    if self.processes.is_main:
-                        checkpoints.save(done, self.tensors(), {"settings": dict(about or {}), **self.state()})
+                    with self.processes.together():
+                        if self.processes.main:
+                            checkpoints.save(done, self.tensors(), {"settings": dict(about or {}), **self.state()})
                     saved = done
                 after(done)
         return self.progress

@@ -20,11 +20,16 @@ def folder_of(out: Path) -> Path:
     return out.with_suffix(".run")
 
 
+def samples_in(folder: Path) -> Path:
+    """Where a run keeps its sheets of samples."""
+    return folder / "samples"
+
+
 class Samples:
     """Sheets of pictures of one prompt, always with the same seeds, as training goes on."""
 
     def __init__(self, pipe: Any, folder: Path, prompt: str, settings: CustomizeSettings) -> None:
-        self.pipe, self.folder, self.prompt = pipe, folder / "samples", prompt
+        self.pipe, self.folder, self.prompt = pipe, samples_in(folder), prompt
         self.how = {
             "count": settings.sample_count,
             "seed": settings.seed,
@@ -41,8 +46,11 @@ class Samples:
 
     def sheets(self) -> list[Sheet]:
         """What was drawn so far, earlier runs included."""
-        paths = sorted(self.folder.glob("step-*.png"))
-        return [Sheet(f"Step {int(p.stem.removeprefix('step-'))}", [Image.open(p)]) for p in paths]
+        found = []
+        for path in sorted(self.folder.glob("step-*.png")):
+            with Image.open(path) as sheet:
+                found.append(Sheet(f"Step {int(path.stem.removeprefix('step-'))}", [sheet.convert("RGB")]))
+        return found
 
 
 def write_report(

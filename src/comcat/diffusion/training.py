@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -16,6 +17,7 @@ from PIL import Image
 from .._version import __version__
 from ..errors import SettingsError, StoreError
 from ..training.checkpoints import Checkpoints, check_settings
+from ..training.processes import Processes
 from ..training.seeding import derive_seed
 from .adapter import Adapter
 from .attaching import attach, unload
@@ -24,12 +26,12 @@ from .files import save
 from .generating import generate, generate_to
 from .learning import LearnedToken
 from .noising import noising_of
-from .optimising import Optimisation, Processes
+from .optimising import Optimisation
 from .preparing import EXAMPLES, Examples, Rotation, check_resolution, encode, read_examples
 from .prompts import check_prompt, splitting_notes
 from .protecting import Protection
 from .readying import Idle, check_whole, frozen, recomputing
-from .runfolder import Samples, folder_of, write_report
+from .runfolder import Samples, folder_of, samples_in, write_report
 from .settings import CustomizeSettings, make_settings
 from .sources import CachedSource, Stream, Texts
 
@@ -95,7 +97,7 @@ class Customization:
         self.settings, self.progress = settings, progress
         self.noising = noising_of(pipe.scheduler, settings.snr_gamma)
         self.side = check_resolution(settings.resolution, self.family)
-        self.processes = Processes(self.family.device)
+        self.processes = Processes(cpu=self.family.device.type == "cpu")
         if settings.batch_size % self.processes.count:
             raise SettingsError(
                 f"batch_size: got {settings.batch_size} for {self.processes.count} processes, expected a multiple"
@@ -151,10 +153,9 @@ class Customization:
 
         def after(step: int) -> None:
             if samples is not None and settings.sample_every and step % settings.sample_every == 0:
-                if self.processes.is_main:
-                    with idle.back():
+                with self.processes.together(), idle.back():
+                    if self.processes.main:
                         samples.draw(step)
-                self.processes.wait()
 
         with ExitStack() as stack:
             stack.enter_context(recomputing(family.denoiser, settings.gradient_checkpointing))
@@ -167,10 +168,10 @@ class Customization:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
-        if self.out is not None and self.processes.is_main:
-            self._save(token)
-            self._report(samples)
-        self.processes.wait()
+        with self.processes.together():
+            if self.out is not None and self.processes.main:
+                self._save(token)
+                self._report(samples)
 
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
@@ -203,18 +204,20 @@ class Customization:
             made = generate(self.pipe, settings.prior_prompt, progress=self.progress, **how)
             return Examples([generated.image for generated in made], [], "made here")
         folder = folder_of(self.out) / "class"
-        if self.processes.is_main:
-            generate_to(folder, self.pipe, settings.prior_prompt, overwrite=True, progress=self.progress, **how)
-        self.processes.wait()
-        return read_examples(folder, what="pictures of the class")
+        with self.processes.together():
+            if self.processes.main:
+                generate_to(folder, self.pipe, settings.prior_prompt, overwrite=True, progress=self.progress, **how)
+        made = generate_to(folder, self.pipe, settings.prior_prompt, **how)  # all there by now: this finds them
+        return read_examples([Image.open(path) for path in made.paths], what="pictures of the class")
 
     def _checkpoints(self, restart: bool, about: dict[str, Any]) -> Checkpoints | None:
         if self.out is None:
             return None
         checkpoints = Checkpoints(folder_of(self.out) / "checkpoints", keep=self.settings.keep)
-        if restart and self.processes.is_main:
-            checkpoints.clear()
-        self.processes.wait()
+        with self.processes.together():
+            if restart and self.processes.main:
+                checkpoints.clear()
+                shutil.rmtree(samples_in(folder_of(self.out)), ignore_errors=True)
         last = checkpoints.latest()
         if last is not None:
             check_settings(last, about)
