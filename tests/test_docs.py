@@ -8,6 +8,7 @@ import torch
 
 import comcat
 
+from .diffusion.tiny import stable_diffusion
 from .models import pictures, tiny_vit
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +40,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
         "model": tiny_vit(num_classes=10),
         "loader": pictures(),
         "held_out": pictures(32, 16, seed=3),
+        "pipe": stable_diffusion(tmp_path / "pipe"),
     }
     for block in BLOCK.findall(page.read_text()):
         block = re.sub(r"^(.*) +# or comcat\.load\(.*$", r"\1", block, flags=re.MULTILINE)
