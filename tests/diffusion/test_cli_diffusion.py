@@ -86,10 +86,23 @@ def test_customize_says_what_it_did(model, images, tmp_path, capsys):
 def test_recipes_of_the_paper(model, images, tmp_path):
     recipes = Path(__file__).parents[2] / "recipes"
     out = tmp_path / "dog.safetensors"
-    given = ["--images", str(images), "--prompt", "a photo of V* dog", "--out", str(out), "--steps", "2", "--resolution", "16"]
+    given = [
+        "--images",
+        str(images),
+        "--prompt",
+        "a photo of V* dog",
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+        "--resolution",
+        "16",
+    ]
     assert main(["customize", str(model), "--recipe", str(recipes / "sd14-paper.yaml"), *given]) == 0
     settings = json.loads(cd.read(out).metadata["settings"])
-    assert settings["steps"] == 2 and settings["lr"] == 2.5e-3 and settings["init"] == "random" and settings["rank"] == 2
+    assert (
+        settings["steps"] == 2 and settings["lr"] == 2.5e-3 and settings["init"] == "random" and settings["rank"] == 2
+    )
     recipe = ("--recipe", recipes / "sd14-paper-pictures.yaml", "--count", 3, "--prompt", "V* dog")
     assert generate(model, tmp_path / "pictures", *recipe) == 0
     made = [json.loads(Image.open(p).text["comcat"]) for p in (tmp_path / "pictures").iterdir()]
