@@ -52,7 +52,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for saving in arguments.savings:
             for rule in arguments.rules:
-                kept = arguments.work / f"{arguments.name}-{rule}-{saving:g}-{seed}-{arguments.epochs:g}.json"
+                kept = arguments.work / f"{rule}-{saving:g}-{seed}-{arguments.epochs:g}.json"
                 if not kept.is_file():
                     kept.write_text(json.dumps(one_run(arguments, model, train, judged, rule, saving, seed)))
                 results.append(json.loads(kept.read_text()))

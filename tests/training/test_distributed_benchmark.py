@@ -12,6 +12,7 @@ from .material import folder, model
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # eight processes, each of which imports torch
 def test_it_finds_no_difference(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
     comcat.save(model(), tmp_path / "model", plan=Plan(sites={}))
