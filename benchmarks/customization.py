@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--samples", type=int, default=207, help="pictures of the concept, and of the nine others together")
     p.add_argument("--sample-steps", type=int, default=20)
-    p.add_argument("--guidance", type=float, default=3.0)
+    p.add_argument("--guidance", type=float, default=2.0)
     p.add_argument("--class-count", type=int, default=200)
     p.add_argument("--tuning-seed", type=int, default=100)
     p.add_argument("--tuning-samples", type=int, default=72)

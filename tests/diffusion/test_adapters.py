@@ -402,7 +402,7 @@ def test_scales_are_set_by_name_or_not_at_all() -> None:
     diffusion.unload(model)  # of none, all is none
 
 
-@pytest.mark.parametrize("target", [None, 7, torch.nn.Linear(2, 2), object()], ids=repr)
+@pytest.mark.parametrize("target", [None, 7, torch.nn.Linear(2, 2), object()], ids=lambda v: type(v).__name__)
 def test_what_is_no_pipeline(target: object) -> None:
     with pytest.raises(ModelError, match="expected a diffusers pipeline"):
         diffusion.attach(target)
