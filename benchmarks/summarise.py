@@ -139,7 +139,7 @@ def prediction(r: dict[str, Any]) -> str:
 def tuning(r: dict[str, Any]) -> str:
     t = r["settings"]["tune"]
     rows = [
-        [f"−{100 * x['saving']:g} %", x["rule"], f"{x['before_mean']:.2f} ± {x['before_spread']:.2f}", f"{x['after_mean']:.2f} ± {x['after_spread']:.2f}",
+        [f"−{100 * x['saving']:g} %", x["rule"], *(f"{x[f'{k}_mean']:.2f}" + (f" ± {x[f'{k}_spread']:.2f}" if x["seeds"] > 1 else "") for k in ("before", "after")),
          f"{x['ranks_s_mean']:.0f}", f"{x['tuning_s_mean']:.0f}", x["seeds"]] for x in r["rows"]
     ]  # fmt: skip
     samples = round(t["epochs"] * r["settings"]["training_pictures"])
@@ -147,6 +147,22 @@ def tuning(r: dict[str, Any]) -> str:
         f"`{r['settings']['model']}`, dense {r['dense']:.2f} % top-1 on 5000 validation pictures; {samples:,} training samples of tuning with the dense model as the teacher (batch {t['batch_size']}, "
         f"learning rate {t['lr']:g}); mean ± standard deviation over seeds. The classifier head stays as it is. Seconds were taken on a machine that did other work beside.",
         rows_of(["parameters", "ranks", "top-1 before tuning", "after", "seconds for ranks and weights", "for tuning", "seeds"], rows), where(r),
+    ])  # fmt: skip
+
+
+def adapter_cost(r: dict[str, Any]) -> str:
+    stored = ", ".join(f"{k} attention {v['bytes'] / 1e6:.3f} MB" for k, v in r["stored"].items())
+    rows = [
+        [k, v["seconds"], v["peak_bytes"] / 1e6, f"{v['parameters']:,}", f"{v['of_this']['comcat']['median']:.2f} ({v['of_this']['comcat']['low']:.2f}–{v['of_this']['comcat']['high']:.2f})"]
+        for k, v in r["training"].items()
+    ]  # fmt: skip
+    inference = [
+        [k, v["seconds"], f"{v['of_plain']['median']:.3f} ({v['of_plain']['low']:.3f}–{v['of_plain']['high']:.3f})"]
+        for k, v in r["inference"].items()
+    ]
+    return "\n\n".join([
+        f"{r['model']}, its true shapes with random weights, pictures of {r['side']} pixels, {r['dtype']}, {r['rounds']} rounds. Stored at rank 2 in 16 bit: {stored}.",
+        rows_of(["training step", "seconds", "peak MB", "trained", "comcat takes"], rows), rows_of(["inference", "seconds", "× plain"], inference), where(r),
     ])  # fmt: skip
 
 
@@ -170,6 +186,7 @@ SECTIONS = [
     ("Factorisation", "factorize", factorise),
     ("Calibration", "calibrate", calibrate),
     ("A step of rank search", "search-step", search_step),
+    ("What a diffusion adapter costs", "adapter-cost", adapter_cost),
     ("Start-up", "import", start),
 ]
 
