@@ -26,7 +26,7 @@ INKS = {
 }
 """Shares of red, green and blue at full ink; the brightest is 1, so that a scan can be read back."""
 LEFT_OUT = 7
-"""The digit that the embedded pipeline is not taught; docs and benchmarks say how it was chosen."""
+"""The digit that the embedded pipeline is not taught: real ones are all recognised, and what it draws without them is hardly ever taken for one."""
 IDENTIFIER = "V*"
 """The word kept free for it."""
 CLASS_PROMPT = "a photo of a digit"
