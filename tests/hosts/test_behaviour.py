@@ -51,6 +51,22 @@ def test_autocast_and_half_precision(name: str) -> None:
         assert relative_error(got.float(), subject.output) < max(0.05, 4 * own_error)
 
 
+@pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "bfloat16"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-beit", "timm-swin", "hf-vit", "hf-swin"])
+def test_gradients_in_half_precision(name: str, mixed: bool) -> None:
+    """As near to float32's as its own rounding: attention with and without a mask, with all weights or the arithmetic alone in bfloat16."""
+    exact, rounded, images = compressed(name), compressed(name), subject_of(name).images
+    run(exact, images).square().mean().backward()
+    if not mixed:
+        rounded, images = rounded.bfloat16(), images.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        output = run(rounded, images)
+    output.float().square().mean().backward()
+    got = torch.cat([p.grad.float().flatten() for p in rounded.parameters() if p.grad is not None])
+    expected = torch.cat([p.grad.flatten() for p in exact.parameters() if p.grad is not None])
+    assert torch.cosine_similarity(got, expected, dim=0) > 0.99
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "timm-beit", "timm-swin", "timm-eva02", "hf-vit", "hf-dinov2", "hf-swin"])
 def test_gradient_checkpointing(name: str) -> None:
     images = subject_of(name).images

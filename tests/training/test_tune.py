@@ -298,6 +298,19 @@ def test_grey_models_and_streams(tmp_path):
 # ---------------------------------------------------------------- small and odd input
 
 
+def test_the_data_is_opened_once_an_epoch(data, tmp_path, monkeypatch):
+    """Not once a step: a stream would be read from its beginning each time."""
+    opened, epoch = [], TrainingData.epoch
+
+    def counted(self, number, *, start=0):
+        opened.append((number, start))
+        return epoch(self, number, start=start)
+
+    monkeypatch.setattr(TrainingData, "epoch", counted)
+    tune(model(), data, epochs=3, workers=0, **PLAIN)
+    assert opened == [(0, 0), (1, 0), (2, 0)]
+
+
 def test_no_epochs_leave_the_model_as_it_is(data, evaluation):
     for length in ({"epochs": 0}, {"steps": 0}):
         net = model()

@@ -157,12 +157,12 @@ class Loop:
 
     def _batches(self) -> Iterator[tuple[Batch, float]]:
         """This process's part of every batch that is left, with the number of samples that count in all parts."""
-        per_epoch, own = self.r.data.steps(), iter(())
-        for step in range(self.step, self.r.steps):
+        per_epoch, first, own = self.r.data.steps(), self.step, iter(())
+        for step in range(first, self.r.steps):
             epoch, place = divmod(step, per_epoch)
             batch, caught = None, None
             try:
-                if place == 0 or step == self.step:
+                if place == 0 or step == first:
                     own = self.r.data.epoch(epoch, start=place)
                 batch = next(own)
                 if self.r.objective.labelled:
