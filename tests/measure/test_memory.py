@@ -1,10 +1,14 @@
 """Peak memory."""
 
+import platform
+import resource
+
 import pytest
 import torch
 from torch import nn
 
 from comcat.measure import count_parameters, peak_memory
+from comcat.measure.memory import memory_kept
 
 from .models import Cached, Calls, timm_vit
 
@@ -47,3 +51,18 @@ def test_peak_memory_on_cuda_leaves_out_what_others_hold():
     other = torch.empty(1 << 26, device="cuda")
     assert peak_memory(model, x) == alone == 3 * x.numel() * 4
     del other
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's own allocator")
+def test_what_is_freed_is_kept_for_the_next_tensor():
+    def pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            torch.ones(2**24)  # 64 MiB: 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert pages() > 100  # thousands, where the system gives no huge pages
+    with memory_kept():
+        torch.ones(2**24)
+        assert pages() < 100
+    assert pages() > 100

@@ -1,7 +1,10 @@
 """The most memory that a forward needs at once."""
 
+import ctypes
+import platform
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -73,3 +76,29 @@ def peak_memory(model: nn.Module, example: Tensor | tuple | list | Mapping) -> i
         call(model, example)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before + sum(storages.values())
+
+
+_MMAP_MAX, _TRIM_THRESHOLD, _MMAP_THRESHOLD = -4, -1, -3  # glibc's names of mallopt's parameters, malloc.h
+
+
+@contextmanager
+def memory_kept() -> Iterator[None]:
+    """Let the process keep what it frees, as it does under the allocators that services run with (jemalloc, tcmalloc).
+
+    glibc gives large blocks back to the system at once, so that every layer's output is mapped page by page anew: that time, a
+    tenth to a quarter of a forward on a CPU, is the same in a small model as in a large one. Does nothing under another C library.
+    Afterwards what is free is given back, and blocks of up to 32 MiB (the most that glibc's own rule comes to) stay.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_MAX, 2**16)
+        libc.mallopt(_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(_TRIM_THRESHOLD, 2**26)
+        libc.malloc_trim(0)
