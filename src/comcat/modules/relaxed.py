@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .lowrank import LowRankLinear
 
@@ -90,6 +91,11 @@ class RelaxedLinear(LowRankLinear):
         if rank is not None and self.kept is not None:
             first, last = self.kept
             bias = self.last.bias + self.last.weight.detach()[:, rank:] @ center[rank:]
-            return F.linear(F.linear(x, first), last, bias)  # (..., in) → (..., rank) → (..., out)
+            # (..., rank) in between is made again on the way back, and not held: a dense layer has no such thing to hold
+            return checkpoint(_through, x, first, last, bias, use_reentrant=False, preserve_rng_state=False)
         mask = self.soft.mask().to(x.dtype)
         return self.last(self.first(x) * mask + center * (1 - mask))
+
+
+def _through(x: Tensor, first: Tensor, last: Tensor, bias: Tensor) -> Tensor:
+    return F.linear(F.linear(x, first), last, bias)  # (..., in) → (..., rank) → (..., out)
