@@ -11,6 +11,7 @@ from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TABLES, TRAINED = ("table1", "table3", "table4"), ("table2", "figure6", "figure7", "figures89")
+TUNED = ("train_cifar10", "tuning_throughput")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield tmp_path
-    for name in (*TABLES, *TRAINED, "tables", "trained", "figures12", "common"):
+    for name in (*TABLES, *TRAINED, *TUNED, "tables", "trained", "figures12", "common"):
         sys.modules.pop(name, None)
 
 
@@ -145,3 +146,25 @@ def test_figures89(scripts, folder, small, tmp_path, capsys):
     with pytest.raises(SystemExit):
         figures89.main(["--model", str(folder)])
     assert "--plan" in capsys.readouterr().err
+
+
+def test_a_model_is_trained_and_loads(scripts, tmp_path):
+    import train_cifar10
+
+    from comcat import count_parameters, load_model
+
+    words = "--data digits:train --eval digits:test --limit 40 --epochs 1 --batch-size 16 --depth 1 --workers 0 --precision fp32"
+    train_cifar10.main([*words.split(), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")])
+    written = json.loads(next(scripts.rglob("train-deit_tiny_cifar10.json")).read_text())
+    assert 0 <= written["top1"] <= 100 and written["images_per_second"] > 0
+    assert count_parameters(load_model(str(tmp_path / "model"))) == written["parameters"]
+
+
+def test_the_throughput_of_tuning(scripts, folder):
+    import tuning_throughput
+
+    words = "--data digits:train --steps 2 --repeats 2 --batch-size 8 --precision fp32 --model"
+    tuning_throughput.main([*words.split(), str(folder)])
+    rows = json.loads(next(scripts.rglob("tuning-throughput.json")).read_text())["rows"]
+    assert [row["tuning"] for row in rows] == ["alone", "with a teacher"]
+    assert all(row["bare"] > 0 and len(row["ratios"]) == 2 for row in rows)

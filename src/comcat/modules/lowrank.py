@@ -120,7 +120,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **options
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask, **options).to(q.dtype)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask, **options).to(
+            q.dtype
+        )
 
 
 class PaddedHeads(nn.Module):
