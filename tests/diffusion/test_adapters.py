@@ -56,6 +56,24 @@ def test_unloading_gives_the_model_back_bit_for_bit(case: Case) -> None:
     assert diffusion.adapters(model) == {} and not hasattr(model, "comcat_adapters")
 
 
+@torch.no_grad()
+def test_what_is_unloaded_does_not_come_back_with_unfused_projections() -> None:
+    """``fuse_qkv_projections`` sets the processors aside, and ``unfuse_qkv_projections`` brings them back."""
+    model = UNET.model()
+    before, processors = UNET.run(model), model.attn_processors
+    for name in ("dog", "cat"):
+        trained(model, where="cross", name=name)
+    model.fuse_qkv_projections()
+    diffusion.unload(model, "dog")
+    diffusion.unload(model)
+    model.unfuse_qkv_projections()
+    for module in model.modules():
+        if hasattr(module, "fused_projections"):
+            module.fused_projections = False  # diffusers leaves it as it was
+    assert {n: id(p) for n, p in model.attn_processors.items()} == {n: id(p) for n, p in processors.items()}
+    assert UNET.run(model).equal(before)
+
+
 @pytest.mark.parametrize("kind", ["attn1", "attn2"])
 @torch.no_grad()
 def test_one_stream_computes_equation_8(kind: str) -> None:

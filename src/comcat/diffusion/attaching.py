@@ -83,6 +83,8 @@ def unload(target: Any, name: str | None = None) -> None:
     for one in chosen:
         for _, component, attention in located(components, held[one]):
             _remove(component, attention, one)
+        for component in components.values():
+            component.host.drop_set_aside(component.model, one)
         forget(target, one)
     refresh_tokens(target)
 

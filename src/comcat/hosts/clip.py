@@ -77,6 +77,10 @@ def unmount(attn: Any) -> None:
     delattr(attn, _CHANNELS)
 
 
+def drop_set_aside(model: Any, name: str) -> None:
+    """Nothing to do: transformers sets no attention aside."""
+
+
 def projections(attn: Any) -> dict[str, str]:
     """The frozen projections beside which factors stand, by factor: paths below the attention."""
     return {"q_up": "q_proj", "k_down": "k_proj", "v_down": "v_proj", "out_up": "out_proj"}

@@ -243,6 +243,16 @@ def unmount(attn: Any) -> None:
     attn.set_processor(attn.processor.before)
 
 
+def drop_set_aside(model: Any, name: str) -> None:
+    """Take an adapter out of the processors that ``fuse_qkv_projections`` has set aside for ``unfuse_qkv_projections`` to bring back."""
+    aside = getattr(model, "original_attn_processors", None) or {}
+    for path, processor in aside.items():
+        if isinstance(processor, AdapterProcessor) and processor.channels.named(name) is not None:
+            processor.channels.remove(name)
+            if not processor.channels.names:
+                aside[path] = processor.before
+
+
 def widened(attn: Any, width: int) -> tuple[float, dict[str, Any]]:
     """What it takes for heads of another width: a factor for W_Q, and the attributes to set.
 
