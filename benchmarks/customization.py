@@ -10,7 +10,7 @@ seed. Twice:
 ``comcat, protected`` has ``protect`` (see comcat.diffusion.protecting) with the prompts of the nine digits in place of, or in ``equal`` beside, class pictures.
 
 Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed that is not reported, until the
-best is no end of what was tried; best is the mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the
+best is no end of what was tried, then half a step to either side of it; best is the mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the
 digit classifier's last layer (comcat.diffusion.recognise), trained apart on real scans: they compare methods here and nothing else.
 
 Every (mode, method, seed) is kept in ``--work``; a killed run goes on where it stopped.
@@ -169,11 +169,11 @@ def kept_result(path: Path, make: Any) -> dict[str, Any]:
 def tuned_rate(harness: Harness, mode: str, name: str) -> tuple[float, dict[str, float]]:
     """The best learning rate on the grid, and the score at each that was tried."""
     a = harness.a
-    scores: dict[int, float] = {}
+    scores: dict[float, float] = {}
 
-    def score(power: int) -> None:
+    def score(power: float) -> None:
         lr = START * FACTOR**power
-        path = a.work / f"tune-{mode}-{slug(name)}-{power:+d}.json"
+        path = a.work / f"tune-{mode}-{slug(name)}-{power:+g}.json"
         found = kept_result(path, lambda: harness.run(mode, name, a.tuning_seed, lr, a.tuning_samples))
         scores[power] = (found["recognised"] + found["others"]) / 2
         print(f"  {mode}, {name}, lr {lr:.2g}: {scores[power]:.3f}", flush=True)
@@ -182,6 +182,9 @@ def tuned_rate(harness: Harness, mode: str, name: str) -> tuple[float, dict[str,
         score(power)
     while not a.quick and abs(best := max(scores, key=lambda p: scores[p])) == max(map(abs, scores)) and abs(best) < 6:
         score(best + (1 if best > 0 else -1))
+    if not a.quick:
+        best = max(scores, key=lambda p: scores[p])
+        score(best - 0.5), score(best + 0.5)
     return START * FACTOR ** max(scores, key=lambda p: scores[p]), {
         f"{START * FACTOR**p:.2g}": s for p, s in sorted(scores.items())
     }
@@ -286,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             rates.setdefault(mode, {})[name] = {"lr": lr, "scores": tried}
             runs = []
             for seed in a.seeds:
-                stem = f"{mode}-{slug(name)}-{seed}"
+                stem = f"{mode}-{slug(name)}-{lr:.2g}-{seed}"
                 sheet = a.work / f"{stem}.png"
                 run = partial(harness.run, mode, name, seed, lr, a.samples, sheet)
                 runs.append(kept_result(a.work / f"{stem}.json", run))

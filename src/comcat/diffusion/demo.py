@@ -18,9 +18,9 @@ from .pipeline import digits_pipeline
 from .recognise import Recogniser, train_recogniser
 from .training import customize
 
-EXAMPLES, CONCEPTS, OTHERS = 10, 60, 8
+EXAMPLES, CONCEPTS, OTHERS = 10, 60, 20
 """Pictures to learn from; pictures of the concept, and of each other digit, to judge by."""
-SETTINGS: dict[str, Any] = {"steps": 500, "batch_size": 4, "rank": 4, "lr": 0.01}
+SETTINGS: dict[str, Any] = {"steps": 500, "batch_size": 4, "rank": 4, "lr": 0.005}
 """More and larger steps than on a large pipeline: this one is so small that nothing in it is near the new digit."""
 SAMPLING: dict[str, Any] = {"steps": 20, "guidance": 3.0, "batch_size": 60, "seed": 0}
 
