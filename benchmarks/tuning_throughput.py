@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     if not a.no_write:
         settings = {k: v for k, v in vars(a).items() if k not in ("model", "data", "no_write")}
-        common.write("tuning-throughput", {"model": Path(a.model).name, "settings": settings, "rows": rows})
+        common.write("throughput-of-tuning", {"model": Path(a.model).name, "settings": settings, "rows": rows})
 
 
 if __name__ == "__main__":

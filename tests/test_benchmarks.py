@@ -165,6 +165,6 @@ def test_the_throughput_of_tuning(scripts, folder):
 
     words = "--data digits:train --steps 2 --repeats 2 --batch-size 8 --precision fp32 --model"
     tuning_throughput.main([*words.split(), str(folder)])
-    rows = json.loads(next(scripts.rglob("tuning-throughput.json")).read_text())["rows"]
+    rows = json.loads(next(scripts.rglob("throughput-of-tuning.json")).read_text())["rows"]
     assert [row["tuning"] for row in rows] == ["alone", "with a teacher"]
     assert all(row["bare"] > 0 and len(row["ratios"]) == 2 for row in rows)
