@@ -176,7 +176,7 @@ def main() -> None:
     common.table(["step", "seconds", "lowest", "highest", "× dense", "naive ÷ this", "peak MiB", "× dense"], rows)
     if not arguments.no_write:
         common.write(
-            f"search-step-{arguments.model}-{arguments.dtype}-b{arguments.batch}",
+            f"search-step-{arguments.model}-{arguments.dtype}-b{arguments.batch}-{arguments.grid}",
             {"model": arguments.model, "batch": arguments.batch, "candidates": arguments.grid, "dtype": arguments.dtype, "seconds": seconds, "median": medians,
              "over_dense": {w: medians[w] / medians["dense"] for w in WAYS}, "naive_over": {w: medians["naive"] / medians[w] for w in WAYS},
              "peak_bytes": memory, "memory_over_dense": {w: memory[w] / memory["dense"] for w in WAYS}},
