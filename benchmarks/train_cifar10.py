@@ -55,9 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     classes = list(train.class_names or [str(i) for i in range(10)])
     torch.manual_seed(a.seed)
     arguments = {**SHAPE, "depth": a.depth, "num_classes": len(classes)}
-    model = timm.create_model(ARCHITECTURE, pretrained_cfg=INPUT, drop_path_rate=a.drop_path, **arguments).to(a.device)
+    model = timm.create_model(ARCHITECTURE, pretrained_cfg=INPUT, **arguments).to(a.device)
     settings = {
         **RECIPE, "epochs": a.epochs, "batch_size": a.batch_size, "precision": a.precision, "workers": a.workers, "seed": a.seed,
+        "drop_path": a.drop_path,
         "eval_every": max(1.0, a.epochs / 20),
     }  # fmt: skip
     comcat.tune(model, train, evaluation=judged, out=a.work, progress=True, **settings)
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not a.no_write:
         common.write(
             f"train-{NAME}",
-            {"top1": found.top1, "pictures": judged.count, "settings": {**settings, "drop_path": a.drop_path}, "seconds": tuning["seconds"],
+            {"top1": found.top1, "pictures": judged.count, "settings": settings, "seconds": tuning["seconds"],
              "images_per_second": tuning["images_per_second"], "parameters": comcat.count_parameters(model), "curve": tuning["curve"]},
         )  # fmt: skip
 

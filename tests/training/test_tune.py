@@ -232,6 +232,33 @@ def test_it_trains_in_training_mode(data):
     assert not same(results[0], results[2]) and not same(results[0], results[3])
 
 
+def test_stochastic_depth_is_in_training_alone(data, teacher):
+    student = copy.deepcopy(teacher)
+    structure = {n: type(m) for n, m in student.named_modules()}
+    dropped = []
+
+    def look(module, inputs, output):
+        if module.training:
+            dropped.append(bool((output == 0).flatten(1).all(1).any()))
+
+    from timm.layers import DropPath
+
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda m, i, o: look(m, i, o) if isinstance(m, DropPath) else None
+    )
+    try:
+        tune(student, data, epochs=2, drop_path=0.9, **PLAIN)
+    finally:
+        hook.remove()
+    blocks = len(student.blocks)
+    assert len(dropped) == 8 * 2 * blocks  # steps × branches
+    assert not any(dropped[i] for i in range(0, len(dropped), 2 * blocks))  # never in the first block
+    assert sum(dropped) > 8
+    assert {n: type(m) for n, m in student.named_modules()} == structure
+    again = tune(copy.deepcopy(teacher), data, epochs=2, drop_path=0.9, **PLAIN)
+    assert same(student, again)
+
+
 def test_both_heads_of_a_distilled_model_learn(data):
     import timm
 

@@ -16,6 +16,7 @@ from ..errors import DataError, SettingsError
 from ..measure import is_classifier, model_output
 from ..models import preprocess_of
 from .augmentation import Augment
+from .depth import set_stochastic_depth
 from .learner import freeze_but, freeze_unused
 from .loaders import TrainingData
 from .losses import Objective
@@ -86,6 +87,8 @@ def prepare(
         steps = math.ceil((1 if settings.epochs is None else settings.epochs) * training.steps())
 
     model = copy.deepcopy(student)
+    if settings.drop_path is not None:
+        set_stochastic_depth(model, settings.drop_path)
     freeze_but(model, settings.only)
     paths = chosen_blocks(settings.features, teacher) if teacher is not None else ()
     ours, theirs = Features(paths), Features(paths)

@@ -73,6 +73,8 @@ class TuneSettings:
     """Least and largest share of a picture's area that a random crop shows; None shows what evaluation does. Small pictures want more, such as 0.6 1."""
     flip: float = 0.5
     """Share of pictures mirrored left to right."""
+    drop_path: float | None = None
+    """Stochastic depth: the share of pictures for which the last block's branches are skipped, rising linearly from none at the first (DeiT: 0.1); None leaves the model as it was loaded."""
     repeats: int = 1
     """Repeated augmentation: so many samples of a picture in a row (DeiT: 3)."""
     ema: float | None = None
@@ -103,7 +105,7 @@ class TuneSettings:
             self._within(name, 0, math.inf)
         for name in ("alpha", "feature_decay", "erase", "flip", "warmup"):
             self._within(name, 0, 1)
-        for name in ("smoothing", "ema"):
+        for name in ("smoothing", "ema", "drop_path"):
             self._within(name, 0, 1, below=True)
         for name in ("temperature", "clip", "eval_every"):
             self._within(name, 0, math.inf, above=True)
