@@ -56,13 +56,16 @@ class Method:
         return size
 
 
-def comcat_cross(family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), **_: Any) -> Method:
-    """Eq. 8 at rank 2."""
+def comcat_cross(
+    family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), token: str | None = None, **_: Any
+) -> Method:
+    """Eq. 8 at rank 2; with ``token``, its embedding as well."""
     adapter = diffusion.attach(family.pipe, rank=2, where=where, seed=seed)
     constrain = Protection(family, adapter, protect).apply if protect else lambda: None
-    method = Method(adapter.named_parameters(), constrain=constrain)
-    method.undo.callback(diffusion.unload, family.pipe, adapter.name)
-    return method
+    undo = ExitStack()
+    undo.callback(diffusion.unload, family.pipe, adapter.name)
+    trained = adapter.named_parameters() | _embedding(family, token, undo)
+    return Method(trained, live_text=token is not None, constrain=constrain, undo=undo)
 
 
 def comcat_all(family: Family, seed: int, **_: Any) -> Method:
@@ -71,6 +74,10 @@ def comcat_all(family: Family, seed: int, **_: Any) -> Method:
 
 def comcat_protected(family: Family, seed: int, protect: Sequence[str] = (), **_: Any) -> Method:
     return comcat_cross(family, seed, protect=protect)
+
+
+def comcat_token(family: Family, seed: int, protect: Sequence[str] = (), token: str | None = None, **_: Any) -> Method:
+    return comcat_cross(family, seed, protect=protect, token=token)
 
 
 def comcat_plain(family: Family, seed: int, **_: Any) -> Method:
@@ -85,13 +92,20 @@ def custom_diffusion(family: Family, seed: int, token: str | None = None, **_: A
         if ".attn2.to_k." in name or ".attn2.to_v." in name
     }
     undo = ExitStack()
+    trained |= _embedding(family, token, undo)
+    return Method(_asking(trained), live_text=token is not None, regularised=True, undo=undo)
+
+
+def _embedding(family: Family, token: str | None, undo: ExitStack) -> dict[str, nn.Parameter]:
+    """A token's row of each text encoder's embedding, to be learned; nothing without a token."""
+    rows: dict[str, nn.Parameter] = {}
     if token is not None:
         for component, (tokenizer, encoder) in family.text_encoders().items():
             number = tokenizer.convert_tokens_to_ids(token)
             row = nn.Parameter(encoder.get_input_embeddings().weight[number].detach().clone())
             undo.callback(encoder.get_input_embeddings().register_forward_hook(reading_row(row, number)).remove)
-            trained[f"{component}.{token}"] = row
-    return Method(_asking(trained), live_text=token is not None, regularised=True, undo=undo)
+            rows[f"{component}.{token}"] = row
+    return rows
 
 
 def dreambooth(family: Family, seed: int, **_: Any) -> Method:
@@ -125,6 +139,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "comcat": comcat_plain,
     "comcat, all attention": comcat_all,
     "comcat, protected": comcat_protected,
+    "comcat, protected, new token": comcat_token,
     "Custom Diffusion": custom_diffusion,
     "DreamBooth": dreambooth,
     "LoRA": lora,
