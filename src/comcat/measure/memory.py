@@ -86,7 +86,8 @@ def memory_kept() -> Iterator[None]:
     """Let the process keep what it frees, as it does under the allocators that services run with (jemalloc, tcmalloc).
 
     glibc gives large blocks back to the system at once, so that every layer's output is mapped page by page anew: that time, a
-    tenth to a quarter of a forward on a CPU, is the same in a small model as in a large one. Does nothing under another C library.
+    tenth to a quarter of a forward on a CPU, is the same in a small model as in a large one. Does nothing under another C library,
+    and little in another thread than the main one, whose blocks glibc always gives back.
     Afterwards what is free is given back, and blocks of up to 32 MiB (the most that glibc's own rule comes to) stay.
     """
     if platform.libc_ver()[0] != "glibc":
