@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from comcat.measure import count_parameters, peak_memory
-from comcat.measure.memory import memory_kept
 
 from .models import Cached, Calls, timm_vit
 
