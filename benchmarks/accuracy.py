@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHARED, machine, parser, table, write
+from common import RESULTS, SHARED, machine, parser, table, write, write_whole
 from torch import nn
 
 from comcat import batches, load_model, open_pictures, preprocess_of
@@ -216,10 +216,7 @@ class _Store:
     def get(self, key: str, compute: Callable[[], float]) -> float:
         if key not in self.values:
             self.values[key] = compute()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(self.values))
-            temporary.replace(self.path)
+            write_whole(self.path, self.values)
         return self.values[key]
 
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, parser, synchronize, table, write
+from common import interleaved, parser, quartiles, synchronize, table, write
 from peers import (
+    ATTENTION,
     EncodingSource,
     Kind,
     Method,
@@ -151,13 +152,12 @@ def equal_rank(family: Family, modules: list[str] | str, size: int) -> int:
 
 def contenders(family: Family, sizes: dict[str, dict[str, float]]) -> dict[str, tuple[Callable[..., Method], str]]:
     """Name → how it is set up, and how its steps are fed: cached, or as published."""
-    everywhere = ["to_q", "to_k", "to_v", "to_out.0"]
     crossing = r".*\.attn2\.to_(q|k|v|out\.0)"
     cross, both = (int(sizes[w]["parameters"]) for w in ("cross", "all"))
     ranks = {
         "cross": equal_rank(family, crossing, cross),
-        "small": equal_rank(family, everywhere, cross),
-        "all": equal_rank(family, everywhere, both),
+        "small": equal_rank(family, ATTENTION, cross),
+        "all": equal_rank(family, ATTENTION, both),
     }
     return {
         "comcat": (comcat_plain, "cached"),
@@ -307,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         }  # fmt: skip
     shown = [
         [n, r["seconds"], f"{r['peak_bytes'] / 1e6:.0f}", f"{r['parameters']:,}",
-         *(f"{v['median']:.2f} ({v['low']:.2f}–{v['high']:.2f})" for v in r["of_this"].values())]
+         *(quartiles(v) for v in r["of_this"].values())]
         for n, r in rows.items()
     ]  # fmt: skip
     print()
@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print()
     table(
         ["inference", "seconds", "of plain"],
-        [[s, c["seconds"], f"{c['of_plain']['median']:.3f} ({c['of_plain']['low']:.3f}–{c['of_plain']['high']:.3f})"] for s, c in calls.items()],
+        [[s, c["seconds"], quartiles(c["of_plain"], 3)] for s, c in calls.items()],
     )  # fmt: skip
     result = {
         "model": a.model, "side": a.side, "dtype": a.dtype, "rounds": a.rounds, "repeats": a.repeats, "smoke": a.smoke,

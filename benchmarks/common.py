@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ def _slug(text: str) -> str:
 
 def write(name: str, result: dict[str, Any]) -> Path:
     """Write a result with its environment to ``results/<machine>/<name>.json``."""
-    folder = RESULTS / machine()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
+    path = RESULTS / machine() / f"{name}.json"
     content = {
         "benchmark": name,
         "command": "python " + " ".join(sys.argv),
@@ -43,11 +42,37 @@ def write(name: str, result: dict[str, Any]) -> Path:
         "environment": environment(),
         **result,
     }
+    write_whole(path, content)
+    print(f"wrote {path}")
+    return path
+
+
+def kept_result(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A result from its file, or made now and kept, so that a long script can be killed and goes on. One of other settings is made anew."""
+    settings = json.loads(json.dumps(settings, default=str))
+    if path.is_file() and (kept := json.loads(path.read_text())).get("settings") == settings:
+        return kept["result"]
+    result = make()
+    write_whole(path, {"settings": settings, "result": result})
+    return result
+
+
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """JSON in a file that is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
-    print(f"wrote {path}")
-    return path
+
+
+def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
+    """A mean and a standard deviation as a table shows them."""
+    return f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}"
+
+
+def quartiles(value: dict[str, float], digits: int = 2) -> str:
+    """A median and quartiles as a table shows them."""
+    return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -20,7 +20,6 @@ Every (mode, method, seed) is kept in ``--work``; a killed run goes on where it 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import time
@@ -31,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, machine, parser, table, write
+from common import RESULTS, kept_result, machine, parser, spread, table, write
 from diffusers.utils import logging as diffusers_logging
-from peers import METHODS, EncodingSource, Kind, Method, cached_source, peak_of_step
+from peers import METHODS, WITH_TOKEN, EncodingSource, Kind, Method, cached_source, peak_of_step
 from PIL import Image
 
 import comcat.diffusion as diffusion
@@ -156,15 +155,10 @@ def prepare(a: argparse.Namespace) -> Harness:
     )  # fmt: skip
 
 
-def kept_result(path: Path, make: Any) -> dict[str, Any]:
-    """A result from its file, or made now and kept."""
-    if path.is_file():
-        return json.loads(path.read_text())
-    result = make()
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(path)
-    return result
+def settings_of(a: argparse.Namespace) -> dict[str, Any]:
+    """What a kept run depends on, but for the method, mode, seed and rate that its name says."""
+    names = ("steps", "batch", "sample_steps", "guidance", "class_count", "pipeline", "quick")
+    return {name: getattr(a, name) for name in names}
 
 
 def tuned_rate(harness: Harness, mode: str, name: str) -> tuple[float, dict[str, float]]:
@@ -175,7 +169,8 @@ def tuned_rate(harness: Harness, mode: str, name: str) -> tuple[float, dict[str,
     def score(power: float) -> None:
         lr = START * FACTOR**power
         path = a.work / f"tune-{mode}-{slug(name)}-{power:+g}.json"
-        found = kept_result(path, lambda: harness.run(mode, name, a.tuning_seed, lr, a.tuning_samples))
+        kept = {**settings_of(a), "samples": a.tuning_samples, "seed": a.tuning_seed}
+        found = kept_result(path, kept, lambda: harness.run(mode, name, a.tuning_seed, lr, a.tuning_samples))
         scores[power] = (found["recognised"] + found["others"]) / 2
         print(f"  {mode}, {name}, lr {lr:.2g}: {scores[power]:.3f}", flush=True)
 
@@ -205,18 +200,14 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def shown(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
-    return f"{scale * value['mean']:.{digits}f} ± {scale * value['std']:.{digits}f}"
-
-
 def print_tables(modes: dict[str, dict[str, Any]], untouched: dict[str, float]) -> None:
     for mode, methods in modes.items():
         print(f"\nTable 5, {mode}")
         table(
             ["method", "lr", "seconds", "memory MB", "stored kB", "recognised %", "KID", "FID"],
             [
-                [name, f"{m['lr']['mean']:.2g}", shown(m["seconds"]), shown(m["peak_bytes"], 1e-6), shown(m["stored_bytes"], 1e-3),
-                 shown(m["recognised"], 100), shown(m["kid"], 1, 2), shown(m["fid"], 1, 1)]
+                [name, f"{m['lr']['mean']:.2g}", spread(m["seconds"]), spread(m["peak_bytes"], 1e-6), spread(m["stored_bytes"], 1e-3),
+                 spread(m["recognised"], 100), spread(m["kid"], 1, 2), spread(m["fid"], 1, 1)]
                 for name, m in methods.items()
             ],
         )  # fmt: skip
@@ -228,7 +219,7 @@ def print_tables(modes: dict[str, dict[str, Any]], untouched: dict[str, float]) 
             f"{untouched['others_fid']:.1f}",
         ]
         rows = [
-            [n, shown(m["others"], 100), shown(m["others_kid"], 1, 2), shown(m["others_fid"], 1, 1)]
+            [n, spread(m["others"], 100), spread(m["others_kid"], 1, 2), spread(m["others_fid"], 1, 1)]
             for n, m in methods.items()
         ]
         table(["method", "accuracy %", "KID", "FID"], [before, *rows])
@@ -278,14 +269,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     a.work.mkdir(parents=True, exist_ok=True)
     diffusers_logging.disable_progress_bar()
     harness = prepare(a)
-    untouched = kept_result(a.work / "untouched.json", lambda: harness.judge(open_base(a), a.samples))
+    settings = {**settings_of(a), "samples": a.samples}
+    untouched = kept_result(a.work / "untouched.json", settings, lambda: harness.judge(open_base(a), a.samples))
     modes: dict[str, dict[str, Any]] = {}
     rates: dict[str, Any] = {}
     every: list[dict[str, Any]] = []
     figures: list[str] = []
     for mode in a.modes:
         modes[mode], sheets = {}, {}
-        for name in (n for n in a.methods if mode == "published" or not n.endswith("new token")):
+        for name in (n for n in a.methods if mode == "published" or n not in WITH_TOKEN):
             lr, tried = tuned_rate(harness, mode, name)
             rates.setdefault(mode, {})[name] = {"lr": lr, "scores": tried}
             runs = []
@@ -293,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 stem = f"{mode}-{slug(name)}-{lr:.2g}-{seed}"
                 sheet = a.work / f"{stem}.png"
                 run = partial(harness.run, mode, name, seed, lr, a.samples, sheet)
-                runs.append(kept_result(a.work / f"{stem}.json", run))
+                runs.append(kept_result(a.work / f"{stem}.json", settings, run))
                 sheets.setdefault(name, sheet)
             every += runs
             modes[mode][name] = summary(runs)

@@ -76,10 +76,6 @@ def comcat_protected(family: Family, seed: int, protect: Sequence[str] = (), **_
     return comcat_cross(family, seed, protect=protect)
 
 
-def comcat_token(family: Family, seed: int, protect: Sequence[str] = (), token: str | None = None, **_: Any) -> Method:
-    return comcat_cross(family, seed, protect=protect, token=token)
-
-
 def comcat_plain(family: Family, seed: int, **_: Any) -> Method:
     return comcat_cross(family, seed)
 
@@ -139,12 +135,14 @@ METHODS: dict[str, Callable[..., Method]] = {
     "comcat": comcat_plain,
     "comcat, all attention": comcat_all,
     "comcat, protected": comcat_protected,
-    "comcat, protected, new token": comcat_token,
+    "comcat, protected, new token": comcat_cross,
     "Custom Diffusion": custom_diffusion,
     "DreamBooth": dreambooth,
     "LoRA": lora,
     "LoKr": lokr,
 }
+WITH_TOKEN = ("comcat, protected, new token",)
+"""Methods that are another one where no token is learned."""
 
 
 def _asking(trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:

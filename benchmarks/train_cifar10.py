@@ -9,7 +9,6 @@ chosen. The weights go to ``benchmarks/models/deit_tiny_cifar10`` in float16 (11
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,17 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train, judged = train.take(a.limit, 0), judged.take(a.limit, 0)
     classes = list(train.class_names or [str(i) for i in range(10)])
     torch.manual_seed(a.seed)
-    arguments = {**SHAPE, "depth": a.depth, "num_classes": len(classes)}
-    model = timm.create_model(ARCHITECTURE, pretrained_cfg=INPUT, **arguments).to(a.device)
+    shape = {**SHAPE, "depth": a.depth, "num_classes": len(classes)}
+    model = timm.create_model(ARCHITECTURE, pretrained_cfg=INPUT, **shape).to(a.device)
     settings = {
         **RECIPE, "epochs": a.epochs, "batch_size": a.batch_size, "precision": a.precision, "workers": a.workers, "seed": a.seed,
-        "drop_path": a.drop_path,
-        "eval_every": max(1.0, a.epochs / 20),
+        "drop_path": a.drop_path, "eval_every": max(1.0, a.epochs / 20),
     }  # fmt: skip
     comcat.tune(model, train, evaluation=judged, out=a.work, progress=True, **settings)
     model.half().float()  # what is measured is what is stored
     found = comcat.evaluate(model, comcat.batches(judged, comcat.preprocess_of(model), batch_size=100))
-    save(model, arguments, classes, a.out)
+    save(model, shape, classes, a.out)
     tuning = model.comcat_record.results["tuning"]
     print(
         f"top-1 {found.top1:.2f} % of {judged.count} validation pictures after {a.epochs:g} epochs; weights in {a.out}"
@@ -77,19 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )  # fmt: skip
 
 
-def save(model: Any, arguments: dict[str, Any], classes: list[str], out: Path) -> None:
+def save(model: Any, shape: dict[str, Any], classes: list[str], out: Path) -> None:
     """As timm's ``local-dir`` reads it, in float16; each file is written whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    weights, config = out / ".model.safetensors.tmp", out / ".config.json.tmp"
+    weights = out / ".model.safetensors.tmp"
     save_file({k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}, weights)
     content = {
         "architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": SHAPE["embed_dim"], "global_pool": "token",
-        "model_args": arguments, "label_names": classes,
+        "model_args": shape, "label_names": classes,
         "pretrained_cfg": {**INPUT, "num_classes": len(classes), "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head"},
     }  # fmt: skip
-    config.write_text(json.dumps(content, indent=2) + "\n")
     weights.replace(out / "model.safetensors")
-    config.replace(out / "config.json")
+    common.write_whole(out / "config.json", content)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ the plan are part of the result. Each finished run is kept, so the script can be
 from __future__ import annotations
 
 import copy
-import json
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -46,17 +46,17 @@ def main() -> None:
     train, judged = comcat.open_pictures(arguments.data), comcat.open_pictures(arguments.eval)
     if arguments.limit:
         train, judged = train.take(arguments.limit, 0), judged.take(arguments.limit, 0)
-    arguments.work.mkdir(parents=True, exist_ok=True)
+    work = arguments.work / Path(arguments.model).name
+    asked = {k: getattr(arguments, k) for k in ("limit", "pictures", "data", "eval")}
+    asked |= {"search": SEARCH, "tune": TUNE, "only": ONLY}
     dense = top1(model, judged)
     results: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for saving in arguments.savings:
             for rule in arguments.rules:
-                kept = arguments.work / f"{rule}-{saving:g}-{seed}-{arguments.epochs:g}.json"
-                if not kept.is_file():
-                    kept.write_text(json.dumps(one_run(arguments, model, train, judged, rule, saving, seed)))
-                results.append(json.loads(kept.read_text()))
-                r = results[-1]
+                kept = work / f"{rule}-{saving:g}-{seed}-{arguments.epochs:g}.json"
+                run = partial(one_run, arguments, model, train, judged, rule, saving, seed)
+                results.append(r := common.kept_result(kept, asked, run))
                 print(f"{rule} -{saving:.0%} seed {seed}: {r['before']:.2f} -> {r['after']:.2f} (ranks {r['ranks_s']:.0f} s, tuning {r['tuning_s']:.0f} s)", flush=True)  # fmt: skip
     rows = []
     for saving in arguments.savings:
@@ -74,11 +74,8 @@ def main() -> None:
     )  # fmt: skip
     if not arguments.no_write:
         settings = {
-            "search": SEARCH,
-            "tune": {**TUNE, "epochs": arguments.epochs},
-            "model": Path(arguments.model).name,
-            "training_pictures": train.count,
-        }
+            "search": SEARCH, "tune": {**TUNE, "epochs": arguments.epochs}, "model": Path(arguments.model).name, "training_pictures": train.count
+        }  # fmt: skip
         common.write(arguments.name, {"dense": dense, "settings": settings, "rows": rows, "runs": results})
 
 

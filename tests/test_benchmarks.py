@@ -11,7 +11,7 @@ from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TABLES, TRAINED = ("table1", "table3", "table4"), ("table2", "figure6", "figure7", "figures89")
-TUNED = ("train_cifar10", "tuning_throughput")
+TUNED = ("train_cifar10", "tuning_throughput", "time_by_operation")
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +168,30 @@ def test_the_throughput_of_tuning(scripts, folder):
     rows = json.loads(next(scripts.rglob("throughput-of-tuning.json")).read_text())["rows"]
     assert [row["tuning"] for row in rows] == ["alone", "with a teacher"]
     assert all(row["bare"] > 0 and len(row["ratios"]) == 2 for row in rows)
+
+
+def test_time_by_operation(scripts):
+    import time_by_operation
+
+    time_by_operation.main("--model vit_tiny_patch16_224 --reduce 0.3 --batch 1 --repeats 1".split())
+    rows = json.loads(next(scripts.rglob("time-by-operation-*.json")).read_text())["rows"]
+    assert list(rows) == ["dense", "uniform", "default"]
+    assert all(rows["dense"][kind] > 0 for kind in ("products", "attention", "rest"))
+    assert rows["dense"]["most_of_mac_ratio"] == pytest.approx(1) and 0 < rows["uniform"]["most_of_mac_ratio"] < 1
+    assert time_by_operation.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+
+
+def test_a_kept_result_is_of_the_same_settings(scripts, tmp_path):
+    import common
+
+    made = []
+
+    def make():
+        made.append(len(made))
+        return {"number": made[-1]}
+
+    path = tmp_path / "kept" / "run.json"
+    assert common.kept_result(path, {"lr": 0.1, "only": ("a",)}, make) == {"number": 0}
+    assert common.kept_result(path, {"lr": 0.1, "only": ("a",)}, make) == {"number": 0}
+    assert common.kept_result(path, {"lr": 0.2, "only": ("a",)}, make) == {"number": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["run.json"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -130,6 +131,11 @@ def skip_notes(pictures: Any) -> list[str]:
         if pictures.skipped
         else []
     )
+
+
+def command_line() -> str:
+    """What was typed, to be shown and repeated."""
+    return "comcat " + shlex.join(sys.argv[1:])
 
 
 def plain_settings(command: Any) -> dict[str, Any]:

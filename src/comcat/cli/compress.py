@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
-import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from .common import (
     Positional,
     check_classes,
     check_out,
+    command_line,
     load,
     plain_settings,
     skip_notes,
@@ -160,7 +159,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
     )
     timings = time_models({"before": before, "after": model}, done.prepared.example, command) if command.bench else None
     report = collect(
-        before, model, done, title=f"{command.model}, compressed", model=command.model, command=shown or "comcat " + shlex.join(sys.argv[1:]),
+        before, model, done, title=f"{command.model}, compressed", model=command.model, command=shown or command_line(),
         settings=plain_settings(command), evaluations=say, compressed=compressed, timings=timings, notes=tuple(notes),
     )  # fmt: skip
     model.comcat_record = _with_results(model.comcat_record, report)

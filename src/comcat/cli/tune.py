@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from ..errors import DataError, SettingsError
 from ..terminal import LABELS, number, table
 from ..training.settings import TuneSettings
-from .common import Common, Positional, check_out, in_processes, load, plain_settings, skip_notes
+from .common import Common, Positional, check_out, command_line, in_processes, load, plain_settings, skip_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +106,7 @@ def _report(command: Tune, student: Any, notes: list[str]) -> Any:
 
     p = preprocess_of(student)
     return collect_tuning(
-        student, title=f"{command.student}, tuned", model=command.student, command="comcat " + shlex.join(sys.argv[1:]), settings=plain_settings(command),
+        student, title=f"{command.student}, tuned", model=command.student, command=command_line(), settings=plain_settings(command),
         example=torch.zeros(1, p.channels, *p.size), notes=tuple(notes),
     )  # fmt: skip
 

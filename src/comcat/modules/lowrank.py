@@ -114,7 +114,7 @@ class LowRankAttention(nn.Module):
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
-    """Fused attention; where a CPU must give gradients in bfloat16, in float32, whose backward kernel is three to ten times as fast there."""
+    """Fused attention; where a CPU must give gradients in bfloat16, in float32, whose backward kernel is several times as fast there (torch 2.15)."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not (torch.is_grad_enabled() and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     if attn_mask is not None and attn_mask.is_floating_point():
