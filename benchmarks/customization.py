@@ -8,7 +8,7 @@ seed. Twice:
 - ``equal``: all with comcat's cache and all with prior preservation; nobody's embedding learns.
 
 ``comcat, protected`` has ``protect`` (see comcat.diffusion.protecting) with the prompts of the nine digits in place of, or in ``equal`` beside, class pictures;
-with ``new token`` V*'s embedding learns as well (``published`` alone).
+with ``new token`` V*'s embedding learns as well (``published`` alone); with ``caption dropout`` a tenth of its pictures is shown under the empty prompt.
 
 Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed that is not reported, until the
 best is no end of what was tried, then half a step to either side of it; best is the mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the
@@ -114,7 +114,7 @@ class Harness:
 
     def optimisation(self, family: Family, method: Method, mode: str, name: str, seed: int, lr: float) -> Optimisation:
         images = digit_pictures(LEFT_OUT, 10, seed=seed)
-        kinds = [Kind(images, prompt_of(IDENTIFIER), self.a.batch, 1.0)]
+        kinds = [Kind(images, prompt_of(IDENTIFIER), self.a.batch, 1.0, method.caption_dropout)]
         if mode == "equal" or method.regularised:
             kinds.append(Kind(self.class_pictures, CLASS_PROMPT, self.a.batch, 1.0))
         if encodes(mode, name):

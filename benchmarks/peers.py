@@ -36,6 +36,7 @@ class Method:
     Attributes:
         trained: parameters by name, which is also what the method stores. live_text: whether the text encoder takes part in every step.
         regularised: whether it comes with prior preservation as published. constrain: see ``Optimisation``.
+        caption_dropout: share of the concept's pictures under the empty prompt.
         undo: closed, the pipeline is as before, but for what was trained in place.
     """
 
@@ -43,6 +44,7 @@ class Method:
     live_text: bool = False
     regularised: bool = False
     constrain: Callable[[], None] = lambda: None
+    caption_dropout: float = 0.0
     undo: ExitStack = field(default_factory=ExitStack)
 
     def stored_bytes(self, folder: Path) -> int:
@@ -57,15 +59,23 @@ class Method:
 
 
 def comcat_cross(
-    family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), token: str | None = None, **_: Any
-) -> Method:
-    """Eq. 8 at rank 2; with ``token``, its embedding as well."""
+    family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), token: str | None = None,
+    dropout: float = 0.0, **_: Any,
+) -> Method:  # fmt: skip
+    """Eq. 8 at rank 2; with ``token``, its embedding as well. The empty prompt is protected like the others, unless pictures are shown under it."""
     adapter = diffusion.attach(family.pipe, rank=2, where=where, seed=seed)
-    constrain = Protection(family, adapter, protect).apply if protect else lambda: None
+    kept = protect if dropout else ("", *protect)
+    constrain = Protection(family, adapter, kept).apply if protect else lambda: None
     undo = ExitStack()
     undo.callback(diffusion.unload, family.pipe, adapter.name)
     trained = adapter.named_parameters() | _embedding(family, token, undo)
-    return Method(trained, live_text=token is not None, constrain=constrain, undo=undo)
+    return Method(trained, live_text=token is not None, constrain=constrain, undo=undo, caption_dropout=dropout)
+
+
+def comcat_dropout(
+    family: Family, seed: int, protect: Sequence[str] = (), token: str | None = None, **_: Any
+) -> Method:
+    return comcat_cross(family, seed, protect=protect, token=token, dropout=0.1)
 
 
 def comcat_all(family: Family, seed: int, **_: Any) -> Method:
@@ -136,12 +146,13 @@ METHODS: dict[str, Callable[..., Method]] = {
     "comcat, all attention": comcat_all,
     "comcat, protected": comcat_protected,
     "comcat, protected, new token": comcat_cross,
+    "comcat, protected, new token, caption dropout": comcat_dropout,
     "Custom Diffusion": custom_diffusion,
     "DreamBooth": dreambooth,
     "LoRA": lora,
     "LoKr": lokr,
 }
-WITH_TOKEN = ("comcat, protected, new token",)
+WITH_TOKEN = ("comcat, protected, new token", "comcat, protected, new token, caption dropout")
 """Methods that are another one where no token is learned."""
 
 
@@ -153,12 +164,13 @@ def _asking(trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class Kind:
-    """Pictures under one prompt, with their share of a step and the weight of their loss."""
+    """Pictures under one prompt, with their share of a step, the weight of their loss, and the share of them under the empty prompt."""
 
     images: list[Image.Image]
     prompt: str
     count: int
     weight: float
+    dropout: float = 0.0
 
 
 def cached_source(family: Family, kinds: Sequence[Kind], side: int, seed: int, *, live_text: bool) -> CachedSource:
@@ -167,8 +179,9 @@ def cached_source(family: Family, kinds: Sequence[Kind], side: int, seed: int, *
     for number, kind in enumerate(kinds):
         latents = encode(family, kind.images, side, crops=1, flip=False, seed=seed)
         rotation = Rotation(latents.frames_of, seed, str(number))
-        streams.append(Stream(latents, rotation, kind.count, kind.weight))
-    return CachedSource(streams, Texts(family, [k.prompt for k in kinds], live=live_text))
+        streams.append(Stream(latents, rotation, kind.count, kind.weight, kind.dropout))
+    empty = [""] if any(k.dropout for k in kinds) else []
+    return CachedSource(streams, Texts(family, [*(k.prompt for k in kinds), *empty], live=live_text))
 
 
 class EncodingSource:

@@ -14,6 +14,7 @@ from comcat.diffusion.families import family_of
 from comcat.diffusion.noising import noising_of
 from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.protecting import principal_directions
+from comcat.diffusion.sources import CachedSource, Stream, Texts
 from comcat.errors import (
     DataError,
     MemoryShortage,
@@ -194,7 +195,13 @@ class Killed(Exception):
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"new_token": "dog"}, {"prior_prompt": "a photo of a dog", "prior_count": 2}, {"protect": ("a red cat",)}],
+    [
+        {},
+        {"new_token": "dog"},
+        {"prior_prompt": "a photo of a dog", "prior_count": 2},
+        {"protect": ("a red cat",)},
+        {"caption_dropout": 0.5, "new_token": "dog"},
+    ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(extra, tmp_path, monkeypatch):
     settings = {**QUICK, "steps": 6, "checkpoint_every": 2, "crops": 3, "flip": True, "sample_steps": 1, **extra}
@@ -334,6 +341,68 @@ def test_protected_prompts_stay_as_they_are(pipe, tmp_path):
         assert moved["kept"][prompt] < 0.05 * moved["free"][prompt], moved
         assert moved["kept"][prompt] < 0.1 * moved["kept"][PROMPT], moved
     assert moved["kept"][PROMPT] > 0.1 * moved["free"][PROMPT], moved
+
+
+def test_caption_dropout_shows_a_share_of_the_pictures_under_the_empty_prompt(pipe):
+    family = family_of(pipe)
+    latents = encode(family, tiny.pictures(), 16, crops=1, flip=False, seed=0)
+
+    def shown(dropout: float) -> torch.Tensor:
+        """Which of 400 pictures of the first stream went under the empty prompt."""
+        streams = [
+            Stream(latents, Rotation(latents.frames_of, 0, str(n)), 4, 1.0, d) for n, d in enumerate((dropout, 0.0))
+        ]
+        source = CachedSource(streams, Texts(family, [PROMPT, "a photo of a cat", ""], live=False))
+        prompts = torch.stack(
+            [source(step, torch.Generator().manual_seed(step)).conditions["prompt"] for step in range(100)]
+        )
+        own, other, empty = family.encode([PROMPT, "a photo of a cat", ""])["prompt"]
+        assert torch.equal(prompts[:, 4:], other.expand(100, 4, -1, -1))
+        under = (prompts[:, :4] == empty).all(-1).all(-1)
+        assert torch.equal(prompts[:, :4][~under], own.expand(int((~under).sum()), -1, -1))
+        return under
+
+    assert not shown(0.0).any()
+    assert 60 < shown(0.2).sum() < 100  # of 400: 80 ± 8
+    assert shown(0.2).any(0).all()  # not always the same of a batch
+
+
+def test_the_empty_prompt_learns_with_caption_dropout_also_beside_protection(pipe):
+    protected = ("a photo of a cat", "a red dog")
+    before = {p: picture(pipe, p) for p in ("", *protected)}
+    moved = {}
+    for name, extra in (
+        ("free", {"caption_dropout": 0.5}),
+        ("kept", {"protect": protected}),
+        ("dropped", {"protect": protected, "caption_dropout": 0.5}),
+    ):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **{**QUICK, "steps": 20, "lr": 2e-2, "crops": 1, **extra})
+        moved[name] = {p: float((picture(pipe, p) - x).norm()) for p, x in before.items()}
+        cd.unload(pipe)
+    assert moved["kept"][""] < 0.1 * moved["dropped"][""], moved
+    for prompt in protected:
+        assert moved["dropped"][prompt] < 0.1 * moved["free"][prompt], moved
+
+
+def test_caption_dropout_where_the_empty_prompt_is_zeros(tmp_path):
+    pipe = tiny.stable_diffusion_xl(tmp_path / "parts")
+    pipe.register_to_config(force_zeros_for_empty_prompt=True)
+    family = family_of(pipe)
+    said, empty = (family.encode(["a photo of a cat", ""])[k] for k in ("prompt", "pooled"))
+    _, negative, _, negative_pooled = pipe.encode_prompt("a photo of a cat", do_classifier_free_guidance=True)
+    assert torch.equal(said[1:], negative) and torch.equal(empty[1:], negative_pooled) and said[0].any()
+    with pytest.raises(SettingsError, match=r"empty prompt is all zeros.*where='all'"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, caption_dropout=0.1, **QUICK)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, caption_dropout=0.1, where="all", **QUICK)
+    cd.unload(pipe)
+    pipe.register_to_config(force_zeros_for_empty_prompt=False)
+    assert family.encode([""])["prompt"].any()
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_caption_dropout_is_a_share(share, pipe):
+    with pytest.raises(SettingsError, match=r"caption_dropout: got .*, expected at least 0 and less than 1"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, caption_dropout=share, **QUICK)
 
 
 def test_principal_directions():

@@ -48,7 +48,7 @@ class Family:
         return int(self.pipe.vae_scale_factor)
 
     def encode(self, prompts: list[str]) -> Conditions:
-        """The prompts' conditions. Gradients flow where the text encoders' parameters ask for them."""
+        """The prompts' conditions; the empty one's are those that guidance leads away from. Gradients flow where the text encoders' parameters ask for them."""
         embeds, _ = self.pipe.encode_prompt(prompts, self.device, 1, False)
         return {"prompt": embeds}  # (prompts, tokens, width)
 
@@ -66,6 +66,9 @@ class StableDiffusionXL(Family):
 
     def encode(self, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        if self.pipe.config.get("force_zeros_for_empty_prompt"):
+            said = torch.tensor([bool(prompt) for prompt in prompts], device=embeds.device)
+            embeds, pooled = embeds * said.view(-1, 1, 1), pooled * said.view(-1, 1)
         return {"prompt": embeds, "pooled": pooled}
 
     def framing(self, size: tuple[int, int], corner: tuple[int, int], resolution: int) -> Conditions:

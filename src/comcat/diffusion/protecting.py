@@ -23,7 +23,7 @@ _TEXT_SIDE = ("k_down", "v_down")
 
 
 class Protection:
-    """Keeps an adapter from reading what some prompts have in common with each other, the empty prompt included.
+    """Keeps an adapter from reading what some prompts have in common with each other.
 
     Raises:
         SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be promised.
@@ -41,7 +41,7 @@ class Protection:
             )
         self.factors = [p for path in paths for n, p in adapter.terms[path].named_parameters() if n in _TEXT_SIDE]
         with torch.no_grad():
-            tokens = family.encode(["", *prompts])["prompt"].flatten(0, 1)  # (prompts · tokens, width)
+            tokens = family.encode(list(prompts))["prompt"].flatten(0, 1)  # (prompts · tokens, width)
         self.directions = principal_directions(tokens, SHARE).to(self.factors[0])
 
     @torch.no_grad()

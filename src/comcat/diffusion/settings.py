@@ -37,6 +37,9 @@ class CustomizeSettings:
     """Largest norm of a step's gradient."""
     new_token: str | None = None
     """Give the identifier a token of its own and learn its embedding, from that of this word: dog."""
+    caption_dropout: float = 0.0
+    """Share of the concept's pictures that is shown under the empty prompt, so that guidance, which leads away from that, does not exaggerate
+    the concept; 0.1 is usual."""
     protect: tuple[str, ...] = ()
     """Prompts that shall go on giving what they give: their tokens are projected out of what the adapter reads (cross-attention only)."""
     prior_prompt: str | None = None
@@ -79,6 +82,8 @@ class CustomizeSettings:
             _expect(name, getattr(self, name), 1, "at least 1")
         for name in ("checkpoint_every", "sample_every", "weight_decay", "prior_weight"):
             _expect(name, getattr(self, name), 0, "at least 0")
+        if not 0 <= self.caption_dropout < 1:
+            raise SettingsError(f"caption_dropout: got {self.caption_dropout}, expected at least 0 and less than 1")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name}: got {getattr(self, name)}, expected a number above 0")

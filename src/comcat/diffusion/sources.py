@@ -29,16 +29,20 @@ class Texts:
 
 @dataclass(frozen=True)
 class Stream:
-    """Pictures under one prompt: how many a step takes, and what their loss weighs."""
+    """Pictures under one prompt: how many a step takes, what their loss weighs, what share of them is shown under the empty prompt instead."""
 
     latents: Latents
     rotation: Rotation
     count: int
     weight: float
+    dropout: float = 0.0
 
 
 class CachedSource:
-    """Draws from latents that were computed once. The pictures take turns, so a step needs no state but its number."""
+    """Draws from latents that were computed once. The pictures take turns, so a step needs no state but its number.
+
+    ``texts``: the streams' prompts in order; where any stream has dropout, the empty one after them.
+    """
 
     def __init__(self, streams: Sequence[Stream], texts: Texts) -> None:
         self.streams, self.texts = streams, texts
@@ -51,6 +55,9 @@ class CachedSource:
             latents.append(drawn)
             framings.append(framing)
             weights += [stream.weight / stream.count] * stream.count
-            which += [number] * stream.count
+            shown = torch.full((stream.count,), number)
+            if stream.dropout:
+                shown[torch.rand(stream.count, generator=generator) < stream.dropout] = len(self.streams)
+            which += shown.tolist()
         conditions = self.texts.of(which) | {k: torch.cat([f[k] for f in framings]) for k in framings[0]}
         return Batch(torch.cat(latents), conditions, torch.tensor(weights))

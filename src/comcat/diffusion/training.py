@@ -102,6 +102,7 @@ class Customization:
             raise SettingsError(
                 f"batch_size: got {settings.batch_size} for {self.processes.count} processes, expected a multiple"
             )
+        self._check_dropout()
         self.examples = read_examples(images)
         self.notes = [*self.examples.notes, *self._notes_on_sizes(self.examples.images)]
         if settings.new_token is None:
@@ -138,7 +139,11 @@ class Customization:
         source = self._source(class_pictures, live)
         needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
         idle = Idle(family, needed)
-        protection = Protection(family, adapter, settings.protect) if settings.protect else None
+        protection = None
+        if settings.protect:
+            # What is shown under the empty prompt is to be learned there.
+            prompts = settings.protect if settings.caption_dropout else ("", *settings.protect)
+            protection = Protection(family, adapter, prompts)
         parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
         run = self.optimisation = Optimisation(
             family, self.noising, parameters, source, settings, self.processes,
@@ -176,17 +181,19 @@ class Customization:
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
         streams, prompts = [], []
-        kinds = [(self.examples, self.prompt, 1.0, "concept")]
+        kinds = [(self.examples, self.prompt, 1.0, settings.caption_dropout, "concept")]
         if class_pictures is not None and settings.prior_prompt is not None:
-            kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, "class"))
-        for pictures, prompt, weight, what in kinds:
+            kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, 0.0, "class"))
+        for pictures, prompt, weight, dropout, what in kinds:
             seed = derive_seed(settings.seed, what)
             latents = encode(
                 self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
             )
             rotation = Rotation(latents.frames_of, settings.seed, what)
-            streams.append(Stream(latents, rotation, settings.batch_size, weight))
+            streams.append(Stream(latents, rotation, settings.batch_size, weight, dropout))
             prompts.append(prompt)
+        if settings.caption_dropout:
+            prompts.append("")
         return CachedSource(streams, Texts(self.family, prompts, live=live))
 
     def _class_pictures(self) -> Examples | None:
@@ -264,6 +271,16 @@ class Customization:
             samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
             notes=self.notes,
         )  # fmt: skip
+
+    def _check_dropout(self) -> None:
+        if self.settings.caption_dropout and self.settings.where == "cross":
+            with torch.no_grad():
+                empty = self.family.encode([""])["prompt"]
+            if not empty.any():
+                raise SettingsError(
+                    "caption_dropout: this pipeline's empty prompt is all zeros, of which cross-attention's terms read "
+                    "nothing; leave it out, or learn where='all'"
+                )
 
     def _notes_on_sizes(self, images: Sequence[Image.Image]) -> list[str]:
         notes = []
