@@ -8,7 +8,7 @@ seed. Twice:
 - ``equal``: all with comcat's cache and all with prior preservation; nobody's embedding learns.
 
 ``comcat, protected`` has ``protect`` (see comcat.diffusion.protecting) with the prompts of the nine digits in place of, or in ``equal`` beside, class pictures;
-with ``new token`` V*'s embedding learns as well (``published`` alone); with ``caption dropout`` a tenth of its pictures is shown under the empty prompt.
+with ``new token`` V*'s embedding learns as well (``published`` alone); with ``dropout`` so large a share of its pictures is shown under the empty prompt.
 
 Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed that is not reported, until the
 best is no end of what was tried, then half a step to either side of it; best is the mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--guidance", type=float, default=2.0)
     p.add_argument("--class-count", type=int, default=200)
     p.add_argument("--tuning-seed", type=int, default=100)
-    p.add_argument("--tuning-samples", type=int, default=72)
+    p.add_argument("--tuning-samples", type=int, default=207)
     p.add_argument("--reach", type=int, default=1, help="grid points on either side of 1e-3 to begin with")
     p.add_argument("--quick", action="store_true", help="a smoke test: a hardly trained pipeline, 2 steps, one rate")
     a = p.parse_args(arguments)

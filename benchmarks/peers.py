@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,6 @@ def comcat_cross(
     undo.callback(diffusion.unload, family.pipe, adapter.name)
     trained = adapter.named_parameters() | _embedding(family, token, undo)
     return Method(trained, live_text=token is not None, constrain=constrain, undo=undo, caption_dropout=dropout)
-
-
-def comcat_dropout(
-    family: Family, seed: int, protect: Sequence[str] = (), token: str | None = None, **_: Any
-) -> Method:
-    return comcat_cross(family, seed, protect=protect, token=token, dropout=0.1)
 
 
 def comcat_all(family: Family, seed: int, **_: Any) -> Method:
@@ -146,13 +141,14 @@ METHODS: dict[str, Callable[..., Method]] = {
     "comcat, all attention": comcat_all,
     "comcat, protected": comcat_protected,
     "comcat, protected, new token": comcat_cross,
-    "comcat, protected, new token, caption dropout": comcat_dropout,
+    "comcat, protected, new token, dropout 0.05": partial(comcat_cross, dropout=0.05),
+    "comcat, protected, new token, dropout 0.1": partial(comcat_cross, dropout=0.1),
     "Custom Diffusion": custom_diffusion,
     "DreamBooth": dreambooth,
     "LoRA": lora,
     "LoKr": lokr,
 }
-WITH_TOKEN = ("comcat, protected, new token", "comcat, protected, new token, caption dropout")
+WITH_TOKEN = tuple(name for name in METHODS if "new token" in name)
 """Methods that are another one where no token is learned."""
 
 
