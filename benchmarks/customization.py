@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--pipeline", type=Path, help="folder of a digits pipeline made before; left out, one is trained")
     p.add_argument("--modes", nargs="*", default=list(MODES), choices=MODES)
     p.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
-    p.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    p.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4, 5])
     p.add_argument("--steps", type=int, default=500)
     p.add_argument("--batch", type=int, default=4)
     p.add_argument("--samples", type=int, default=207, help="pictures of the concept, and of the nine others together")

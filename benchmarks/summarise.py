@@ -197,7 +197,7 @@ def customization(r: dict[str, Any]) -> str:
     before, s = r["untouched"], r["settings"]
     parts = [
         f"The embedded pipeline learns its tenth digit from 10 pictures in {s['steps']} steps of {s['batch']}; {s['samples']} pictures a number, {len(s['seeds'])} seeds, mean ± standard deviation. Features for KID "
-        f"and FID: {r['features']}, a classifier trained apart on real scans, so they compare methods here and nothing else. Seconds were taken on a machine that did other work beside. The half steps of the learning rates, 207 pictures instead of 72 to choose them by, and the variants with a new token and with caption dropout were added after first results on these seeds had been seen; the share dropped is the usual tenth, tried on other seeds. Before: concept recognised {100 * before['recognised']:.1f} %, KID {before['kid']:.0f}; the other nine, in white as their accuracy is taken, {100 * before['others']:.1f} %."
+        f"and FID: {r['features']}, a classifier trained apart on real scans, so they compare methods here and nothing else. Seconds were taken on a machine that did other work beside. The half steps of the learning rates, 207 pictures instead of 72 to choose them by, and the variants with a new token and with dropout 0.1 were added after first results of seeds 0 to 2 had been seen; dropout 0.05 after those of dropout 0.1. Seeds 3 to 5 were new to all. Before: concept recognised {100 * before['recognised']:.1f} %, KID {before['kid']:.0f}; the other nine, in white as their accuracy is taken, {100 * before['others']:.1f} %."
     ]  # fmt: skip
     for mode, methods in r["modes"].items():
         rows = [

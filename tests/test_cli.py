@@ -166,6 +166,31 @@ def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, mon
     assert plans[0] == plans[1]
 
 
+def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, monkeypatch):
+    from comcat.cli.common import Loader
+
+    seen = []
+    monkeypatch.setattr(
+        Loader, "__call__", lambda self, pictures, own=Loader.__call__: seen.append(pictures) or own(self, pictures)
+    )
+    out = tmp_path / "small"
+    asked = [
+        "compress",
+        str(folder),
+        "--data",
+        "digits:train",
+        "--max-drop",
+        "30",
+        "--pictures",
+        "16",
+        "--out",
+        str(out),
+    ]
+    assert main([*asked, "--no-bench"]) == 0
+    calibration, deciding, judged = ({s.key for s in pictures} for pictures in seen[:3])
+    assert deciding and judged and not (deciding & judged or calibration & (deciding | judged))
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -183,6 +208,11 @@ def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, mon
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--plan", "OUT/plan.json", "--out", "OUT"], "no plan"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--batch-size", "0"], "batch-size"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--device", "cuda:99"], "device"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "BLOCKED"], "nothing can be written"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--multiple", "0", "--out", "OUT"], "multiple=0"),
+        (["inspect", "FOLDER", "--device", "meta"], "holds no values"),
+        (["inspect", "FOLDER", "--seed", "99999999999999999999999"], "--seed"),
+        (["bench", "FOLDER", "--threads", "0"], "--threads 0"),
         (["eval", "FOLDER", "--data", "EMPTY"], "picture"),
         (["compress", "--recipe", "OUT.yaml", "--out", "OUT"], "no recipe"),
     ],
@@ -194,6 +224,7 @@ def test_bad_input_is_one_clear_line(arguments, said, folder, tmp_path, capsys):
         "FOLDER": str(folder),
         "OUT": str(tmp_path / "out"),
         "EMPTY": str(empty),
+        "BLOCKED": str(folder / "config.json" / "out"),
         "OUT/plan.json": str(tmp_path / "out" / "plan.json"),
         "OUT.yaml": str(tmp_path / "no.yaml"),
     }

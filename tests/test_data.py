@@ -932,3 +932,43 @@ def test_importing_is_light():
     code = f"import sys, comcat.data; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def _classes(folder, *names):
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / name / "0.png")
+    return open_pictures(folder)
+
+
+def test_labels_in_terms_of_other_names(tmp_path):
+    pictures = _classes(tmp_path, "ship", "truck")
+    known = ("car", "ship", "tree", "truck")
+    named = pictures.in_terms_of(known)
+    assert [s.label for s in pictures] == [0, 1] and [s.label for s in named] == [1, 3]
+    assert named.class_names == known and sorted(s.label for s in named.take(2, 0)) == [1, 3]  # parts of it as well
+    bare = named.without_labels()
+    assert [s.label for s in bare] == [None, None] and not bare.has_labels and bare.class_names is None
+    assert not bare.split(0.5, 0)[0].has_labels
+    with pytest.raises(DataError, match="no class is called 'truck'; did you mean 'trucks'"):
+        pictures.in_terms_of(("ship", "trucks"))
+
+
+def test_pictures_are_labelled_as_the_model_counts(tmp_path):
+    import timm
+
+    from comcat.models import in_classes_of
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["car", "ship", "truck"]}
+    named, note = in_classes_of(model, _classes(tmp_path / "a", "ship", "truck"))
+    assert [s.label for s in named] == [1, 2] and note is None
+    strange, note = in_classes_of(model, _classes(tmp_path / "b", "ship", "sloop"))
+    assert not strange.has_labels and "none called 'sloop'" in note
+    numbered = _classes(tmp_path / "c", "n01", "n02", "n03")  # another vocabulary for all of them
+    assert in_classes_of(model, numbered) == (numbered, None)
+    with pytest.raises(DataError, match="4 classes, the model 3"):
+        in_classes_of(model, _classes(tmp_path / "d", "a", "b", "c", "d"))
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": None}
+    kept, note = in_classes_of(model, _classes(tmp_path / "e", "ship", "truck"))
+    assert kept.has_labels and "first of the model's 3" in note

@@ -87,8 +87,15 @@ class Plan:
                     f"{name}: got ranks {entry['rank']!r} and {entry['full_rank']!r}, expected whole numbers"
                 )
             heads = entry.get("head_ranks")
+            if heads is not None and not (
+                isinstance(heads, list | tuple) and all(isinstance(r, int) and not isinstance(r, bool) for r in heads)
+            ):
+                raise PlanError(f"{name}: got head_ranks {heads!r}, expected a list of whole numbers")
             sites[name] = SitePlan(**{**entry, "head_ranks": None if heads is None else tuple(heads)})
-        return cls(sites=sites, made_by=data.get("made_by", {}))
+        made_by = data.get("made_by", {})
+        if not isinstance(made_by, dict):
+            raise PlanError(f"got made_by {made_by!r}, expected an object")
+        return cls(sites=sites, made_by=made_by)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1) + "\n"
@@ -112,7 +119,10 @@ class Plan:
         if not path.is_file():
             known = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
             raise PlanError(f"no plan at {str(path)!r}{nearest(path.name, known)}")
-        return cls.from_json(path.read_text())
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} cannot be read: {error}") from error
 
     def check(self, sites: Sites) -> None:
         """Raise where the plan does not fit the model's sites; the message names the first site that differs."""

@@ -162,3 +162,26 @@ def test_page_escapes_and_loads_nothing():
     for text in ("&lt;V*&gt;", "a &amp; b", "&lt;b&gt;", "1 &lt; 2", "&lt;i&gt;", "&lt;u&gt;", "&lt;td&gt;"):
         assert text in page
     assert "<script" not in page and 'src="http' not in page and 'class="sharp"' in page
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("stable_diffusion", {"size": 7}, "size: got 7, expected a multiple of 8"),
+        ("flux", {"size": 7}, "size: got 7, expected a multiple of"),
+        ("stable_diffusion", {"steps": 100_000}, "got 100000 sampler steps, expected at most"),
+        ("flux", {"negative": "a cat"}, "negative: this pipeline's guidance is built into the model"),
+        ("stable_diffusion", {"guidance": float("nan")}, "guidance: got nan"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_said(family, settings, said, tmp_path):
+    pipe = getattr(tiny, family)(tmp_path)
+    with pytest.raises(SettingsError, match=said):
+        list(generate(pipe, "a dog", **{**HOW, **settings}))
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_before_any_picture(tmp_path, pipe, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("generated"))
+    with pytest.raises(StoreError, match="nothing can be written"):
+        generate_to(tmp_path / "file", pipe, "a dog", **HOW)

@@ -14,8 +14,10 @@ from comcat.diffusion.families import family_of
 from comcat.diffusion.noising import noising_of
 from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.protecting import principal_directions
+from comcat.diffusion.settings import CustomizeSettings, make_settings
 from comcat.diffusion.sources import CachedSource, Stream, Texts
 from comcat.errors import (
+    ComcatError,
     DataError,
     MemoryShortage,
     ModelError,
@@ -284,8 +286,13 @@ def test_new_token_is_learned_saved_and_loaded(tmp_path, pipe):
     cd.load(pipe, out)
     # the file is float16, the trained adapter was float32
     torch.testing.assert_close(picture(pipe, PROMPT), mine, atol=2e-3, rtol=2e-3)
-    with pytest.raises(SettingsError, match="has a token 'V\\*' already"):
+    with pytest.raises(SettingsError, match=r"'dog' answers to 'V\*' already"):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="other", new_token="dog", **QUICK)
+    # a word that the tokenizer knows, as CLIP spells it, would be taken from all prompts
+    with pytest.raises(SettingsError, match="has a token 'cat' already"):
+        cd.customize(
+            pipe, tiny.pictures(), prompt="a photo of cat", identifier="cat", name="other", new_token="dog", **QUICK
+        )
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion_xl", "stable_diffusion_3", "flux"])
@@ -625,3 +632,101 @@ def test_interruption_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, new_token="dog", **QUICK)
     assert not cd.adapters(pipe) and torch.equal(picture(pipe), before)
     assert pipe.unet.conv_in.weight.requires_grad
+
+
+def test_two_concepts_of_one_identifier_are_refused_whether_saved_or_not(pipe, tmp_path):
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="first", **QUICK)
+    record = cd.adapters(pipe)["first"].record
+    assert (record.identifier, record.prompt) == ("V*", PROMPT)
+    with pytest.raises(SettingsError, match="'first' answers to 'v\\*' already"):
+        cd.customize(pipe, tiny.pictures(), prompt="a photo of v* dog", identifier="v*", name="second", **QUICK)
+    path = cd.save(pipe, tmp_path / "first.safetensors", name="first")
+    cd.unload(pipe)
+    cd.load(pipe, path, name="first")
+    with pytest.raises(SettingsError, match="answers to 'V\\*' already"):
+        cd.load(pipe, path, name="second")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"protect": (PROMPT,)}, {"protect": ("V* dog",)}, {"prior_prompt": "a photo of V* dog"}, {"protect": "a dog"}],
+)
+def test_prompts_to_stay_as_they_are_must_not_call_the_concept(settings, pipe):
+    with pytest.raises(SettingsError, match=r"contains the identifier|expected a sequence of prompts"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **settings, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("snr_gamma", -1.0), ("snr_gamma", 0.0), ("snr_gamma", float("nan")), ("lr", float("inf")), ("sample_steps", 0),
+     ("weight_decay", float("inf")), ("sample_steps", 100_000)],
+)  # fmt: skip
+def test_settings_out_of_range_are_said_at_once(name, value, pipe):
+    with pytest.raises(SettingsError, match=name.replace("sample_steps", "steps")):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **{**QUICK, name: value})
+    assert not cd.adapters(pipe)
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_training(tmp_path, pipe, monkeypatch):
+    from comcat.diffusion.optimising import Optimisation
+
+    monkeypatch.setattr(Optimisation, "step", lambda self: pytest.fail("trained"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="nothing can be written"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=tmp_path / "file" / "dog.safetensors", **QUICK)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"where": "joint"},
+        {"prior_prompt": "a dog", "prior_images": "nope"},
+        {"where": "all", "protect": ("a",)},
+        {"new_token": ""},
+    ],
+)
+def test_a_restart_that_cannot_begin_leaves_the_run_before_it(wrong, tmp_path, pipe):
+    out = tmp_path / "dog.safetensors"
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **QUICK)
+    cd.unload(pipe)
+    before = sorted((tmp_path / "dog.run").rglob("*.safetensors"))
+    with pytest.raises(ComcatError):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, restart=True, **{**QUICK, **wrong})
+    assert before and sorted((tmp_path / "dog.run").rglob("*.safetensors")) == before
+    assert not cd.adapters(pipe)
+
+
+def test_class_pictures_are_of_the_model_that_is_taught(tmp_path, pipe):
+    prior = {"prior_prompt": "a dog", "prior_count": 2, "sample_steps": 1}
+    out = tmp_path / "dog.safetensors"
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **prior, **QUICK)
+    first = {p.name: p.read_bytes() for p in (tmp_path / "dog.run/class").glob("*.png")}
+    other = tiny.stable_diffusion(tmp_path / "other")
+    with torch.no_grad():
+        for p in other.unet.parameters():
+            p.mul_(1.5)
+    cd.customize(other, tiny.pictures(), prompt=PROMPT, out=out, restart=True, **prior, **QUICK)
+    again = {p.name: p.read_bytes() for p in (tmp_path / "dog.run/class").glob("*.png")}
+    assert first.keys() == again.keys() and all(first[n] != again[n] for n in first)
+    cd.unload(other)
+    with pytest.raises(StoreError, match="sample_steps was 1, now 2"):  # they shape what is trained on
+        cd.customize(other, tiny.pictures(), prompt=PROMPT, out=out, **{**prior, "sample_steps": 2}, **QUICK)
+
+
+def test_class_pictures_that_a_safety_checker_blackened_are_left_out(pipe, monkeypatch):
+    from comcat.diffusion import training
+    from comcat.diffusion.generating import Generated
+
+    made = [tiny.pictures(1)[0], Image.new("RGB", (16, 16))]
+
+    def generated(*_, **__):
+        return [Generated(image, "a dog", n, n == 1) for n, image in enumerate(made)]
+
+    monkeypatch.setattr(training, "generate", generated)
+    settings = make_settings(CustomizeSettings, {"prior_prompt": "a dog", "prior_count": 2, **QUICK})
+    run = training.Customization(pipe, tiny.pictures(), PROMPT, "V*", "default", settings, None, False)
+    assert len(run._class_pictures().images) == 1
+    assert any("1 of 2 pictures of the class are black" in note for note in run.notes)
+    made[0] = made[1]
+    with pytest.raises(DataError, match="not black"):
+        run._class_pictures()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import fields, replace
 from importlib import import_module
+from pathlib import Path
+from typing import Any
 
-from ..errors import ComcatError
+from ..errors import ComcatError, SettingsError
 
 VERBS = {
     "inspect": "inspect:Inspect",
@@ -44,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog="comcat",
             description="Attention-based vision models, smaller, faster and personal.",
         )
-        return import_module(type(command).__module__).run(command)
+        if not 0 <= getattr(command, "seed", 0) < 2**63:
+            raise SettingsError(f"got --seed {command.seed}, expected a whole number from 0 to 2^63 - 1")
+        return import_module(type(command).__module__).run(_at_home(command))
     except ComcatError as error:
         print(f"comcat: {error}", file=sys.stderr)
         return 1
@@ -55,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with suppress(Exception):
             sys.stdout.close()
         return 141
+
+
+def _at_home(command: Any) -> Any:
+    """A command with ``~`` in its paths written out; a shell leaves it in ``--out=~/small``."""
+    paths = {f.name: getattr(command, f.name) for f in fields(command) if isinstance(getattr(command, f.name), Path)}
+    return replace(command, **{name: path.expanduser() for name, path in paths.items()})
 
 
 def settings_of(verb: str) -> type:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 
 import tyro
 
-from ..errors import ComcatError, DataError, SettingsError
+from ..errors import ComcatError, SettingsError
+from ..writable import check_writable
 
 Positional = tyro.conf.Positional
 
@@ -63,6 +64,8 @@ def pick_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "meta":
+        raise SettingsError("got --device 'meta', which holds no values; expected auto, cpu, cuda, cuda:1 or mps")
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -85,12 +88,17 @@ def time_models(models: dict[str, Any], example: Any, command: Any) -> Any:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
+    """Raises unless a model may be saved to a folder and can be; what a run that was stopped has left there is no hindrance."""
+    from ..store.folder import RUN, check_replaceable
+
     if out.is_file():
         raise SettingsError(f"--out {str(out)!r} is a file, expected a folder to write to")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
+    check_writable(out.parent if not out.exists() else out)
+    if out.is_dir() and not {p.name for p in out.iterdir()} <= RUN and not overwrite:
         raise SettingsError(
             f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder"
         )
+    check_replaceable(out, overwrite=True)
 
 
 def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
@@ -117,12 +125,15 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
         processes.close()
 
 
-def check_classes(model: Any, pictures: Any) -> None:
-    from ..models import class_names_of
+def open_for(model: Any, spec: str, notes: list[str]) -> Any:
+    """Pictures labelled as the model counts its classes; what there is to say about it joins the notes."""
+    from ..data import open_pictures
+    from ..models import in_classes_of
 
-    ours, theirs = class_names_of(model), pictures.class_names
-    if ours and theirs and len(theirs) > len(ours):
-        raise DataError(f"the pictures have {len(theirs)} classes, the model {len(ours)}")
+    pictures, note = in_classes_of(model, open_pictures(spec))
+    if note is not None:
+        notes.append(note)
+    return pictures
 
 
 def skip_notes(pictures: Any) -> list[str]:

@@ -18,10 +18,10 @@ from .common import (
     Common,
     Loader,
     Positional,
-    check_classes,
     check_out,
     command_line,
     load,
+    open_for,
     plain_settings,
     skip_notes,
     time_models,
@@ -78,7 +78,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
     import copy
 
     from .. import measure
-    from ..data import open_pictures, overlap
+    from ..data import overlap
     from ..methods.compress import compress_
     from ..methods.search import search_
     from ..models import preprocess_of
@@ -95,22 +95,26 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
             "comcat compress works in one process; with several: comcat search, then compress --plan, then comcat tune"
         )
     check_out(command.out, command.overwrite)
-    pictures = open_pictures(command.data)
-    evaluation = None if command.eval is None else open_pictures(command.eval)
+    notes: list[str] = []
+    if command.plan is not None and (command.reduce is not None or command.max_drop is not None):
+        notes.append("--plan says every rank, so --reduce and --max-drop were not used.")
+    pictures = open_for(model, command.data, notes)
+    evaluation = None if command.eval is None else open_for(model, command.eval, notes)
     if command.eval is not None and same_place(command.data, command.eval):
         raise DataError(
             f"--data and --eval are both {command.eval!r}: accuracy on pictures that were calibrated on says nothing; give separate ones"
         )
     plan = None if command.plan is None else Plan.load(command.plan)
     rest, held = pictures.split(0.2, command.seed)
-    notes: list[str] = []
     if pictures.count is not None and pictures.count < FEW:
         rest = held = pictures
         notes.append(f"Only {pictures.count} pictures: calibration and measurement had to share them.")
+    deciding = held
+    if command.max_drop is not None and held is not rest:
+        deciding, held = held.split(0.5, command.seed)  # what chooses the saving does not judge it
     calibration = rest.take(command.pictures, command.seed)
     judged = held.take(1000, command.seed) if evaluation is None else evaluation
     judged = judged if command.eval_limit is None else judged.take(command.eval_limit, command.seed)
-    check_classes(model, judged)
     preprocess = preprocess_of(model)
     batches = Loader(preprocess, command.batch_size)
     if evaluation is not None and (shared := overlap(calibration, judged)):
@@ -134,7 +138,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
         model,
         batches(calibration),
         settings,
-        held_out=batches(held.take(2000, command.seed)) if command.max_drop is not None else None,
+        held_out=batches(deciding.take(2000, command.seed)) if command.max_drop is not None else None,
         plan=plan,
         progress=True,
     )

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from ..terminal import LABELS, number, table
-from .common import Common, Loader, Positional, check_classes, load, skip_notes
+from .common import Common, Loader, Positional, load, open_for, skip_notes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,15 @@ class Eval(Common):
 
 
 def run(command: Eval) -> int:
-    from ..data import open_pictures
     from ..measure import evaluate
     from ..models import preprocess_of
 
     model = load(command, command.model)
     against = None if command.against is None else load(command, command.against)
-    pictures = open_pictures(command.data)
+    notes: list[str] = []
+    pictures = open_for(model, command.data, notes)
     if command.limit is not None:
         pictures = pictures.take(command.limit, command.seed)
-    check_classes(model, pictures)
     batches = Loader(preprocess_of(model), command.batch_size)
     result = {
         k: v
@@ -45,9 +44,10 @@ def run(command: Eval) -> int:
         if v is not None
     }
     if command.json:
-        print(json.dumps({"model": command.model, "data": command.data, **result}, indent=1))
+        said = {"notes": notes} if notes else {}
+        print(json.dumps({"model": command.model, "data": command.data, **result, **said}, indent=1))
         return 0
     table(["measure", "value"], [[LABELS.get(k, k), number(k, v)] for k, v in result.items()])
-    for note in skip_notes(pictures):
+    for note in [*notes, *skip_notes(pictures)]:
         print(note)
     return 0

@@ -69,10 +69,10 @@ def run(command: Generate) -> int:
 def parse_adapter(text: str) -> tuple[Path, float]:
     """``dog.safetensors:0.8`` as file and scale; without a scale, 1."""
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), 1.0
+    if not colon or Path(text).expanduser().exists():
+        return Path(text).expanduser(), 1.0
     try:
-        return Path(path), float(scale)
+        return Path(path).expanduser(), float(scale)
     except ValueError:
         raise SettingsError(f"--adapter: got {text!r}, expected FILE or FILE:SCALE, as dog.safetensors:0.8") from None
 

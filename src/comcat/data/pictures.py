@@ -8,9 +8,9 @@ import os
 import random
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count as count_up
 from itertools import islice
@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from ..errors import DataError, SettingsError
+from ..errors import DataError, SettingsError, nearest
 from .picture import content_hash, decode
 from .sources import Entry, Source, guarded
 
@@ -65,6 +65,7 @@ class Pictures:
         self._max_unreadable = max_unreadable
         self._parts: tuple[_Part | _Share, ...] = ()
         self._chosen: frozenset[str] | None = None
+        self._places: tuple[int, ...] | None = None
         self._warned = False
 
     def __repr__(self) -> str:
@@ -149,6 +150,25 @@ class Pictures:
         chosen = None if self._chosen is None else frozenset(key for key in self._chosen if part(key))
         return self._view(f"part {process + 1} of {processes}", (*self._parts, part), chosen)
 
+    def in_terms_of(self, names: Sequence[str]) -> Pictures:
+        """The same pictures, labelled by their class's place in ``names``, whatever its place among the pictures' own ``class_names``.
+
+        Raises :class:`~comcat.errors.DataError` for a class that ``names`` lacks.
+        """
+        places = {name: place for place, name in enumerate(names)}
+        if missing := [name for name in self.class_names or () if name not in places]:
+            raise DataError(f"{self.name}: no class is called {missing[0]!r}{nearest(missing[0], places)}")
+        view = self._view("by name", self._parts, self._chosen)
+        view.name, view._places = self.name, tuple(places[name] for name in self.class_names or ())
+        view.class_names = tuple(names)
+        return view
+
+    def without_labels(self) -> Pictures:
+        """The same pictures with no labels."""
+        view = self._view("without labels", self._parts, self._chosen)
+        view.name, view._places, view.class_names, view.has_labels = self.name, (), None, False
+        return view
+
     def fingerprint(self, limit: int | None = 4096) -> frozenset[str]:
         """Hashes of the decoded RGB pixels of a random sample of ``limit`` pictures (None: all), to compare sets by."""
         if limit is not None:
@@ -224,6 +244,9 @@ class Pictures:
         if self._chosen is not None:
             entries = islice(entries, len(self._chosen))  # streams need not be read to their end
         entries = guarded(entries, f"{self.name} cannot be read")
+        if (places := self._places) is not None:
+            # an entry may have no label of its own; without places none keeps one
+            entries = (replace(e, label=None if e.label is None or not places else places[e.label]) for e in entries)
         return entries if seed is None or self._source.shuffles_fully else _shuffle_buffer(entries, seed)
 
     def _keep(self, key: str) -> bool:
@@ -239,6 +262,7 @@ class Pictures:
         view.name = f"{self.name} ({what})"
         view._parts = parts
         view._chosen = chosen
+        view._places, view.class_names, view.has_labels = self._places, self.class_names, self.has_labels
         return view
 
     def _too_many(self, skipped: list[str], seen: int) -> DataError:

@@ -34,6 +34,14 @@ class Record:
     """Whether loading it has put these tokens into the tokenizer."""
 
 
+def answering(target: Any, identifier: str | None) -> str | None:
+    """The name of the adapter that answers to an identifier in whatever case, None if there is none."""
+    for name, record in records(target).items():
+        if identifier is not None and identifier.casefold() == (record.identifier or "").casefold():
+            return name
+    return None
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter in a pipeline.

@@ -269,6 +269,7 @@ def _held_in(dtype: torch.dtype, key: str, value: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
@@ -276,11 +277,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), temporary, metadata=dict(metadata))
         os.replace(temporary, path)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # safetensors' own error is none of these, but all it raises here is
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise StoreError(f"cannot save to {path}: {error}; what was there is unchanged") from error
     finally:
         with suppress(OSError):

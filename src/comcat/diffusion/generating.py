@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ..errors import ModelError
+from ..errors import ModelError, SettingsError
 from ..training.seeding import derive_seed
+from ..writable import check_writable
 from .memory import shortage_explained
 from .pictures import already_made, file_name, save_picture
 from .settings import GenerateSettings, make_settings
@@ -53,6 +54,8 @@ def generate(
     how = make_settings(GenerateSettings, settings)
     if getattr(pipe, "scheduler", None) is None:
         raise ModelError(f"{type(pipe).__name__} has no scheduler, so it cannot generate; load the pipeline with one")
+    check_sampling(pipe, how.steps)
+    _check_fits(pipe, how)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     todo = [(p, n) for p in prompts for n in range(how.count)] if wanted is None else list(wanted)
     bar = tqdm(total=len(todo), desc="pictures", unit="picture", disable=not progress)
@@ -79,6 +82,31 @@ def _batch(pipe: Any, todo: list[tuple[str, int]], settings: GenerateSettings) -
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(todo)
     for image, (prompt, number), flagged in zip(output.images, todo, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
+
+
+def check_sampling(pipe: Any, steps: int | None) -> None:
+    """Raise SettingsError for more steps than a pipeline's scheduler has times."""
+    scheduler = getattr(pipe, "scheduler", None)
+    times = None if scheduler is None else scheduler.config.get("num_train_timesteps")
+    if steps is not None and times is not None and steps > times:
+        raise SettingsError(f"got {steps} sampler steps, expected at most {times}, the scheduler's times")
+
+
+def _check_fits(pipe: Any, how: GenerateSettings) -> None:
+    from .families import Flux, family_of
+
+    try:
+        family = family_of(pipe)
+    except ModelError:  # a pipeline that cannot be taught may still generate
+        return
+    multiple = max(8, family.multiple()) if family.component == "unet" else family.multiple()
+    if how.size is not None and how.size % multiple:
+        nearest = max(multiple, round(how.size / multiple) * multiple)
+        raise SettingsError(f"size: got {how.size}, expected a multiple of {multiple} for this pipeline, as {nearest}")
+    if how.negative is not None and isinstance(family, Flux):
+        raise SettingsError(
+            "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; leave it out"
+        )
 
 
 def _what_would_fit(pipe: Any, settings: GenerateSettings) -> list[str]:
@@ -118,7 +146,8 @@ def generate_to(
     Raises:
         StoreError: if a picture made in another way is in the place of a new one (unless ``overwrite``), or none can be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    check_writable(folder)
     prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     chosen = make_settings(GenerateSettings, settings)
     how = {k: v for k, v in asdict(chosen).items() if k not in ("count", "batch_size")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import SettingsError
 from .adapter import records, remember
 from .families import Family
-from .tokens import refresh_tokens
+from .tokens import knows, refresh_tokens
 
 
 class LearnedToken:
@@ -28,7 +28,7 @@ class LearnedToken:
         self.parameters: dict[str, nn.Parameter] = {}
         self.keys: dict[str, str] = {}
         for component, (tokenizer, encoder) in family.text_encoders().items():
-            if identifier in tokenizer.get_vocab():
+            if knows(tokenizer, identifier):
                 raise SettingsError(
                     f"the {component}'s tokenizer has a token {identifier!r} already; choose another identifier"
                 )

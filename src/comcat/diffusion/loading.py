@@ -14,7 +14,7 @@ from ..errors import SettingsError, StoreError
 from ..hosts.diffusers import AdaptableAttention
 from ..modules.adapters import PRODUCTS, SIDES, LowRankTerms
 from ..tensorfiles import listed
-from .adapter import Adapter, Record, records
+from .adapter import Adapter, Record, answering
 from .attaching import check_new, device_of, install
 from .components import Component, components_of, denoiser_of
 from .files import AdapterFile, read
@@ -151,17 +151,12 @@ def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str
             raise SettingsError(f"got rename_identifier {renamed!r}, expected a word")
         words = {k if k not in mine else f"{k.split('.', 1)[0]}.{renamed}": v for k, v in words.items()}
         identifier = renamed
-    for other, record in records(target).items():
-        if (
-            identifier is not None
-            and record.identifier is not None
-            and identifier.casefold() == record.identifier.casefold()
-        ):
-            learned = any(key.split(".", 1)[1] == file.identifier for key in file.token_embeddings)
-            way_out = "load it with rename_identifier='…'" if learned else "train one of them with another identifier"
-            raise SettingsError(
-                f"adapter {other!r} answers to {record.identifier!r} already, and so would {file.path}: prompts could not tell them apart; {way_out}"
-            )
+    if (other := answering(target, identifier)) is not None:
+        learned = any(key.split(".", 1)[1] == file.identifier for key in file.token_embeddings)
+        way_out = "load it with rename_identifier='…'" if learned else "train one of them with another identifier"
+        raise SettingsError(
+            f"adapter {other!r} answers to {identifier!r} already, and so would {file.path}: prompts could not tell them apart; {way_out}"
+        )
     return Record(
         paths=paths,
         identifier=identifier,

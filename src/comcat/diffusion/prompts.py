@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,18 @@ def check_prompt(prompt: str, identifier: str) -> None:
             f"got prompt {prompt!r}, which does not contain the identifier {identifier!r}{spelling}; expected for example "
             f"'a photo of {identifier} dog'"
         )
+
+
+def check_other_prompts(identifier: str, prompts: Mapping[str, Sequence[str]]) -> None:
+    """Raises SettingsError if a prompt of what shall stay as it is, by the setting that names it, calls the concept."""
+    word = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)")
+    for setting, named in prompts.items():
+        for prompt in named:
+            if word.search(prompt):
+                raise SettingsError(
+                    f"{setting}: got {prompt!r}, which contains the identifier {identifier!r}; expected a prompt without "
+                    "the concept, which shall stay as it is"
+                )
 
 
 def pieces(tokenizer: Any, word: str) -> list[str]:
@@ -48,7 +62,7 @@ def read_prompts(path: Path) -> list[str]:
         DataError: if the file cannot be read or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the prompts in {str(path)!r} cannot be read: {error}") from None
     prompts = [line for line in lines if line and not line.startswith("#")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeVar
@@ -84,9 +85,15 @@ class CustomizeSettings:
             _expect(name, getattr(self, name), 0, "at least 0")
         if not 0 <= self.caption_dropout < 1:
             raise SettingsError(f"caption_dropout: got {self.caption_dropout}, expected at least 0 and less than 1")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"{name}: got {getattr(self, name)}, expected a number above 0")
+        for name in ("lr", "clip", "snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"{name}: got {value}, expected a number above 0")
+        for name in ("sample_steps", "resolution"):
+            if (value := getattr(self, name)) is not None:
+                _expect(name, value, 1, "at least 1")
+        if isinstance(self.protect, str):
+            raise SettingsError(f"protect: got {self.protect!r}, expected a sequence of prompts")
         if self.prior_images is not None and self.prior_prompt is None:
             raise SettingsError("prior_images needs prior_prompt, the prompt that describes those pictures")
 
@@ -125,10 +132,12 @@ class GenerateSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name}: got {value}, expected at least 1")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise SettingsError(f"guidance: got {self.guidance}, expected a finite number")
 
 
 def _expect(name: str, value: float, least: float, said: str) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise SettingsError(f"{name}: got {value}, expected {said}")
 
 

@@ -41,10 +41,16 @@ def check_tokens(target: Any, words: Mapping[str, Tensor]) -> None:
             raise StoreError(
                 f"the embedding of {token!r} is {tuple(row.shape)}, expected ({width},) for this {component}"
             )
-        if token in _tokenizer(target, component).get_vocab():
+        if knows(_tokenizer(target, component), token):
             raise SettingsError(
                 f"the {component}'s tokenizer has a token {token!r} already; rename_identifier='…' gives it another name"
             )
+
+
+def knows(tokenizer: Any, word: str) -> bool:
+    """Whether a word is one token already: as it is, or as the tokenizer spells it (``dog</w>``)."""
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    return word in tokenizer.get_vocab() or (len(ids) == 1 and ids[0] != tokenizer.unk_token_id)
 
 
 def refresh_tokens(target: Any) -> None:

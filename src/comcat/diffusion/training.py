@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,18 @@ from ..errors import SettingsError, StoreError
 from ..training.checkpoints import Checkpoints, check_settings
 from ..training.processes import Processes
 from ..training.seeding import derive_seed
-from .adapter import Adapter
+from ..writable import check_writable
+from .adapter import Adapter, answering, records, remember
 from .attaching import attach, unload
 from .families import family_of
 from .files import save
-from .generating import generate, generate_to
+from .generating import check_sampling, generate, generate_to
 from .learning import LearnedToken
+from .memory import shortage_explained
 from .noising import noising_of
 from .optimising import Optimisation
 from .preparing import EXAMPLES, Examples, Rotation, check_resolution, encode, read_examples
-from .prompts import check_prompt, splitting_notes
+from .prompts import check_other_prompts, check_prompt, splitting_notes
 from .protecting import Protection
 from .readying import Idle, check_whole, frozen, recomputing
 from .runfolder import Samples, folder_of, samples_in, write_report
@@ -95,6 +97,12 @@ class Customization:
         check_whole(pipe)
         self.pipe, self.prompt, self.identifier, self.name = pipe, prompt, identifier, name
         self.settings, self.progress = settings, progress
+        check_other_prompts(identifier, {"protect": settings.protect, "prior_prompt": [settings.prior_prompt or ""]})
+        if (other := answering(pipe, identifier)) not in (None, name):
+            raise SettingsError(
+                f"adapter {other!r} answers to {identifier!r} already: prompts could not tell them apart; choose another identifier"
+            )
+        check_sampling(pipe, settings.sample_steps)
         self.noising = noising_of(pipe.scheduler, settings.snr_gamma)
         self.side = check_resolution(settings.resolution, self.family)
         self.processes = Processes(cpu=self.family.device.type == "cpu")
@@ -107,43 +115,55 @@ class Customization:
         self.notes = [*self.examples.notes, *self._notes_on_sizes(self.examples.images)]
         if settings.new_token is None:
             self.notes += splitting_notes(self.family, identifier)
+        self.class_examples = None
+        if settings.prior_images is not None:
+            self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
         self.out = None if out is None else _checked(Path(out).expanduser())
         self.optimisation: Optimisation | None = None
 
     def run(self, restart: bool) -> Adapter:
         """Train, save, report."""
+        with frozen(self.family), self._learner():
+            pass  # what does not fit is told before anything is made or deleted
         about = self._about()
         checkpoints = self._checkpoints(restart, about)
         class_pictures = self._class_pictures()
-        with ExitStack() as stack:
-            stack.enter_context(frozen(self.family))
+        with frozen(self.family), self._learner() as learner:
+            self._train(learner, class_pictures, checkpoints, about)
+            learner.stays = True
+        return learner.adapter
+
+    @contextmanager
+    def _learner(self) -> Iterator[_Learner]:
+        """What learns, in its place in the pipeline; taken out again unless it ``stays``."""
+        settings, family = self.settings, self.family
+        with shortage_explained("attaching the adapter", [f"a rank below {settings.rank}"]):
             adapter = attach(
-                self.pipe, rank=self.settings.rank, where=self.settings.where, text_encoder=self.settings.text_encoder,
-                name=self.name, init=self.settings.init, seed=derive_seed(self.settings.seed, "factors"),
+                self.pipe, rank=settings.rank, where=settings.where, text_encoder=settings.text_encoder,
+                name=self.name, init=settings.init, seed=derive_seed(settings.seed, "factors"),
             )  # fmt: skip
-            try:
-                self._train(adapter, class_pictures, checkpoints, about)
-            except BaseException:
+        learner = _Learner(adapter)
+        try:
+            if settings.new_token is not None:
+                learner.token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
+            if settings.protect:
+                # What is shown under the empty prompt is to be learned there.
+                prompts = settings.protect if settings.caption_dropout else ("", *settings.protect)
+                learner.protection = Protection(family, adapter, prompts)
+            yield learner
+        finally:
+            if not learner.stays:
                 unload(self.pipe, self.name)
-                raise
-        return adapter
 
     def _train(
-        self, adapter: Adapter, class_pictures: Examples | None, checkpoints: Checkpoints | None, about: dict[str, Any]
+        self, learner: _Learner, class_pictures: Examples | None, checkpoints: Checkpoints | None, about: dict[str, Any]
     ) -> None:
         settings, family = self.settings, self.family
-        live = settings.text_encoder or settings.new_token is not None
-        token = None
-        if settings.new_token is not None:
-            token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
+        adapter, token, protection = learner.adapter, learner.token, learner.protection
+        live = settings.text_encoder or token is not None
         source = self._source(class_pictures, live)
         needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
         idle = Idle(family, needed)
-        protection = None
-        if settings.protect:
-            # What is shown under the empty prompt is to be learned there.
-            prompts = settings.protect if settings.caption_dropout else ("", *settings.protect)
-            protection = Protection(family, adapter, prompts)
         parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
         run = self.optimisation = Optimisation(
             family, self.noising, parameters, source, settings, self.processes,
@@ -173,6 +193,9 @@ class Customization:
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
+        record = records(self.pipe)[self.name]
+        known = {"identifier": self.identifier, "prompt": self.prompt, "base": _base_of(self.pipe)}
+        remember(self.pipe, self.name, replace(record, **known))
         with self.processes.together():
             if self.out is not None and self.processes.main:
                 self._save(token)
@@ -186,9 +209,12 @@ class Customization:
             kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, 0.0, "class"))
         for pictures, prompt, weight, dropout, what in kinds:
             seed = derive_seed(settings.seed, what)
-            latents = encode(
-                self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
-            )
+            with shortage_explained(
+                "encoding the pictures", [f"a resolution below {self.side}", "a base in 16 bit (dtype bfloat16)"]
+            ):
+                latents = encode(
+                    self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
+                )
             rotation = Rotation(latents.frames_of, settings.seed, what)
             streams.append(Stream(latents, rotation, settings.batch_size, weight, dropout))
             prompts.append(prompt)
@@ -199,23 +225,31 @@ class Customization:
     def _class_pictures(self) -> Examples | None:
         """Pictures of the class for prior preservation: given, or made by the pipeline as it is now."""
         settings = self.settings
-        if settings.prior_prompt is None:
-            return None
-        if settings.prior_images is not None:
-            return read_examples(settings.prior_images, what="pictures of the class")
+        if settings.prior_prompt is None or self.class_examples is not None:
+            return self.class_examples
         how = {
             "count": settings.prior_count, "seed": derive_seed(settings.seed, "class"), "steps": settings.sample_steps,
             "guidance": settings.sample_guidance, "size": self.side,
         }  # fmt: skip
         if self.out is None:
             made = generate(self.pipe, settings.prior_prompt, progress=self.progress, **how)
-            return Examples([generated.image for generated in made], [], "made here")
-        folder = folder_of(self.out) / "class"
+            return self._whole_of([generated.image for generated in made])
+        folder = _class_in(folder_of(self.out))
+        how["about"] = {"model": _base_of(self.pipe), "dtype": self._about()["dtype"]}
         with self.processes.together():
             if self.processes.main:
                 generate_to(folder, self.pipe, settings.prior_prompt, overwrite=True, progress=self.progress, **how)
         made = generate_to(folder, self.pipe, settings.prior_prompt, **how)  # all there by now: this finds them
-        return read_examples([Image.open(path) for path in made.paths], what="pictures of the class")
+        return self._whole_of([Image.open(path) for path in made.paths])
+
+    def _whole_of(self, made: Sequence[Image.Image]) -> Examples:
+        """Class pictures without those that a safety checker has blackened."""
+        kept = [picture for picture in made if picture.convert("L").getextrema()[1]]
+        if black := len(made) - len(kept):
+            self.notes.append(
+                f"{black} of {len(made)} pictures of the class are black, as a safety checker leaves them, and were left out."
+            )
+        return read_examples(kept, what="pictures of the class that are not black")
 
     def _checkpoints(self, restart: bool, about: dict[str, Any]) -> Checkpoints | None:
         if self.out is None:
@@ -224,7 +258,8 @@ class Customization:
         with self.processes.together():
             if restart and self.processes.main:
                 checkpoints.clear()
-                shutil.rmtree(samples_in(folder_of(self.out)), ignore_errors=True)
+                for made in (samples_in(folder_of(self.out)), _class_in(folder_of(self.out))):
+                    shutil.rmtree(made, ignore_errors=True)
         last = checkpoints.latest()
         if last is not None:
             check_settings(last, about)
@@ -234,7 +269,13 @@ class Customization:
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to go on from it."""
+        settings, made = self.settings, {}
+        if self.class_examples is not None:
+            made = {"class_pictures": self.class_examples.fingerprint}
+        elif settings.prior_prompt is not None:
+            made = {"sample_steps": settings.sample_steps, "sample_guidance": settings.sample_guidance}
         return {
+            **made,
             **self.settings.shaping,
             "resolution": self.side,
             "prompt": self.prompt,
@@ -293,6 +334,21 @@ class Customization:
         return notes
 
 
+@dataclass
+class _Learner:
+    """What learns: the adapter, the identifier's token if it has one of its own, and what the adapter is kept from."""
+
+    adapter: Adapter
+    token: LearnedToken | None = None
+    protection: Protection | None = None
+    stays: bool = False
+
+
+def _class_in(folder: Path) -> Path:
+    """Where a run keeps the pictures of the class that it made."""
+    return folder / "class"
+
+
 def _base_of(pipe: Any) -> str | None:
     """The name or folder that a pipeline was loaded from, if it was."""
     name = pipe.config.get("_name_or_path")
@@ -304,4 +360,5 @@ def _checked(out: Path) -> Path:
         raise SettingsError(f"out: got {str(out)!r}, expected a file name that ends in .safetensors")
     if out.is_dir():
         raise SettingsError(f"out: {str(out)!r} is a folder, expected a file to write to")
+    check_writable(out.parent)
     return out

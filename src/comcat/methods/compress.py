@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -70,6 +70,10 @@ class CompressSettings:
             )
         if self.pictures < 1:
             raise SettingsError(f"got pictures={self.pictures}, expected at least 1")
+        if self.budget not in get_args(Budget):
+            raise SettingsError(
+                f"got budget {self.budget!r}, expected one of {', '.join(get_args(Budget))}{nearest(self.budget, get_args(Budget))}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +153,13 @@ def compress_(
         raise SettingsError(
             "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), then compress with that plan"
         )
+    if plan is None and settings.reduce is not None and not 0 < settings.reduce < 1:
+        raise SettingsError(f"got reduce={settings.reduce:g}, expected a share between 0 and 1")
+    if settings.multiple is not None and settings.multiple < 1:
+        raise SettingsError(f"got multiple={settings.multiple}, expected at least 1")
+    record = getattr(model, "comcat_record", None)
+    if record is not None and record.plan.sites:
+        raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")
     calibration = None if calibration is None else _kept(calibration)
     before = origin_or_none(model)
     prepared = prepare(model, calibration, settings, progress=progress)

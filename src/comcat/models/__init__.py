@@ -7,8 +7,8 @@ same.load_state_dict(model.state_dict())
 preprocess_of(model), class_names_of(model)
 """
 
-from .inputs import class_names_of, preprocess_of
+from .inputs import class_names_of, in_classes_of, preprocess_of
 from .loading import load_model
 from .origins import Origin, attach_origin, origin_of
 
-__all__ = ["Origin", "attach_origin", "class_names_of", "load_model", "origin_of", "preprocess_of"]
+__all__ = ["Origin", "attach_origin", "class_names_of", "in_classes_of", "load_model", "origin_of", "preprocess_of"]

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import DataError, ModelError
 from .architecture import nominal_size
 from .origins import library_of, remembered_origin, unwrapped
 from .transformers import image_processor
 
 if TYPE_CHECKING:
-    from ..data import Preprocess
+    from ..data import Pictures, Preprocess
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,41 @@ def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
     if not names or len(names) != count or names == tuple(f"LABEL_{i}" for i in range(len(names))):
         return None
     return names
+
+
+def in_classes_of(model: nn.Module, pictures: Pictures) -> tuple[Pictures, str | None]:
+    """Pictures labelled as a model counts its classes, and what there is to say about it.
+
+    Classes are matched by name wherever both sides have names: a folder with two of a model's ten classes has other places for them. Where
+    all names differ and there are as many, or the model has no names, places count (ImageNet's folders have WordNet's numbers). Otherwise
+    labels would be wrong, and are left out.
+
+    Raises DataError if the pictures have more classes than the model.
+    """
+    theirs = pictures.class_names
+    if theirs is None or not pictures.has_labels:
+        return pictures, None
+    try:
+        ours = class_names_of(model)
+    except ModelError:
+        ours = None
+    count = len(ours) if ours else getattr(unwrapped(model), "num_classes", None)
+    if not count or ours == theirs:
+        return pictures, None
+    if len(theirs) > count:
+        raise DataError(f"{pictures.name} has {len(theirs)} classes, the model {count}")
+    if ours is None:
+        first = f"{pictures.name} has {len(theirs)} classes, taken for the first of the model's {count}, which has no names for them"
+        return pictures, first if len(theirs) < count else None
+    strange = [name for name in theirs if name not in ours]
+    if not strange:
+        return pictures.in_terms_of(ours), None
+    if len(theirs) == count and len(strange) == count:
+        return pictures, None
+    return pictures.without_labels(), (
+        f"{pictures.name} has {len(theirs)} classes, but the model has none called {strange[0]!r}: the labels were left out, since by "
+        "their places they would be wrong"
+    )
 
 
 def _for_channels(values: Any, channels: int) -> tuple[float, ...]:

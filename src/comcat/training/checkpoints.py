@@ -86,6 +86,8 @@ class Checkpoints:
         newest = folders[-1]
         try:
             state = json.loads((newest / _STATE).read_text(encoding="utf-8"))
+            if not isinstance(state, dict):
+                raise ValueError(f"{_STATE} holds no run's state")
         except (OSError, ValueError) as error:
             raise StoreError(f"{newest} is damaged ({error}); delete it to go on from the one before") from error
         return Checkpoint(newest, int(newest.name.removeprefix("step-")), state)
@@ -120,7 +122,12 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def check_settings(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
     """Raises StoreError if a checkpoint was made with other settings; the message lists what differs."""
-    if found := differences(checkpoint.state["settings"], now):
+    made_with = checkpoint.state.get("settings")
+    if not isinstance(made_with, dict):
+        raise StoreError(
+            f"{checkpoint.path} is damaged (it does not say its settings); delete it to go on from the one before"
+        )
+    if found := differences(made_with, now):
         raise StoreError(
             f"{checkpoint.path} was made with other settings: {'; '.join(found)}. "
             "Repeat the command as it was to go on, or begin anew with --restart"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -130,4 +131,14 @@ def _note(student: Any, result: dict[str, Any]) -> None:
         except ModelError:
             origin = None  # it can be given when the model is saved
         record = Record(plan=Plan(sites={}), origin=origin)
-    student.comcat_record = replace(record, results={**record.results, "tuning": result})
+    student.comcat_record = replace(record, results={**_untuned(record.results), "tuning": result})
+
+
+def _untuned(results: Mapping[str, Any]) -> dict[str, Any]:
+    """A compressed model's results, with what tuning has made untrue of ``after`` put aside under ``untuned``."""
+    results, after = dict(results), dict(results.get("after") or {})
+    old = {k: after.pop(k) for k in ("top1", "top5", "loss") if k in after}
+    old |= {k: results.pop(k) for k in ("agreement", "predicted_loss", "measured_loss") if k in results}
+    if not old:
+        return results
+    return {**results, "after": after, "untuned": old}
