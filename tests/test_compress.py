@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import comcat
-from comcat.errors import BudgetError, DataError, NumericsError, PlanError, SettingsError, UnknownSite
+from comcat.errors import BudgetError, DataError, ModelError, NumericsError, PlanError, SettingsError, UnknownSite
 from comcat.measure import count_macs, count_parameters, evaluate
 
 from .models import pictures, shake, tiny_vit
@@ -148,6 +148,8 @@ def test_nan_pictures_are_told(model):
         {"reduce": 0.5, "statistic": "los"},
         {"reduce": 0.5, "pictures": 0},
         {"redce": 0.5},
+        {"reduce": 0.5, "budget": "mac"},
+        {"reduce": 0.5, "multiple": 0},
     ],
 )
 def test_absurd_settings(model, bad):
@@ -188,6 +190,12 @@ def test_a_bad_plan_file_is_told(tmp_path):
         ('{"comcat_plan": 9, "sites": {}}', "version 9"),
         ('{"comcat_plan": 1, "sites": {"a": {"rank": 1}}}', "'full_rank'"),
         ('{"comcat_plan": 1, "sites": {"a": {"rank": "1", "full_rank": 2}}}', "whole numbers"),
+        ('{"comcat_plan": 1, "sites": {"a": {"rank": 1, "full_rank": 2, "head_ranks": 5}}}', "list of whole numbers"),
+        (
+            '{"comcat_plan": 1, "sites": {"a": {"rank": 1, "full_rank": 2, "head_ranks": ["a"]}}}',
+            "list of whole numbers",
+        ),
+        ('{"comcat_plan": 1, "sites": {}, "made_by": 3}', "made_by 3"),
     ):
         path.write_text(text)
         with pytest.raises(PlanError, match=said):
@@ -198,6 +206,14 @@ def test_compressing_twice_is_refused_by_name(model):
     small = comcat.compress(model, reduce=0.5, statistic="weights")
     refused = comcat.find_sites(small).refused
     assert any("already compressed" in r.reason for r in refused)
+    with pytest.raises(ModelError, match=r"compressed already.*begin from the original"):
+        comcat.compress(small, reduce=0.2, statistic="weights")
+
+
+def test_a_plan_file_that_is_no_text_is_told(tmp_path):
+    (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match="cannot be read"):
+        comcat.Plan.load(tmp_path / "plan.json")
 
 
 def test_ranks_are_as_round_as_they_may_be_without_costing_more(model):

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -87,6 +88,54 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(places, tmp_path, caps
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     assert main(command(places, *ALL, "--lr", "2e-3", "--restart", out=str(out))) == 0
     assert comcat.load(out).comcat_record.results["tuning"]["settings"]["lr"] == 2e-3
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(places, tmp_path, monkeypatch):
+    out = tmp_path / "tuned"
+
+    def interrupted(self, batch, weight):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stepping.Loop, "_learn", interrupted)
+        assert main(command(places, *ALL, out=str(out))) == 130
+    assert not (out / "checkpoints").exists() and any(out.iterdir())
+    assert main(command(places, *ALL, out=str(out))) == 0
+
+
+def test_a_tuned_model_says_nothing_that_was_true_before(places, tmp_path):
+    small = comcat.load(places / "small")
+    results = {
+        "before": {"parameters": 9, "top1": 90.0}, "after": {"parameters": 5, "top1": 81.5, "loss": 0.5},
+        "agreement": {"agreement": 98.5}, "measured_loss": 0.1,
+    }  # fmt: skip
+    small.comcat_record = replace(small.comcat_record, results=results)
+    comcat.save(small, tmp_path / "told")
+    for steps, kept in (("0", True), ("2", False)):
+        out = tmp_path / steps
+        given = [
+            "tune",
+            str(tmp_path / "told"),
+            "--data",
+            str(places / "train"),
+            "--batch-size",
+            "8",
+            "--device",
+            "cpu",
+        ]
+        assert main([*given, "--out", str(out), *(["--steps", steps] if steps != "0" else ["--epochs", "0"])]) == 0
+        found = comcat.load(out).comcat_record.results
+        assert ("top1" in found["after"]) == ("agreement" in found) == ("measured_loss" in found) == kept
+        assert found["after"]["parameters"] == 5 and found["before"] == results["before"]
+        if not kept:
+            assert found["untuned"] == {
+                "top1": 81.5,
+                "loss": 0.5,
+                "agreement": {"agreement": 98.5},
+                "measured_loss": 0.1,
+            }
+            card = (out / "README.md").read_text()
+            assert "81.5" not in card.split("untuned")[0]
 
 
 def test_options_come_from_a_recipe(places, tmp_path):

@@ -131,7 +131,9 @@ def _note(student: Any, result: dict[str, Any]) -> None:
         except ModelError:
             origin = None  # it can be given when the model is saved
         record = Record(plan=Plan(sites={}), origin=origin)
-    student.comcat_record = replace(record, results={**_untuned(record.results), "tuning": result})
+    student.comcat_record = replace(
+        record, results={**(_untuned(record.results) if result["curve"] else record.results), "tuning": result}
+    )
 
 
 def _untuned(results: Mapping[str, Any]) -> dict[str, Any]:
