@@ -12,13 +12,14 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from ..calibration import STATISTICS, StatisticName, Statistics, calibrate, pictures_of
-from ..errors import BudgetError, DataError, ModelError, SettingsError, nearest
+from ..errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, nearest
 from ..factors import Statistic, Weights
 from ..hosts import find_sites
 from ..linalg import Factorization
 from ..measure import count_macs, count_parameters, evaluate
 from ..plan import Handle, Plan, Record, apply_
 from ..sites import Site, Sites
+from ..training.watching import first_unsound
 from .allocate import Budget, RankRule, allocate, spectra
 
 MULTIPLES = (16, 8, 4, 2)
@@ -160,6 +161,8 @@ def compress_(
     record = getattr(model, "comcat_record", None)
     if record is not None and record.plan.sites:
         raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")
+    if (unsound := first_unsound(model.named_parameters())) is not None:
+        raise NumericsError(f"{unsound} holds NaN or infinite values")
     calibration = None if calibration is None else _kept(calibration)
     before = origin_or_none(model)
     prepared = prepare(model, calibration, settings, progress=progress)

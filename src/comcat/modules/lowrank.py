@@ -90,7 +90,12 @@ class LowRankAttention(nn.Module):
         return None if self.q_bias is None else F.pad(self.q_bias, (0, qk + v))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (batch, tokens, in) → (batch, tokens, out); ``attn_mask`` boolean or additive, broadcastable to (batch, heads, tokens, tokens)."""
+        """x (batch, tokens, in) → (batch, tokens, out); ``attn_mask`` boolean or additive, broadcastable to (batch, heads, tokens, tokens).
+
+        Tokens may lie on a grid, (batch, height, width, in).
+        """
+        grid = x.shape[1:-1]
+        x = x if len(grid) == 1 else x.flatten(1, -2)
         batch, tokens, _ = x.shape
         qk, vo = self.heads * self.rank_qk, self.heads * self.rank_vo
         parts = F.linear(x, self.qkv.weight, self._bias()).split((qk, qk, vo), dim=-1)
@@ -107,7 +112,8 @@ class LowRankAttention(nn.Module):
             o = self.norm(o)
         if self.gate is not None:
             o = o * self.gate(x).sigmoid()
-        return self.proj_drop(self.proj(o))
+        o = self.proj_drop(self.proj(o))
+        return o if len(grid) == 1 else o.unflatten(1, grid)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}, scale={self.scale:.4g}"
