@@ -287,3 +287,17 @@ def test_attention_over_a_grid_of_tokens():
         before = net(grid)
         comcat.apply_(net, comcat.Plan(sites=plan))
         torch.testing.assert_close(net(grid), before, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_of_convolutions_is_refused_with_its_path():
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.num_heads, self.qkv, self.proj = 2, torch.nn.Conv2d(8, 24, 1), torch.nn.Conv2d(8, 8, 1)
+
+    net = torch.nn.ModuleDict({"stage": torch.nn.Sequential(Attention()), "head": torch.nn.Linear(64, 64)})
+    sites = comcat.find_sites(net)
+    assert list(sites) == ["head"]
+    assert [(r.name, r.reason) for r in sites.refused] == [
+        ("stage.0", "attention of no known shape: Attention with qkv")
+    ]

@@ -98,12 +98,17 @@ def _recognise(
                 known[key] = path, host.recognise(model, path, module)
             first, anatomy = known[key]
             return _moved(anatomy, first, path)
-    children = {n for n, m in module.named_children() if isinstance(m, nn.Linear)}
+    children = {n for n, m in module.named_children() if isinstance(m, nn.Linear) or _is_foreign(n, m)}
     if children & _ATTENTION_CHILDREN and any(
         hasattr(module, n) for n in ("num_heads", "num_attention_heads", "heads", "n_heads")
     ):
         return Refusal(path, f"attention of no known shape: {type(module).__name__} with {', '.join(sorted(children))}")
     return None
+
+
+def _is_foreign(name: str, module: nn.Module) -> bool:
+    """A projection of attention, by its name, that is no linear layer, as a convolution; what was compressed is not."""
+    return name in _ATTENTION_CHILDREN and not getattr(module, "comcat_module", False)
 
 
 def _spoken_for(path: str, module: nn.Module) -> list[str]:
