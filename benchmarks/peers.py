@@ -24,7 +24,7 @@ from comcat.diffusion.learning import reading_row
 from comcat.diffusion.optimising import Batch, Optimisation
 from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.protecting import Protection
-from comcat.diffusion.sources import CachedSource, Stream, Texts
+from comcat.diffusion.sources import CachedSource, Stream
 from comcat.measure.memory import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -65,8 +65,7 @@ def comcat_cross(
 ) -> Method:  # fmt: skip
     """Eq. 8 at rank 2; with ``token``, its embedding as well. The empty prompt is protected like the others, unless pictures are shown under it."""
     adapter = diffusion.attach(family.pipe, rank=2, where=where, seed=seed)
-    kept = protect if dropout else ("", *protect)
-    constrain = Protection(family, adapter, kept).apply if protect else lambda: None
+    constrain = Protection(family, adapter, protect, dropout=dropout).apply if protect else lambda: None
     undo = ExitStack()
     undo.callback(diffusion.unload, family.pipe, adapter.name)
     trained = adapter.named_parameters() | _embedding(family, token, undo)
@@ -175,9 +174,8 @@ def cached_source(family: Family, kinds: Sequence[Kind], side: int, seed: int, *
     for number, kind in enumerate(kinds):
         latents = encode(family, kind.images, side, crops=1, flip=False, seed=seed)
         rotation = Rotation(latents.frames_of, seed, str(number))
-        streams.append(Stream(latents, rotation, kind.count, kind.weight, kind.dropout))
-    empty = [""] if any(k.dropout for k in kinds) else []
-    return CachedSource(streams, Texts(family, [*(k.prompt for k in kinds), *empty], live=live_text))
+        streams.append(Stream(latents, rotation, kind.prompt, kind.count, kind.weight, kind.dropout))
+    return CachedSource(family, streams, live=live_text)
 
 
 class EncodingSource:

@@ -143,24 +143,17 @@ def test_a_recipe_and_an_option_that_wins(folder, tmp_path):
     assert config["settings"]["reduce"] == 0.1 and config["settings"]["only"] == ["qk", "vo"]
 
 
+def max_drop(folder, out) -> list[str]:
+    given = ["compress", str(folder), "--data", "digits:train", "--max-drop", "30", "--pictures", "16"]
+    return [*given, "--out", str(out), "--no-bench"]
+
+
 def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, monkeypatch):
     """The same plan whatever the evaluation set is."""
     plans = []
     for i, data in enumerate(("digits:test", None)):
         out = tmp_path / str(i)
-        asked = [
-            "compress",
-            str(folder),
-            "--data",
-            "digits:train",
-            "--max-drop",
-            "30",
-            "--pictures",
-            "16",
-            "--out",
-            str(out),
-            "--no-bench",
-        ]
+        asked = max_drop(folder, out)
         assert main([*asked, *(["--eval", data, "--eval-limit", "20"] if data else [])]) == 0
         plans.append(json.loads((out / "plan.json").read_text()))
     assert plans[0] == plans[1]
@@ -174,19 +167,7 @@ def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, m
         Loader, "__call__", lambda self, pictures, own=Loader.__call__: seen.append(pictures) or own(self, pictures)
     )
     out = tmp_path / "small"
-    asked = [
-        "compress",
-        str(folder),
-        "--data",
-        "digits:train",
-        "--max-drop",
-        "30",
-        "--pictures",
-        "16",
-        "--out",
-        str(out),
-    ]
-    assert main([*asked, "--no-bench"]) == 0
+    assert main(max_drop(folder, out)) == 0
     calibration, deciding, judged = ({s.key for s in pictures} for pictures in seen[:3])
     assert deciding and judged and not (deciding & judged or calibration & (deciding | judged))
 

@@ -122,7 +122,17 @@ def test_no_pictures(model):
     assert count_parameters(comcat.compress(model, reduce=0.5, statistic="weights")) < count_parameters(model)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.attn.qkv.weight", "blocks.0.mlp.fc2.bias", "norm.weight", "pos_embed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.1.attn.qkv.weight",
+        "blocks.0.mlp.fc2.weight",
+        "blocks.0.attn.proj.weight",
+        "blocks.0.mlp.fc2.bias",
+        "norm.weight",
+        "pos_embed",
+    ],
+)
 def test_nan_weights_are_named(model, name):
     broken = copy.deepcopy(model)
     with torch.no_grad():

@@ -947,6 +947,7 @@ def test_labels_in_terms_of_other_names(tmp_path):
     named = pictures.in_terms_of(known)
     assert [s.label for s in pictures] == [0, 1] and [s.label for s in named] == [1, 3]
     assert named.class_names == known and sorted(s.label for s in named.take(2, 0)) == [1, 3]  # parts of it as well
+    assert [s.label for s in named.in_terms_of(("truck", "tree", "ship", "car"))] == [2, 0]  # and of others again
     bare = named.without_labels()
     assert [s.label for s in bare] == [None, None] and not bare.has_labels and bare.class_names is None
     assert not bare.split(0.5, 0)[0].has_labels

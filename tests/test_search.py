@@ -269,3 +269,20 @@ def test_two_processes_search_as_one(tmp_path) -> None:
     assert len(one) == len(two) == 20
     assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-4) for a, b in zip(one, two, strict=True))
     assert found[0]["sites"] == found[1]["sites"]
+
+
+def test_labels_count_as_the_model_counts_them(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from comcat.methods import search as searching
+
+    for name in ("ship", "truck"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
+    model = tiny_vit(num_classes=3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["car", "ship", "truck"]}
+    monkeypatch.setattr(
+        searching._Search, "__init__", lambda self, model, pictures, *_: setattr(self, "pictures", pictures)
+    )
+    monkeypatch.setattr(searching._Search, "go", lambda self, **_: [sample.label for sample in self.pictures])
+    assert searching.search(model, tmp_path, reduce=0.5) == [1, 2]

@@ -82,14 +82,12 @@ class Plan:
                 raise PlanError(
                     f"{name}: got {entry!r}, expected an object with 'rank' and 'full_rank' out of {', '.join(sorted(known))}"
                 )
-            if not all(isinstance(entry[k], int) and not isinstance(entry[k], bool) for k in ("rank", "full_rank")):
+            if not (_is_whole(entry["rank"]) and _is_whole(entry["full_rank"])):
                 raise PlanError(
                     f"{name}: got ranks {entry['rank']!r} and {entry['full_rank']!r}, expected whole numbers"
                 )
             heads = entry.get("head_ranks")
-            if heads is not None and not (
-                isinstance(heads, list | tuple) and all(isinstance(r, int) and not isinstance(r, bool) for r in heads)
-            ):
+            if heads is not None and not (isinstance(heads, list | tuple) and all(map(_is_whole, heads))):
                 raise PlanError(f"{name}: got head_ranks {heads!r}, expected a list of whole numbers")
             sites[name] = SitePlan(**{**entry, "head_ranks": None if heads is None else tuple(heads)})
         made_by = data.get("made_by", {})
@@ -159,6 +157,10 @@ class Plan:
                 raise PlanError(
                     f"{name}: got head ranks {entry.head_ranks}, expected {site.heads} of 1 to {entry.rank}"
                 )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def site_rank_limit(site: Site, form: str = "product") -> int:

@@ -15,7 +15,7 @@ from comcat.diffusion.noising import noising_of
 from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.protecting import principal_directions
 from comcat.diffusion.settings import CustomizeSettings, make_settings
-from comcat.diffusion.sources import CachedSource, Stream, Texts
+from comcat.diffusion.sources import CachedSource, Stream
 from comcat.errors import (
     ComcatError,
     DataError,
@@ -357,9 +357,10 @@ def test_caption_dropout_shows_a_share_of_the_pictures_under_the_empty_prompt(pi
     def shown(dropout: float) -> torch.Tensor:
         """Which of 400 pictures of the first stream went under the empty prompt."""
         streams = [
-            Stream(latents, Rotation(latents.frames_of, 0, str(n)), 4, 1.0, d) for n, d in enumerate((dropout, 0.0))
+            Stream(latents, Rotation(latents.frames_of, 0, prompt), prompt, 4, 1.0, share)
+            for prompt, share in ((PROMPT, dropout), ("a photo of a cat", 0.0))
         ]
-        source = CachedSource(streams, Texts(family, [PROMPT, "a photo of a cat", ""], live=False))
+        source = CachedSource(family, streams, live=False)
         prompts = torch.stack(
             [source(step, torch.Generator().manual_seed(step)).conditions["prompt"] for step in range(100)]
         )

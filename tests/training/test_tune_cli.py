@@ -29,8 +29,17 @@ def places(tmp_path_factory):
     return root
 
 
-def command(places, *more: str, out: str | None = None) -> list[str]:
-    given = ["tune", str(places / "small"), "--data", str(places / "train"), "--batch-size", "8", "--device", "cpu"]
+def command(places, *more: str, student=None, out: str | None = None) -> list[str]:
+    given = [
+        "tune",
+        str(student or places / "small"),
+        "--data",
+        str(places / "train"),
+        "--batch-size",
+        "8",
+        "--device",
+        "cpu",
+    ]
     return [*given, *([] if out is None else ["--out", out]), *more]
 
 
@@ -113,17 +122,8 @@ def test_a_tuned_model_says_nothing_that_was_true_before(places, tmp_path):
     comcat.save(small, tmp_path / "told")
     for steps, kept in (("0", True), ("2", False)):
         out = tmp_path / steps
-        given = [
-            "tune",
-            str(tmp_path / "told"),
-            "--data",
-            str(places / "train"),
-            "--batch-size",
-            "8",
-            "--device",
-            "cpu",
-        ]
-        assert main([*given, "--out", str(out), *(["--steps", steps] if steps != "0" else ["--epochs", "0"])]) == 0
+        more = ["--steps", steps] if steps != "0" else ["--epochs", "0"]
+        assert main(command(places, *more, student=tmp_path / "told", out=str(out))) == 0
         found = comcat.load(out).comcat_record.results
         assert ("top1" in found["after"]) == ("agreement" in found) == ("measured_loss" in found) == kept
         assert found["after"]["parameters"] == 5 and found["before"] == results["before"]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ..errors import SettingsError
 from ..terminal import LABELS, number, table
-from .common import Common, Positional, load, time_models
+from .common import Common, Positional, at_least_one, load, time_models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +35,8 @@ def run(command: Bench) -> int:
     from ..measure import count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
     from ..models import preprocess_of
 
-    for name in ("threads", "batch_size"):
-        if (value := getattr(command, name)) is not None and value < 1:
-            raise SettingsError(f"got --{name.replace('_', '-')} {value}, expected at least 1")
+    at_least_one("--threads", command.threads)
+    at_least_one("--batch-size", command.batch_size)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     models = {command.model: load(command, command.model)}

@@ -34,13 +34,18 @@ class Common:
     """Seed of everything random: which pictures, sampled labels, random weights."""
 
 
+def at_least_one(option: str, value: int | None) -> None:
+    """Raises SettingsError for an option's number below 1."""
+    if value is not None and value < 1:
+        raise SettingsError(f"got {option} {value}, expected at least 1")
+
+
 class Loader:
     """Pictures to batches for one model's preprocessing."""
 
     def __init__(self, preprocess: Any, batch_size: int) -> None:
         self.preprocess, self.batch_size = preprocess, batch_size
-        if batch_size < 1:
-            raise SettingsError(f"got --batch-size {batch_size}, expected at least 1")
+        at_least_one("--batch-size", batch_size)
 
     def __call__(self, pictures: Any) -> Any:
         from ..data import batches
@@ -93,7 +98,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
     if out.is_file():
         raise SettingsError(f"--out {str(out)!r} is a file, expected a folder to write to")
-    check_writable(out.parent if not out.exists() else out)
+    check_writable(out)
     if out.is_dir() and not {p.name for p in out.iterdir()} <= RUN and not overwrite:
         raise SettingsError(
             f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder"

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import DataError, SettingsError
 from ..methods.search import SearchSettings
 from ..terminal import table
+from ..writable import check_writable
 from .common import Common, Positional, in_processes, load, skip_notes
 
 
@@ -75,6 +76,7 @@ def _run(command: Search, folder: Path, processes: Any) -> int:
 def _check_out(command: Search) -> None:
     if command.out.is_dir() or command.out.suffix != ".json":
         raise SettingsError(f"got --out {str(command.out)!r}, expected a file to write the plan to, such as plan.json")
+    check_writable(command.out.parent)
     if command.out.exists() and not command.overwrite:
         raise SettingsError(f"--out {str(command.out)!r} exists; say --overwrite to replace it, or name another file")
 

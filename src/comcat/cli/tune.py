@@ -93,9 +93,10 @@ def _check_out(command: Tune, out: Path) -> None:
         raise SettingsError(
             f"say where to save, --out FOLDER: by default that is beside the student's folder, but {command.student!r} is none"
         )
-    if not (out / CHECKPOINTS).is_dir():
+    if (out / CHECKPOINTS).is_dir():
+        check_replaceable(out, overwrite=True)
+    else:
         check_out(out, command.overwrite)
-    check_replaceable(out, overwrite=True)
 
 
 def _report(command: Tune, student: Any, notes: list[str]) -> Any:

@@ -159,7 +159,8 @@ class Pictures:
         if missing := [name for name in self.class_names or () if name not in places]:
             raise DataError(f"{self.name}: no class is called {missing[0]!r}{nearest(missing[0], places)}")
         view = self._view("by name", self._parts, self._chosen)
-        view.name, view._places = self.name, tuple(places[name] for name in self.class_names or ())
+        theirs = tuple(places[name] for name in self.class_names or ())
+        view.name, view._places = self.name, theirs if self._places is None else tuple(theirs[p] for p in self._places)
         view.class_names = tuple(names)
         return view
 

@@ -15,8 +15,10 @@ from PIL import Image
 from ..errors import ModelError, SettingsError
 from ..training.seeding import derive_seed
 from ..writable import check_writable
+from .families import Flux, family_of
 from .memory import shortage_explained
 from .pictures import already_made, file_name, save_picture
+from .preparing import check_multiple
 from .settings import GenerateSettings, make_settings
 
 
@@ -93,16 +95,12 @@ def check_sampling(pipe: Any, steps: int | None) -> None:
 
 
 def _check_fits(pipe: Any, how: GenerateSettings) -> None:
-    from .families import Flux, family_of
-
     try:
         family = family_of(pipe)
     except ModelError:  # a pipeline that cannot be taught may still generate
         return
-    multiple = max(8, family.multiple()) if family.component == "unet" else family.multiple()
-    if how.size is not None and how.size % multiple:
-        nearest = max(multiple, round(how.size / multiple) * multiple)
-        raise SettingsError(f"size: got {how.size}, expected a multiple of {multiple} for this pipeline, as {nearest}")
+    if how.size is not None:  # diffusers' UNet pipelines take multiples of 8 whatever their VAE
+        check_multiple("size", how.size, max(8, family.multiple()) if family.component == "unet" else family.multiple())
     if how.negative is not None and isinstance(family, Flux):
         raise SettingsError(
             "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; leave it out"

@@ -93,11 +93,15 @@ def check_resolution(side: int | None, family: Family) -> int:
     """The side of the squares to train on; None: what the pipeline makes by itself. Raises SettingsError if it does not fit."""
     if side is None:
         return family.resolution()
-    step = family.multiple()
+    check_multiple("resolution", side, family.multiple())
+    return side
+
+
+def check_multiple(name: str, side: int, step: int) -> None:
+    """Raises SettingsError unless a side, in pixels, is a multiple of a step."""
     if side < step or side % step:
         near = max(step, round(side / step) * step)
-        raise SettingsError(f"resolution: got {side}, expected a multiple of {step}, for example {near}")
-    return side
+        raise SettingsError(f"{name}: got {side}, expected a multiple of {step}, for example {near}")
 
 
 @dataclass(frozen=True)

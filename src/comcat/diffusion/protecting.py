@@ -23,13 +23,14 @@ _TEXT_SIDE = ("k_down", "v_down")
 
 
 class Protection:
-    """Keeps an adapter from reading what some prompts have in common with each other.
+    """Keeps an adapter from reading what some prompts have in common with each other, the empty prompt included, unless ``dropout``
+    shows a share of the concept's pictures under that, which is to be learned there.
 
     Raises:
         SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be promised.
     """
 
-    def __init__(self, family: Family, adapter: Adapter, prompts: Sequence[str]) -> None:
+    def __init__(self, family: Family, adapter: Adapter, prompts: Sequence[str], *, dropout: float = 0.0) -> None:
         if any(path.partition(".")[0] != family.component for path in adapter.terms):
             raise SettingsError(
                 "protect: the text encoder learns as well, which changes every prompt; leave one of both out"
@@ -41,7 +42,9 @@ class Protection:
             )
         self.factors = [p for path in paths for n, p in adapter.terms[path].named_parameters() if n in _TEXT_SIDE]
         with torch.no_grad():
-            tokens = family.encode(list(prompts))["prompt"].flatten(0, 1)  # (prompts · tokens, width)
+            tokens = family.encode([*prompts] if dropout else ["", *prompts])["prompt"].flatten(
+                0, 1
+            )  # (prompts · tokens, width)
         self.directions = principal_directions(tokens, SHARE).to(self.factors[0])
 
     @torch.no_grad()

@@ -33,6 +33,7 @@ class Stream:
 
     latents: Latents
     rotation: Rotation
+    prompt: str
     count: int
     weight: float
     dropout: float = 0.0
@@ -41,11 +42,13 @@ class Stream:
 class CachedSource:
     """Draws from latents that were computed once. The pictures take turns, so a step needs no state but its number.
 
-    ``texts``: the streams' prompts in order; where any stream has dropout, the empty one after them.
+    ``live``: prompts are encoded anew at every step, since the text encoders learn.
     """
 
-    def __init__(self, streams: Sequence[Stream], texts: Texts) -> None:
-        self.streams, self.texts = streams, texts
+    def __init__(self, family: Family, streams: Sequence[Stream], *, live: bool) -> None:
+        self.streams = streams
+        empty = [""] if any(stream.dropout for stream in streams) else []
+        self.texts = Texts(family, [*(stream.prompt for stream in streams), *empty], live=live)
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
         latents, framings, weights, which = [], [], [], []

@@ -22,7 +22,7 @@ from ..training.seeding import derive_seed
 from ..writable import check_writable
 from .adapter import Adapter, answering, records, remember
 from .attaching import attach, unload
-from .families import family_of
+from .families import Family, family_of
 from .files import save
 from .generating import check_sampling, generate, generate_to
 from .learning import LearnedToken
@@ -35,7 +35,7 @@ from .protecting import Protection
 from .readying import Idle, check_whole, frozen, recomputing
 from .runfolder import Samples, folder_of, samples_in, write_report
 from .settings import CustomizeSettings, make_settings
-from .sources import CachedSource, Stream, Texts
+from .sources import CachedSource, Stream
 
 
 def customize(
@@ -147,9 +147,7 @@ class Customization:
             if settings.new_token is not None:
                 learner.token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
             if settings.protect:
-                # What is shown under the empty prompt is to be learned there.
-                prompts = settings.protect if settings.caption_dropout else ("", *settings.protect)
-                learner.protection = Protection(family, adapter, prompts)
+                learner.protection = Protection(family, adapter, settings.protect, dropout=settings.caption_dropout)
             yield learner
         finally:
             if not learner.stays:
@@ -203,7 +201,7 @@ class Customization:
 
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
-        streams, prompts = [], []
+        streams = []
         kinds = [(self.examples, self.prompt, 1.0, settings.caption_dropout, "concept")]
         if class_pictures is not None and settings.prior_prompt is not None:
             kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, 0.0, "class"))
@@ -216,11 +214,8 @@ class Customization:
                     self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
                 )
             rotation = Rotation(latents.frames_of, settings.seed, what)
-            streams.append(Stream(latents, rotation, settings.batch_size, weight, dropout))
-            prompts.append(prompt)
-        if settings.caption_dropout:
-            prompts.append("")
-        return CachedSource(streams, Texts(self.family, prompts, live=live))
+            streams.append(Stream(latents, rotation, prompt, settings.batch_size, weight, dropout))
+        return CachedSource(self.family, streams, live=live)
 
     def _class_pictures(self) -> Examples | None:
         """Pictures of the class for prior preservation: given, or made by the pipeline as it is now."""
@@ -235,7 +230,7 @@ class Customization:
             made = generate(self.pipe, settings.prior_prompt, progress=self.progress, **how)
             return self._whole_of([generated.image for generated in made])
         folder = _class_in(folder_of(self.out))
-        how["about"] = {"model": _base_of(self.pipe), "dtype": self._about()["dtype"]}
+        how["about"] = {"model": _base_of(self.pipe), "dtype": _dtype_of(self.family)}
         with self.processes.together():
             if self.processes.main:
                 generate_to(folder, self.pipe, settings.prior_prompt, overwrite=True, progress=self.progress, **how)
@@ -282,7 +277,7 @@ class Customization:
             "identifier": self.identifier,
             "pictures": self.examples.fingerprint,
             "base": _base_of(self.pipe),
-            "dtype": str(next(self.family.denoiser.parameters()).dtype).removeprefix("torch."),
+            "dtype": _dtype_of(self.family),
         }
 
     def _save(self, token: LearnedToken | None) -> None:
@@ -347,6 +342,11 @@ class _Learner:
 def _class_in(folder: Path) -> Path:
     """Where a run keeps the pictures of the class that it made."""
     return folder / "class"
+
+
+def _dtype_of(family: Family) -> str:
+    """``float32``: the type to compute in."""
+    return str(next(family.denoiser.parameters()).dtype).removeprefix("torch.")
 
 
 def _base_of(pipe: Any) -> str | None:

@@ -104,10 +104,7 @@ def allocate(
         raise SettingsError(f"got rule {rule!r}, expected one of {', '.join(RULES)}{nearest(rule, RULES)}")
     if reduce is None and rule != "energy":
         raise SettingsError(f"rule {rule!r} needs reduce, the share to save")
-    if reduce is not None and not 0 < reduce < 1:
-        raise SettingsError(f"got reduce={reduce:g}, expected a share between 0 and 1")
-    if multiple < 1:
-        raise SettingsError(f"got multiple={multiple}, expected at least 1")
+    check_asked(reduce, multiple)
     if not 0 < energy <= 1:
         raise SettingsError(f"got energy={energy:g}, expected a share above 0 and up to 1")
     statistic = Weights() if statistic is None else statistic
@@ -161,6 +158,14 @@ def allocate(
     if rule == "energy" and reduce is None:
         made_by["energy"] = energy
     return Plan(sites=dict(entries), made_by=made_by)
+
+
+def check_asked(reduce: float | None, multiple: int | None) -> None:
+    """Raises SettingsError for a share or a multiple that nothing could meet, where they are given."""
+    if reduce is not None and not 0 < reduce < 1:
+        raise SettingsError(f"got reduce={reduce:g}, expected a share between 0 and 1")
+    if multiple is not None and multiple < 1:
+        raise SettingsError(f"got multiple={multiple}, expected at least 1")
 
 
 def _curve(

@@ -20,7 +20,7 @@ from ..measure import count_macs, count_parameters, evaluate
 from ..plan import Handle, Plan, Record, apply_
 from ..sites import Site, Sites
 from ..training.watching import first_unsound
-from .allocate import Budget, RankRule, allocate, spectra
+from .allocate import Budget, RankRule, allocate, check_asked, spectra
 
 MULTIPLES = (16, 8, 4, 2)
 TOLERATED, NEGLIGIBLE = 1.1, 1e-3
@@ -154,10 +154,7 @@ def compress_(
         raise SettingsError(
             "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), then compress with that plan"
         )
-    if plan is None and settings.reduce is not None and not 0 < settings.reduce < 1:
-        raise SettingsError(f"got reduce={settings.reduce:g}, expected a share between 0 and 1")
-    if settings.multiple is not None and settings.multiple < 1:
-        raise SettingsError(f"got multiple={settings.multiple}, expected at least 1")
+    check_asked(settings.reduce if plan is None else None, settings.multiple)
     record = getattr(model, "comcat_record", None)
     if record is not None and record.plan.sites:
         raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")

@@ -23,14 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..calibration import StatisticName
-from ..data import Pictures, Preprocess, batches, open_pictures
+from ..data import Pictures, Preprocess, batches
 from ..errors import BudgetError, DataError, ModelError, SettingsError, nearest
 from ..measure import evaluate, is_classifier, model_output
 from ..models import preprocess_of
 from ..plan import Plan, SitePlan
 from ..relaxing import Relaxation, relax_
 from ..training.checkpoints import Checkpoints, check_settings
-from ..training.loaders import Batch, TrainingData, check_labels
+from ..training.loaders import Batch, TrainingData, check_labels, open_labelled
 from ..training.processes import Processes
 from ..training.seeding import derive_seed
 from ..training.state import fingerprint
@@ -180,8 +180,7 @@ def search_(
     progress: bool = False,
 ) -> Plan:
     """:func:`search` with its settings in one piece."""
-    pictures = data if isinstance(data, Pictures) else open_pictures(data)
-    run = _Search(model, pictures, settings, preprocess, None if out is None else Path(out))
+    run = _Search(model, open_labelled(model, data), settings, preprocess, None if out is None else Path(out))
     return run.go(restart=restart, progress=progress)
 
 

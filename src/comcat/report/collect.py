@@ -248,9 +248,8 @@ def _history(
 
 def _compression_note(results: Mapping[str, Any]) -> tuple[str, ...]:
     """Accuracy around compression, which may have been measured on other pictures and so has no place in the table."""
-    old, new = (
-        (part or {}).get("top1") for part in (results.get("before"), results.get("untuned", results.get("after")))
-    )
+    compressed = "untuned" if "untuned" in results else "after"
+    old, new = ((results.get(when) or {}).get("top1") for when in ("before", compressed))
     if old is None or new is None:
         return ()
     return (

@@ -6,6 +6,7 @@ augmented. So a run can go on in the middle of an epoch, and two processes see t
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from ..data import open_pictures
 from ..data.pictures import Pictures, Unreadable, attempt, whole_number
 from ..data.sources import Entry
 from ..errors import DataError, SettingsError
+from ..models import in_classes_of
 from .seeding import derive_seed, seeded
 
 _HOPELESS = 100  # data whose first so many samples are all unreadable is read no further
@@ -214,6 +217,14 @@ class TrainingData:
         """Of a transformed picture, asked of a blank one where no other can be read."""
         with seeded(0):
             return self.transform(Image.new("RGB", (64, 64))).shape
+
+
+def open_labelled(model: nn.Module, source: Pictures | str | os.PathLike[str]) -> Pictures:
+    """Pictures, or what :func:`comcat.open_pictures` takes, labelled as a model counts its classes; warns where that is not certain."""
+    pictures, note = in_classes_of(model, source if isinstance(source, Pictures) else open_pictures(source))
+    if note is not None:
+        warnings.warn(note, stacklevel=3)
+    return pictures
 
 
 def check_labels(labels: Tensor | None, classes: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from ..data import Pictures, Preprocess
 from ..errors import DataError, SettingsError
 from ..measure import is_classifier, model_output
-from ..models import in_classes_of, preprocess_of
+from ..models import preprocess_of
 from .augmentation import Augment
 from .learner import freeze_but, freeze_unused
 from .loaders import TrainingData
@@ -65,8 +64,6 @@ def prepare(
 ) -> Run:
     """Check what a run is given and set it up. Raises what :func:`comcat.tune` raises for what does not fit."""
     _check_types(student)
-    data = _labelled_for(student, data)
-    evaluation = None if evaluation is None else _labelled_for(student, evaluation)
     classifies = is_classifier(student)
     labelled = classifies and data.has_labels
     distillation = _distillation(settings, teacher, classifies=classifies)
@@ -98,6 +95,8 @@ def prepare(
     output, features = _tried(model, preprocess, ours)
     classes = output.shape[1]
     freeze_unused(model, [*([output] if labelled or distillation != "none" else []), *features])
+    if classifies and data.class_names is not None and len(data.class_names) > classes:
+        raise DataError(f"{data.name} has {len(data.class_names)} classes, the model {classes}")
     prepared = None
     if teacher is not None:
         check_teacher(teacher, student, preprocess, classes, logits=distillation != "none")
@@ -124,14 +123,6 @@ def prepare(
             "teacher": None if teacher is None else fingerprint(teacher),
         },
     )
-
-
-def _labelled_for(student: nn.Module, data: Pictures) -> Pictures:
-    """Pictures labelled as the student counts its classes; warns where labels had to be left out."""
-    data, note = in_classes_of(student, data)
-    if note is not None:
-        warnings.warn(note, stacklevel=3)
-    return data
 
 
 def _check_types(student: nn.Module) -> None:

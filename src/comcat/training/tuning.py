@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from ..data import Pictures, Preprocess, open_pictures
+from ..data import Pictures, Preprocess
 from ..errors import ModelError
 from ..models import origin_of
 from ..plan import Plan, Record
+from .loaders import open_labelled
 from .preparing import prepare
 from .processes import Processes
 from .settings import TuneSettings, make_settings
@@ -87,10 +88,10 @@ def tune_(
     with processes.together():
         run = prepare(
             student,
-            _opened(data),
+            open_labelled(student, data),
             settings,
             teacher=teacher,
-            evaluation=None if evaluation is None else _opened(evaluation),
+            evaluation=None if evaluation is None else open_labelled(student, evaluation),
             folder=None if out is None else Path(out),
             preprocess=preprocess,
             processes=processes,
@@ -105,10 +106,6 @@ def tune_(
         result = {"curve": [], "seconds": 0.0, "images_per_second": None}
     _note(student, {"settings": asdict(settings), "teacher": _name_of(teacher), **result})
     return student
-
-
-def _opened(source: Pictures | str | os.PathLike[str]) -> Pictures:
-    return source if isinstance(source, Pictures) else open_pictures(source)
 
 
 def _name_of(model: nn.Module | None) -> str | None:
