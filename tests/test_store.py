@@ -23,7 +23,8 @@ from comcat.data import Preprocess
 from comcat.errors import ModelError, SettingsError, StoreError
 from comcat.hosts import find_sites
 from comcat.models import Origin, load_model, origin_of
-from comcat.plan import Plan, Record, SitePlan, apply_
+from comcat.plan import Plan, SitePlan, apply_
+from comcat.record import Record
 from comcat.report import ReportData
 from comcat.store import folder as folders
 from comcat.store import import_paper, load, push_to_hub, save, saving

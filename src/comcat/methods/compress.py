@@ -17,7 +17,8 @@ from ..factors import Statistic, Weights
 from ..hosts import find_sites
 from ..linalg import Factorization
 from ..measure import count_macs, count_parameters, evaluate
-from ..plan import Handle, Plan, Record, apply_
+from ..plan import Handle, Plan, apply_
+from ..record import Record
 from ..sites import Site, Sites
 from ..training.watching import first_unsound
 from .allocate import Budget, RankRule, allocate, check_asked, spectra

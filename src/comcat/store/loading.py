@@ -14,7 +14,8 @@ from torch import nn
 from .._version import __version__
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
 from ..models import Origin
-from ..plan import Plan, Record
+from ..plan import Plan
+from ..record import Record
 from ..tensorfiles import fill, read_tensors
 from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256, surviving
 from .hub import download, looks_like_repo

@@ -27,7 +27,8 @@ from ..hosts import find_sites
 from ..models import class_names_of, load_model, origin_of, preprocess_of
 from ..models.failures import first_line
 from ..modules.lowrank import LowRankAttention, LowRankLinear
-from ..plan import Plan, Record, SitePlan, apply_
+from ..plan import Plan, SitePlan, apply_
+from ..record import Record
 from ..sites import Attention, Sites
 from ..tensorfiles import fill, listed
 

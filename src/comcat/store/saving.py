@@ -18,7 +18,8 @@ from .._version import __version__
 from ..errors import ModelError, SettingsError, StoreError
 from ..models import Origin, class_names_of, origin_of, preprocess_of
 from ..models.origins import remembered_origin, unwrapped
-from ..plan import Plan, Record
+from ..plan import Plan
+from ..record import Record
 from ..tensorfiles import listed, unlike, write_tensors
 from .card import model_card
 from .folder import (

@@ -23,7 +23,8 @@ from ..errors import StoreError
 from ..hosts import find_sites
 from ..models import Origin
 from ..models.failures import first_line, required
-from ..plan import Plan, Record
+from ..plan import Plan
+from ..record import Record
 from ..sites import Attention, Sites
 from ..tensorfiles import listed, unlike
 from .processor import processor_config

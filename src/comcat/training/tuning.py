@@ -13,7 +13,8 @@ from torch import nn
 from ..data import Pictures, Preprocess
 from ..errors import ModelError
 from ..models import origin_of
-from ..plan import Plan, Record
+from ..plan import Plan
+from ..record import Record
 from .loaders import open_labelled
 from .preparing import prepare
 from .processes import Processes
