@@ -38,12 +38,12 @@ from peers import (
 from PIL import Image
 
 import comcat.diffusion as diffusion
-from comcat.diffusion.families import Family, family_of
-from comcat.diffusion.noising import noising_of
-from comcat.diffusion.optimising import Optimisation
-from comcat.diffusion.readying import frozen
-from comcat.diffusion.settings import CustomizeSettings
-from comcat.diffusion.vocabulary import make_tokenizer
+from comcat.diffusion.digits.vocabulary import make_tokenizer
+from comcat.diffusion.learn.optimisation import Optimisation
+from comcat.diffusion.learn.settings import CustomizeSettings
+from comcat.diffusion.pipeline.families import Family, family_of
+from comcat.diffusion.pipeline.noising import noising_of
+from comcat.diffusion.pipeline.residence import frozen
 from comcat.training.processes import Processes
 
 IDENTIFIER, PROMPT, CLASS_PROMPT = "V*", "a photo of V* dog", "a photo of a dog"

@@ -7,12 +7,12 @@ seed. Twice:
   embedding learns as well) and, but for comcat, with pictures and prompts encoded anew at every step, as in the published scripts.
 - ``equal``: all with comcat's cache and all with prior preservation; nobody's embedding learns.
 
-``comcat, protected`` has ``protect`` (see comcat.diffusion.protecting) with the prompts of the nine digits in place of, or in ``equal`` beside, class pictures;
+``comcat, protected`` has ``protect`` (see comcat.diffusion.learn.protection) with the prompts of the nine digits in place of, or in ``equal`` beside, class pictures;
 with ``new token`` V*'s embedding learns as well (``published`` alone); with ``dropout`` so large a share of its pictures is shown under the empty prompt.
 
 Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed that is not reported, until the
 best is no end of what was tried, then half a step to either side of it; best is the mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the
-digit classifier's last layer (comcat.diffusion.recognise), trained apart on real scans: they compare methods here and nothing else.
+digit classifier's last layer (comcat.diffusion.digits.recogniser), trained apart on real scans: they compare methods here and nothing else.
 
 Every (mode, method, seed) is kept in ``--work``; a killed run goes on where it stopped.
 """
@@ -36,15 +36,15 @@ from peers import METHODS, WITH_TOKEN, EncodingSource, Kind, Method, cached_sour
 from PIL import Image
 
 import comcat.diffusion as diffusion
-from comcat.diffusion.digits import CLASS_PROMPT, IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
-from comcat.diffusion.families import Family, family_of
-from comcat.diffusion.noising import noising_of
-from comcat.diffusion.optimising import Optimisation
-from comcat.diffusion.pictures import grid
-from comcat.diffusion.pipeline import digits_pipeline
-from comcat.diffusion.readying import frozen
-from comcat.diffusion.recognise import Recogniser, train_recogniser
-from comcat.diffusion.settings import CustomizeSettings
+from comcat.diffusion.digits.embedded import digits_pipeline
+from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
+from comcat.diffusion.digits.scans import CLASS_PROMPT, IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
+from comcat.diffusion.draw.pictures import grid
+from comcat.diffusion.learn.optimisation import Optimisation
+from comcat.diffusion.learn.settings import CustomizeSettings
+from comcat.diffusion.pipeline.families import Family, family_of
+from comcat.diffusion.pipeline.noising import noising_of
+from comcat.diffusion.pipeline.residence import frozen
 from comcat.scoring import fid, kid
 from comcat.training.processes import Processes
 

@@ -2,7 +2,7 @@
 
 Custom Diffusion (Kumari et al. 2023): keys and values of cross-attention, and the embedding of V*. DreamBooth (Ruiz et al. 2023): every weight of
 the UNet. LoRA (Hu et al. 2022) and LoKr (Yeh et al. 2024): PEFT's own modules on the attention's projections. All of them train in the same loop
-(:class:`comcat.diffusion.optimising.Optimisation`), so that what is timed is the method.
+(:class:`comcat.diffusion.learn.optimisation.Optimisation`), so that what is timed is the method.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import comcat.diffusion as diffusion
-from comcat.diffusion.families import Family
-from comcat.diffusion.learning import reading_row
-from comcat.diffusion.optimising import Batch, Optimisation
-from comcat.diffusion.preparing import Rotation, encode, encode_pixels, frames
-from comcat.diffusion.protecting import Protection
-from comcat.diffusion.sources import CachedSource, Stream
+from comcat.diffusion.learn.batches import CachedSource, Stream
+from comcat.diffusion.learn.latents import Rotation, encode, encode_pixels, frames
+from comcat.diffusion.learn.optimisation import Batch, Optimisation
+from comcat.diffusion.learn.protection import Protection
+from comcat.diffusion.learn.token import reading_row
+from comcat.diffusion.pipeline.families import Family
 from comcat.measure.memory import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
 from comcat.cli.score import Score, run
-from comcat.diffusion.vocabulary import make_tokenizer
+from comcat.diffusion.digits.vocabulary import make_tokenizer
 from comcat.errors import DataError, ModelError, NumericsError, SettingsError
 from comcat.scoring import (
     ScoreSettings,

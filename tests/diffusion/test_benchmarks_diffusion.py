@@ -54,7 +54,7 @@ def test_customization(scripts, capsys):
 def test_methods_leave_the_pipeline_as_it_was(scripts, tmp_path):
     import peers
 
-    from comcat.diffusion.families import family_of
+    from comcat.diffusion.pipeline.families import family_of
 
     from . import tiny
 
@@ -77,7 +77,7 @@ def test_encoding_anew_draws_what_the_cache_draws(scripts, tmp_path):
     """The same pictures, latents and prompts by step, whichever way they are had."""
     import peers
 
-    from comcat.diffusion.families import family_of
+    from comcat.diffusion.pipeline.families import family_of
 
     from . import tiny
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..diffusion.settings import CustomizeSettings
+from ..diffusion.learn.settings import CustomizeSettings
 from .common import Positional, in_processes
 from .pipelines import PipelineCommand, open_pipeline
 
@@ -32,14 +32,14 @@ class Customize(PipelineCommand, CustomizeSettings):
 
 
 def run(command: Customize) -> int:
-    from ..diffusion.runfolder import folder_of
+    from ..diffusion.learn.run_folder import folder_of
 
     return in_processes(command.device, lambda processes: _run(command, processes), folder_of(command.out))
 
 
 def _run(command: Customize, processes: Any) -> int:
-    from ..diffusion.runfolder import folder_of
-    from ..diffusion.training import Customization
+    from ..diffusion.learn.customize import Customization
+    from ..diffusion.learn.run_folder import folder_of
 
     settings = CustomizeSettings(**{f.name: getattr(command, f.name) for f in fields(CustomizeSettings)})
     with processes.together():

@@ -44,8 +44,8 @@ def _compress(command: Demo, out: Path) -> int:
 
 
 def _customize(command: Demo, out: Path) -> int:
-    from ..diffusion import demo
-    from ..diffusion.digits import IDENTIFIER, WORDS
+    from ..diffusion.digits import demo
+    from ..diffusion.digits.scans import IDENTIFIER, WORDS
 
     shown = demo.run(out, seed=command.seed, device=pick_device(command.device))
     before, after = shown.before, shown.after

@@ -8,7 +8,7 @@ from typing import Any
 
 import tyro
 
-from ..diffusion.settings import GenerateSettings
+from ..diffusion.draw.settings import GenerateSettings
 from ..errors import SettingsError
 from .common import Positional
 from .pipelines import PipelineCommand, open_pipeline
@@ -38,8 +38,8 @@ class Generate(PipelineCommand, GenerateSettings):
 
 def run(command: Generate) -> int:
     from ..diffusion import load
-    from ..diffusion.generating import generate_to
-    from ..diffusion.prompts import read_prompts
+    from ..diffusion.draw.generate import generate_to
+    from ..diffusion.draw.prompts import read_prompts
 
     prompts = [*command.prompt, *(read_prompts(command.prompts) if command.prompts is not None else [])]
     if not prompts:

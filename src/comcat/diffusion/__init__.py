@@ -9,19 +9,20 @@
 :func:`attach` puts fresh terms into a pipeline, to be trained and saved.
 """
 
-from .adapter import Adapter, adapters
-from .attaching import attach, unload
-from .files import AdapterFile, read, save
-from .fusing import fuse, unfuse
-from .generating import generate, generate_to
-from .inspecting import Adaptable, find_adaptable
-from .loading import load
-from .merging import MergeReport, merge
-from .opening import load_pipeline
-from .paper import import_paper
-from .scales import set_scale
-from .settings import CustomizeSettings, GenerateSettings
-from .training import customize
+from .adapter.attach import attach, unload
+from .adapter.files import AdapterFile, read, save
+from .adapter.find import Adaptable, find_adaptable
+from .adapter.fuse import fuse, unfuse
+from .adapter.load import load
+from .adapter.merge import MergeReport, merge
+from .adapter.paper import import_paper
+from .adapter.records import Adapter, adapters
+from .adapter.scale import set_scale
+from .draw.generate import generate, generate_to
+from .draw.settings import GenerateSettings
+from .learn.customize import customize
+from .learn.settings import CustomizeSettings
+from .pipeline.opening import load_pipeline
 
 __all__ = [
     "Adaptable",

@@ -1,0 +1,172 @@
+"""Loading an adapter's file into a pipeline: everything is checked before anything changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import SettingsError, StoreError
+from ...hosts.diffusers import AdaptableAttention
+from ...modules.adapters import PRODUCTS, SIDES, LowRankTerms
+from ...tensorfiles import listed
+from ..pipeline.components import Component, components_of, denoiser_of
+from .attach import check_new, device_of, install
+from .files import AdapterFile, read
+from .records import Adapter, Record, answering
+from .scale import check_scale
+from .tokenizers import check_tokens, refresh_tokens
+
+_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load(
+    target: Any,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    scale: float = 1.0,
+    rename_identifier: str | None = None,
+) -> Adapter:
+    """Load an adapter into a pipeline, beside those that it carries.
+
+    Its factors come frozen and in the dtype of the weights beside them. A token that was learned with it joins the pipeline's tokenizer and
+    text encoder until it is unloaded.
+
+    Args:
+        target: a pipeline, or its unet or transformer alone. path: the file. name: what it is called here, the file's name without its
+            ending if not given. scale: how strongly it acts.
+        rename_identifier: call the concept by this word instead; possible where its token was learned.
+
+    Raises:
+        StoreError: if the file is damaged, no adapter of comcat's, or does not fit the pipeline. SettingsError: if the name is taken, or
+            another adapter answers to the same identifier. In either case nothing has changed.
+    """
+    file = read(path)
+    name = Path(path).stem if name is None else name
+    check_new(target, name)
+    check_scale(scale)
+    terms = fitting(target, file)
+    record = _record(target, file, tuple(terms), rename_identifier)
+    check_tokens(target, record.token_embeddings)
+    for one in terms.values():
+        one.scale = float(scale)
+        one.requires_grad_(False)
+    adapter = install(target, name, terms, record)
+    refresh_tokens(target)
+    return adapter
+
+
+def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
+    """The terms of a file, built for the places of a pipeline that they belong to.
+
+    Raises:
+        StoreError: if a name or a shape does not fit; the message lists the first few, and how many there are.
+    """
+    components = components_of(target)
+    places: dict[str, tuple[Component, AdaptableAttention]] = {}
+    refused: dict[str, str] = {}
+    for component in components.values():
+        found, not_found = component.find_attention()
+        places |= {f"{component.name}.{a.path}": (component, a) for a in found}
+        refused |= {f"{component.name}.{r.name}": r.reason for r in not_found}
+    misfits: list[str] = []
+    terms: dict[str, LowRankTerms] = {}
+    for path, factors in file.factors.items():
+        if path.partition(".")[0] not in components:
+            misfits.append(f"{path}: the {_kind_of(target)} has no {path.partition('.')[0]}")
+        elif path in refused:
+            misfits.append(f"{path}: {refused[path]}")
+        elif path not in places:
+            misfits.append(f"{path}: there is no such attention")
+        elif problem := _misfit(places[path][1], factors):
+            misfits.append(f"{path}{problem}")
+        else:
+            terms[path] = _build(*places[path], factors, file.alphas[path])
+    if misfits:
+        base = f", which was trained on {file.base}," if file.base else ""
+        raise StoreError(
+            f"{file.path}{base} does not fit this {_kind_of(target)} with a {type(denoiser_of(target).model).__name__} "
+            f"({len(misfits)} of its {len(file.factors)} modules): {listed(misfits)}"
+        )
+    return {path: terms[path] for path in places if path in terms}  # in the model's order; a file has none
+
+
+def _misfit(place: AdaptableAttention, factors: Mapping[str, Tensor]) -> str | None:
+    """How the factors of one module differ from what its attention can carry, as the end of a sentence that starts with its path."""
+    ways = {name for p, first in PRODUCTS.items() if first in factors for name in _names(p)}
+    expected = {name: width for name, width in place.widths.items() if name in ways}
+    if lacking := sorted(set(expected) - set(factors)):
+        return f".{lacking[0]} is missing"
+    if unexpected := sorted(set(factors) - set(expected)):
+        return f".{unexpected[0]} has no place there"
+    channels = factors[next(iter(factors))]
+    count = channels.shape[1 if next(iter(factors)).endswith(SIDES["out"]) else 0]
+    if count == 0 or count % place.heads:
+        return f" has {count} channels, which are no multiple of the {place.heads} heads"
+    for name, factor in factors.items():
+        shape = (expected[name], count) if name.endswith(SIDES["out"]) else (count, expected[name])
+        if tuple(factor.shape) != shape:
+            return f".{name} is {tuple(factor.shape)}, expected {shape}"
+    return None
+
+
+def _names(product: str) -> tuple[str, ...]:
+    sides = ("q", "k") if product == "qk" else ("v", "out")
+    return tuple(prefix + SIDES[side] for prefix in ("", "add_") for side in sides)  # type: ignore[index]
+
+
+def _build(
+    component: Component, place: AdaptableAttention, factors: Mapping[str, Tensor], alpha: float
+) -> LowRankTerms:
+    first, factor = next(iter(factors.items()))
+    rank = factor.shape[1 if first.endswith(SIDES["out"]) else 0] // place.heads
+    attention = component.attention(place.path)
+    dtype = next((attention.to_q if hasattr(attention, "to_q") else attention.q_proj).parameters()).dtype
+    terms = LowRankTerms(
+        {name: width for name, width in place.widths.items() if name in factors},
+        place.heads,
+        rank,
+        alpha=alpha,
+        device=device_of(component, place.path),
+        dtype=dtype if dtype in _COMPUTED_IN else torch.float32,  # quantised weights
+    )
+    terms.load_state_dict(dict(factors))
+    return terms
+
+
+def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str | None) -> Record:
+    identifier, words = file.identifier, dict(file.token_embeddings)
+    if renamed is not None:
+        mine = [key for key in words if key.split(".", 1)[1] == identifier]
+        if not mine:
+            raise SettingsError(
+                f"{file.path} cannot be called {renamed!r}: no token was learned with it, the model knows it as {identifier!r}"
+            )
+        if not renamed.strip():
+            raise SettingsError(f"got rename_identifier {renamed!r}, expected a word")
+        words = {k if k not in mine else f"{k.split('.', 1)[0]}.{renamed}": v for k, v in words.items()}
+        identifier = renamed
+    if (other := answering(target, identifier)) is not None:
+        learned = any(key.split(".", 1)[1] == file.identifier for key in file.token_embeddings)
+        way_out = "load it with rename_identifier='…'" if learned else "train one of them with another identifier"
+        raise SettingsError(
+            f"adapter {other!r} answers to {identifier!r} already, and so would {file.path}: prompts could not tell them apart; {way_out}"
+        )
+    return Record(
+        paths=paths,
+        identifier=identifier,
+        prompt=file.prompt,
+        base=file.base,
+        metadata=file.own_metadata,
+        token_embeddings=words,
+        brought_tokens=bool(words),
+    )
+
+
+def _kind_of(target: Any) -> str:
+    return "model" if isinstance(target, torch.nn.Module) else "pipeline"

@@ -1,0 +1,1 @@
+"""Pictures from prompts, as files and on pages."""

@@ -1,0 +1,175 @@
+"""Pictures from prompts, each with its own seed, so that none depends on what else is generated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from ...errors import ModelError, SettingsError
+from ...training.seeding import derive_seed
+from ...writable import check_writable
+from ..pipeline.families import Flux, check_multiple, family_of
+from ..pipeline.shortage import shortage_explained
+from .pictures import already_made, file_name, save_picture
+from .settings import GenerateSettings, make_settings
+
+
+class Generated(NamedTuple):
+    """One picture. ``flagged``: the pipeline's safety checker blackened it."""
+
+    image: Image.Image
+    prompt: str
+    number: int
+    flagged: bool
+
+
+def generate(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    wanted: Sequence[tuple[str, int]] | None = None,
+    progress: bool = False,
+    **settings: Any,
+) -> Iterator[Generated]:
+    """The pictures of each prompt in turn, ``count`` each.
+
+    The noise of picture n of a prompt is drawn with a generator of its own; with another batch size pictures agree up to rounding.
+
+    Args:
+        wanted: only these (prompt, number) instead of all.
+        settings: fields of :class:`GenerateSettings`.
+
+    Raises:
+        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler. MemoryShortage: if the device's memory
+            is too small; says what would fit.
+    """
+    from tqdm import tqdm
+
+    how = make_settings(GenerateSettings, settings)
+    if getattr(pipe, "scheduler", None) is None:
+        raise ModelError(f"{type(pipe).__name__} has no scheduler, so it cannot generate; load the pipeline with one")
+    check_sampling(pipe, how.steps)
+    _check_fits(pipe, how)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    todo = [(p, n) for p in prompts for n in range(how.count)] if wanted is None else list(wanted)
+    bar = tqdm(total=len(todo), desc="pictures", unit="picture", disable=not progress)
+    with bar, quiet(pipe):
+        for first in range(0, len(todo), how.batch_size):
+            for generated in _batch(pipe, todo[first : first + how.batch_size], how):
+                bar.update()
+                yield generated
+
+
+def _batch(pipe: Any, todo: list[tuple[str, int]], settings: GenerateSettings) -> Iterator[Generated]:
+    # Noise is drawn on the CPU, where it is the same for every device.
+    generators = [torch.Generator().manual_seed(derive_seed(settings.seed, "picture", *of)) for of in todo]
+    options = {
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+        "negative_prompt": None if settings.negative is None else [settings.negative] * len(todo),
+        "height": settings.size,
+        "width": settings.size,
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    with shortage_explained(f"generating {len(todo)} pictures at once", _what_would_fit(pipe, settings)):
+        output = pipe([prompt for prompt, _ in todo], generator=generators, **given)
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(todo)
+    for image, (prompt, number), flagged in zip(output.images, todo, flags, strict=True):
+        yield Generated(image, prompt, number, bool(flagged))
+
+
+def check_sampling(pipe: Any, steps: int | None) -> None:
+    """Raise SettingsError for more steps than a pipeline's scheduler has times."""
+    scheduler = getattr(pipe, "scheduler", None)
+    times = None if scheduler is None else scheduler.config.get("num_train_timesteps")
+    if steps is not None and times is not None and steps > times:
+        raise SettingsError(f"got {steps} sampler steps, expected at most {times}, the scheduler's times")
+
+
+def _check_fits(pipe: Any, how: GenerateSettings) -> None:
+    try:
+        family = family_of(pipe)
+    except ModelError:  # a pipeline that cannot be taught may still generate
+        return
+    if how.size is not None:  # diffusers' UNet pipelines take multiples of 8 whatever their VAE
+        check_multiple("size", how.size, max(8, family.multiple()) if family.component == "unet" else family.multiple())
+    if how.negative is not None and isinstance(family, Flux):
+        raise SettingsError(
+            "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; leave it out"
+        )
+
+
+def _what_would_fit(pipe: Any, settings: GenerateSettings) -> list[str]:
+    advice = ["one picture at a time (--batch-size 1)"] if settings.batch_size > 1 else []
+    advice.append(
+        f"a smaller picture (--size below {settings.size})" if settings.size else "a smaller picture (--size)"
+    )
+    if getattr(pipe, "dtype", None) == torch.float32:
+        advice.append("weights in 16 bit (--dtype bfloat16)")
+    return advice
+
+
+class Written(NamedTuple):
+    """What :func:`generate_to` did: the files in order, how many of them were there already, how many were blackened."""
+
+    paths: list[Path]
+    kept: int
+    flagged: int
+
+
+def generate_to(
+    folder: str | os.PathLike[str],
+    pipe: Any,
+    prompts: str | Sequence[str],
+    *,
+    about: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> Written:
+    """Generate into a folder of PNG files; pictures that are there already, made with the same settings, are kept.
+
+    Args:
+        about: plain data on the model and its adapters, written into each picture and compared with what is there.
+        overwrite: replace pictures that were made in another way.
+
+    Raises:
+        StoreError: if a picture made in another way is in the place of a new one (unless ``overwrite``), or none can be written.
+    """
+    folder = Path(folder).expanduser()
+    check_writable(folder)
+    prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+    chosen = make_settings(GenerateSettings, settings)
+    how = {k: v for k, v in asdict(chosen).items() if k not in ("count", "batch_size")}
+    how |= {"scheduler": type(getattr(pipe, "scheduler", None)).__name__, **(about or {})}
+
+    def made(prompt: str, number: int) -> dict[str, Any]:
+        return {**how, "prompt": prompt, "number": number}
+
+    every = [(p, n) for p in prompts for n in range(chosen.count)]
+    paths = {of: folder / file_name(*of) for of in every}
+    wanted = [of for of in every if not already_made(paths[of], made(*of), overwrite=overwrite)]
+    flagged = 0
+    for generated in generate(pipe, prompts, wanted=wanted, progress=progress, **asdict(chosen)):
+        of = (generated.prompt, generated.number)
+        flagged += generated.flagged
+        save_picture(generated.image, paths[of], made(*of))
+    return Written(list(paths.values()), len(every) - len(wanted), flagged)
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """The pipeline without its own progress bar a call."""
+    before = dict(getattr(pipe, "_progress_bar_config", {}))
+    pipe.set_progress_bar_config(**{**before, "disable": True})
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**before)

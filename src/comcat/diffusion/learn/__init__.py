@@ -1,0 +1,1 @@
+"""Teaching a pipeline a concept from a few pictures."""

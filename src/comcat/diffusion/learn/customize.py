@@ -1,0 +1,334 @@
+"""Teaching a pipeline a concept from a few pictures (Xiao et al. 2023, §3.2 and §4.3)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._version import __version__
+from ...errors import SettingsError, StoreError
+from ...training.checkpoints import Checkpoints, check_settings
+from ...training.processes import Processes
+from ...training.seeding import derive_seed
+from ...writable import check_writable
+from ..adapter.attach import attach, unload
+from ..adapter.files import save
+from ..adapter.records import Adapter, answering, records, remember
+from ..draw.generate import check_sampling
+from ..draw.prompts import check_other_prompts, check_prompt, splitting_notes
+from ..draw.settings import make_settings
+from ..pipeline.families import Family, family_of
+from ..pipeline.noising import noising_of
+from ..pipeline.residence import Idle, check_whole, frozen, recomputing
+from ..pipeline.shortage import shortage_explained
+from .batches import CachedSource, Stream
+from .examples import EXAMPLES, Examples, notes_on_sizes, read_examples
+from .latents import Rotation, check_resolution, encode
+from .optimisation import Optimisation
+from .prior import class_in, make_class_pictures
+from .protection import Protection
+from .run_folder import Samples, folder_of, samples_in, write_report
+from .settings import CustomizeSettings
+from .token import LearnedToken
+
+
+def customize(
+    pipe: Any,
+    images: EXAMPLES,
+    *,
+    prompt: str,
+    identifier: str = "V*",
+    name: str = "default",
+    out: str | os.PathLike[str] | None = None,
+    restart: bool = False,
+    progress: bool = False,
+    **settings: Any,
+) -> Adapter:
+    """Teach a pipeline a concept: low-rank terms on its attention's products (Eq. 8) learn to denoise pictures of it (Eq. 7).
+
+    Latents and prompts are encoded once; the VAE and the text encoders then leave the device, unless they learn as well, so a step costs
+    the denoiser alone. Processes started with ``accelerate launch`` or ``torchrun`` share each batch.
+
+    Args:
+        pipe: a text-to-image pipeline of diffusers, whole, in the dtype to compute in. The adapter's own parameters are float32.
+        images: some pictures, or what :func:`comcat.open_pictures` takes; 4 to 12 are usual.
+        prompt: what the pictures show, with ``identifier`` in it: ``"a photo of V* dog"``.
+        name: what the adapter is called in ``pipe``.
+        out: file to save to, ``dog.safetensors``. Checkpoints, samples and ``report.html`` go to a folder beside it, ``dog.run``. The same
+            call goes on from the last checkpoint there; ``restart`` begins anew.
+        settings: fields of :class:`CustomizeSettings`.
+
+    Returns:
+        The trained adapter, in place in ``pipe``. Everything else about the pipeline is as it was. After an error, the adapter is out
+        again, too.
+
+    Raises:
+        SettingsError: for a prompt without the identifier or a setting that does not fit. DataError: without pictures. ModelError: if the
+            pipeline is of no supported family. StoreError: if ``out`` holds something made with other settings, or cannot be written.
+            NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what would fit.
+    """
+    return Customization(
+        pipe, images, prompt, identifier, name, make_settings(CustomizeSettings, settings), out, progress
+    ).run(restart)
+
+
+class Customization:
+    """One run of :func:`customize`, in parts. ``notes`` gathers what there is to say about it."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        images: EXAMPLES,
+        prompt: str,
+        identifier: str,
+        name: str,
+        settings: CustomizeSettings,
+        out: str | os.PathLike[str] | None,
+        progress: bool,
+    ) -> None:
+        check_prompt(prompt, identifier)
+        self.family = family_of(pipe)
+        check_whole(pipe)
+        self.pipe, self.prompt, self.identifier, self.name = pipe, prompt, identifier, name
+        self.settings, self.progress = settings, progress
+        check_other_prompts(identifier, {"protect": settings.protect, "prior_prompt": [settings.prior_prompt or ""]})
+        if (other := answering(pipe, identifier)) not in (None, name):
+            raise SettingsError(
+                f"adapter {other!r} answers to {identifier!r} already: prompts could not tell them apart; choose another identifier"
+            )
+        check_sampling(pipe, settings.sample_steps)
+        self.noising = noising_of(pipe.scheduler, settings.snr_gamma)
+        self.side = check_resolution(settings.resolution, self.family)
+        self.processes = Processes(cpu=self.family.device.type == "cpu")
+        if settings.batch_size % self.processes.count:
+            raise SettingsError(
+                f"batch_size: got {settings.batch_size} for {self.processes.count} processes, expected a multiple"
+            )
+        self._check_dropout()
+        self.examples = read_examples(images)
+        self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
+        if settings.new_token is None:
+            self.notes += splitting_notes(self.family, identifier)
+        self.class_examples = None
+        if settings.prior_images is not None:
+            self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
+        self.out = None if out is None else _checked(Path(out).expanduser())
+        self.optimisation: Optimisation | None = None
+
+    def run(self, restart: bool) -> Adapter:
+        """Train, save, report."""
+        with frozen(self.family), self._learner():
+            pass  # what does not fit is told before anything is made or deleted
+        about = self._about()
+        checkpoints = self._checkpoints(restart, about)
+        class_pictures = self._class_pictures()
+        with frozen(self.family), self._learner() as learner:
+            self._train(learner, class_pictures, checkpoints, about)
+            learner.stays = True
+        return learner.adapter
+
+    @contextmanager
+    def _learner(self) -> Iterator[_Learner]:
+        """What learns, in its place in the pipeline; taken out again unless it ``stays``."""
+        settings, family = self.settings, self.family
+        with shortage_explained("attaching the adapter", [f"a rank below {settings.rank}"]):
+            adapter = attach(
+                self.pipe, rank=settings.rank, where=settings.where, text_encoder=settings.text_encoder,
+                name=self.name, init=settings.init, seed=derive_seed(settings.seed, "factors"),
+            )  # fmt: skip
+        learner = _Learner(adapter)
+        try:
+            if settings.new_token is not None:
+                learner.token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
+            if settings.protect:
+                learner.protection = Protection(family, adapter, settings.protect, dropout=settings.caption_dropout)
+            yield learner
+        finally:
+            if not learner.stays:
+                unload(self.pipe, self.name)
+
+    def _train(
+        self, learner: _Learner, class_pictures: Examples | None, checkpoints: Checkpoints | None, about: dict[str, Any]
+    ) -> None:
+        settings, family = self.settings, self.family
+        adapter, token, protection = learner.adapter, learner.token, learner.protection
+        live = settings.text_encoder or token is not None
+        source = self._source(class_pictures, live)
+        needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
+        idle = Idle(family, needed)
+        parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
+        run = self.optimisation = Optimisation(
+            family, self.noising, parameters, source, settings, self.processes,
+            constrain=protection.apply if protection is not None else lambda: None,
+        )  # fmt: skip
+        if checkpoints is not None and (last := checkpoints.latest()) is not None:
+            groups = {group: last.tensors(group) for group in ("adapter", "optimizer")}
+            run.restore(last.step, groups, last.state)
+        samples = None
+        if self.out is not None:
+            samples = Samples(self.pipe, folder_of(self.out), settings.sample_prompt or self.prompt, settings)
+
+        def after(step: int) -> None:
+            if samples is not None and settings.sample_every and step % settings.sample_every == 0:
+                with self.processes.together(), idle.back():
+                    if self.processes.main:
+                        samples.draw(step)
+
+        with ExitStack() as stack:
+            stack.enter_context(recomputing(family.denoiser, settings.gradient_checkpointing))
+            stack.enter_context(idle.away())
+            if token is not None:
+                stack.enter_context(token.learning())
+            run.run(checkpoints=checkpoints, about=about, progress=self.progress, after=after)
+        if token is not None:
+            token.settle()
+        for parameter in parameters.values():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        record = records(self.pipe)[self.name]
+        known = {"identifier": self.identifier, "prompt": self.prompt, "base": _base_of(self.pipe)}
+        remember(self.pipe, self.name, replace(record, **known))
+        with self.processes.together():
+            if self.out is not None and self.processes.main:
+                self._save(token)
+                self._report(samples)
+
+    def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
+        settings = self.settings
+        streams = []
+        kinds = [(self.examples, self.prompt, 1.0, settings.caption_dropout, "concept")]
+        if class_pictures is not None and settings.prior_prompt is not None:
+            kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, 0.0, "class"))
+        for pictures, prompt, weight, dropout, what in kinds:
+            seed = derive_seed(settings.seed, what)
+            with shortage_explained(
+                "encoding the pictures", [f"a resolution below {self.side}", "a base in 16 bit (dtype bfloat16)"]
+            ):
+                latents = encode(
+                    self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
+                )
+            rotation = Rotation(latents.frames_of, settings.seed, what)
+            streams.append(Stream(latents, rotation, prompt, settings.batch_size, weight, dropout))
+        return CachedSource(self.family, streams, live=live)
+
+    def _class_pictures(self) -> Examples | None:
+        """Pictures of the class for prior preservation: given, or made by the pipeline as it is now."""
+        if self.settings.prior_prompt is None or self.class_examples is not None:
+            return self.class_examples
+        folder = None if self.out is None else class_in(folder_of(self.out))
+        about = {"model": _base_of(self.pipe), "dtype": _dtype_of(self.family)}
+        made = make_class_pictures(
+            self.pipe, self.settings, self.side, folder, about=about, processes=self.processes, progress=self.progress
+        )
+        self.notes += made.notes
+        return made
+
+    def _checkpoints(self, restart: bool, about: dict[str, Any]) -> Checkpoints | None:
+        if self.out is None:
+            return None
+        checkpoints = Checkpoints(folder_of(self.out) / "checkpoints", keep=self.settings.keep)
+        with self.processes.together():
+            if restart and self.processes.main:
+                checkpoints.clear()
+                for made in (samples_in(folder_of(self.out)), class_in(folder_of(self.out))):
+                    shutil.rmtree(made, ignore_errors=True)
+        last = checkpoints.latest()
+        if last is not None:
+            check_settings(last, about)
+        elif self.out.exists() and not restart:
+            raise StoreError(f"{self.out} is there already, and no run to go on with; name another file, or --restart")
+        return checkpoints
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint must have been made with to go on from it."""
+        settings, made = self.settings, {}
+        if self.class_examples is not None:
+            made = {"class_pictures": self.class_examples.fingerprint}
+        elif settings.prior_prompt is not None:
+            made = {"sample_steps": settings.sample_steps, "sample_guidance": settings.sample_guidance}
+        return {
+            **made,
+            **self.settings.shaping,
+            "resolution": self.side,
+            "prompt": self.prompt,
+            "identifier": self.identifier,
+            "pictures": self.examples.fingerprint,
+            "base": _base_of(self.pipe),
+            "dtype": _dtype_of(self.family),
+        }
+
+    def _save(self, token: LearnedToken | None) -> None:
+        assert self.out is not None
+        save(
+            self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt, base=_base_of(self.pipe),
+            token_embeddings=None if token is None else token.rows(),
+            metadata={"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))},
+        )  # fmt: skip
+
+    def _report(self, samples: Samples | None) -> None:
+        assert self.out is not None and samples is not None and self.optimisation is not None
+        facts = {
+            "prompt": self.prompt,
+            "identifier": self.identifier,
+            "base": _base_of(self.pipe) or type(self.pipe).__name__,
+            "pictures": len(self.examples.images),
+            **{k: v for k, v in asdict(self.settings).items() if v is not None},
+            "resolution": self.side,
+            "size of the adapter": f"{self.out.stat().st_size / 1e6:.2f} MB",
+            "seconds in steps": f"{self.optimisation.progress.seconds:.1f}",
+            "comcat": __version__,
+            "torch": torch.__version__,
+        }
+        write_report(
+            folder_of(self.out), title=f"{self.identifier}, learned from {len(self.examples.images)} pictures",
+            samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
+            notes=self.notes,
+        )  # fmt: skip
+
+    def _check_dropout(self) -> None:
+        if self.settings.caption_dropout and self.settings.where == "cross":
+            with torch.no_grad():
+                empty = self.family.encode([""])["prompt"]
+            if not empty.any():
+                raise SettingsError(
+                    "caption_dropout: this pipeline's empty prompt is all zeros, of which cross-attention's terms read "
+                    "nothing; leave it out, or learn where='all'"
+                )
+
+
+@dataclass
+class _Learner:
+    """What learns: the adapter, the identifier's token if it has one of its own, and what the adapter is kept from."""
+
+    adapter: Adapter
+    token: LearnedToken | None = None
+    protection: Protection | None = None
+    stays: bool = False
+
+
+def _dtype_of(family: Family) -> str:
+    """``float32``: the type to compute in."""
+    return str(next(family.denoiser.parameters()).dtype).removeprefix("torch.")
+
+
+def _base_of(pipe: Any) -> str | None:
+    """The name or folder that a pipeline was loaded from, if it was."""
+    name = pipe.config.get("_name_or_path")
+    return str(name) if name else None
+
+
+def _checked(out: Path) -> Path:
+    if out.suffix != ".safetensors":
+        raise SettingsError(f"out: got {str(out)!r}, expected a file name that ends in .safetensors")
+    if out.is_dir():
+        raise SettingsError(f"out: {str(out)!r} is a folder, expected a file to write to")
+    check_writable(out.parent)
+    return out

@@ -1,0 +1,65 @@
+"""The pictures of a concept, from whatever they come as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+
+from ...data import Pictures, open_pictures
+from ...data.picture import content_hash, plain
+from ...errors import DataError
+from ...training.seeding import derive_seed
+
+EXAMPLES = str | Path | Pictures | Sequence[Image.Image]
+"""What the pictures of a concept may come as."""
+
+MANY = 1000  # pictures of one concept; more is a data set, and its latents would no longer be small
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The pictures of a concept, and what there is to say about them."""
+
+    images: list[Image.Image]
+    notes: list[str]
+    fingerprint: str
+    """Stands for all their pixels, in order."""
+
+
+def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") -> Examples:
+    """All pictures of a source. Unreadable ones are left out and counted in the notes.
+
+    Raises:
+        DataError: if there is none, or more than a concept needs.
+    """
+    if isinstance(source, str | Path | Pictures):
+        pictures = source if isinstance(source, Pictures) else open_pictures(source, max_unreadable=1.0)
+        images = [sample.image.convert("RGB") for sample in islice(pictures, MANY + 1)]
+        skipped = pictures.skipped
+    else:
+        images, skipped = [plain(image).convert("RGB") for image in source], []
+    if not images:
+        raise DataError(f"got no {what}, expected at least one")
+    if len(images) > MANY:
+        raise DataError(f"got more than {MANY} {what}; a handful is enough, choose which")
+    notes = []
+    if skipped:
+        notes.append(f"{len(skipped)} unreadable {what} were left out, the first: {skipped[0]}")
+    if len(images) == 1:
+        notes.append(f"Only one of the {what}: what is learned will hold its background and pose as well.")
+    hashes = "".join(content_hash(image) for image in images)
+    return Examples(images, notes, f"{derive_seed(hashes):016x}")
+
+
+def notes_on_sizes(images: Sequence[Image.Image], side: int) -> list[str]:
+    """What is lost of pictures when squares of ``side`` pixels are cut from them."""
+    notes = []
+    if small := sum(min(i.size) < side for i in images):
+        notes.append(f"{small} of {len(images)} pictures are smaller than {side} pixels and were enlarged.")
+    if long := sum(max(i.size) > 2 * min(i.size) for i in images):
+        notes.append(f"{long} of {len(images)} pictures are over twice as long as wide: less than half is in a crop.")
+    return notes

@@ -1,0 +1,226 @@
+"""The training loop: noise, prediction, error, step; checkpoints in between."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...training.checkpoints import Checkpoints
+from ...training.processes import Processes
+from ...training.seeding import derive_seed
+from ...training.watching import LossWatch
+from ..pipeline.families import Conditions, Family
+from ..pipeline.noising import Noising
+from ..pipeline.shortage import shortage_explained
+from .settings import CustomizeSettings
+
+
+class Batch(NamedTuple):
+    """What one step sees, over all processes: latents (batch, channels, height, width), what goes with them, weights (batch,)."""
+
+    latents: Tensor
+    conditions: Conditions
+    weights: Tensor
+
+
+class Source(Protocol):
+    """Draws the batch of a step, whatever steps were drawn before."""
+
+    def __call__(self, step: int, generator: torch.Generator) -> Batch: ...
+
+
+def share_of(batch: Any, processes: Processes) -> Any:
+    """This process's part of tensors (batch, …), or of a dictionary of them."""
+    if isinstance(batch, dict):
+        return {name: share_of(value, processes) for name, value in batch.items()}
+    return batch[processes.index :: processes.count]
+
+
+def add_up(loss: Tensor, parameters: list[nn.Parameter], processes: Processes) -> float:
+    """The loss over all processes; the parameters' gradients become their sums.
+
+    What is trained is so small that one flat reduction costs nothing, and the models need no wrapper.
+    """
+    if processes.count > 1:
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([loss.detach().float().view(1), *(g.float().flatten() for g in gradients)])
+        torch.distributed.all_reduce(flat)
+        loss = flat[0]
+        for p, g in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
+            p.grad = g.view_as(p).to(p.dtype)
+    return float(loss.detach())
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    """Time in steps, since this process began."""
+
+
+class Optimisation:
+    """AdamW on a few parameters of a frozen pipeline.
+
+    Args:
+        parameters: what is trained, by the names it has on disk.
+        source: draws batches.
+        constrain: called before the first step and after each.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        noising: Noising,
+        parameters: Mapping[str, nn.Parameter],
+        source: Source,
+        settings: CustomizeSettings,
+        processes: Processes,
+        constrain: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.constrain = constrain
+        constrain()
+        self.family, self.noising, self.parameters = family, noising, dict(parameters)
+        self.source, self.settings, self.processes = source, settings, processes
+        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
+        half = next(family.denoiser.parameters()).dtype == torch.float16
+        # Gradients pass through the frozen model in its own type; in float16 small ones would vanish.
+        self.scaler = torch.amp.GradScaler(family.device.type, enabled=half, init_scale=2.0**12)
+        self.progress = Progress()
+
+    def loss(self, step: int) -> Tensor:
+        """This process's part of the weighted mean of squared errors at a step (Eq. 7)."""
+        generator = torch.Generator().manual_seed(derive_seed(self.settings.seed, "step", step))
+        batch = self.source(step, generator)
+        times = self.noising.draw(len(batch.latents), generator).to(batch.latents.device)
+        noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+        latents, times, noise, weights, conditions = (
+            share_of(part, self.processes) for part in (batch.latents, times, noise, batch.weights, batch.conditions)
+        )
+        noisy = self.noising.mix(latents, noise, times)
+        dtype = next(self.family.denoiser.parameters()).dtype
+        predicted = self.family.predict(
+            noisy.to(dtype), times, {k: v.to(dtype) if k != "time_ids" else v for k, v in conditions.items()}
+        )
+        errors = (predicted.float() - self.noising.target(latents, noise, times).float()).square().flatten(1).mean(1)
+        return (errors * weights.to(errors) * self.noising.weight(times).to(errors)).sum()
+
+    def step(self) -> float:
+        """One step; returns the loss over all processes."""
+        started = time.perf_counter()
+        number = self.progress.step
+        trained = list(self.parameters.values())
+        with shortage_explained(f"training at step {number}", self._what_would_fit()):
+            loss = self.loss(number)
+            self.scaler.scale(loss).backward()
+        value = add_up(loss, trained, self.processes)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.rate(number)
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(trained, self.settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.constrain()
+        self.progress.step += 1
+        self.progress.losses.append(value)
+        self.progress.seconds += time.perf_counter() - started
+        return value
+
+    def run(
+        self,
+        *,
+        checkpoints: Checkpoints | None = None,
+        about: Mapping[str, Any] | None = None,
+        progress: bool = False,
+        after: Callable[[int], None] = lambda step: None,
+    ) -> Progress:
+        """All steps that are left.
+
+        Args:
+            checkpoints: where to save every ``checkpoint_every`` steps and at the end, with ``about`` as the settings.
+            after: called with the number of steps done, after each.
+
+        Raises:
+            NumericsError: if the loss is no number or explodes. MemoryShortage: if the device is out of memory.
+        """
+        from tqdm import tqdm
+
+        watch, settings, saved = LossWatch(), self.settings, self.progress.step
+        bar = tqdm(
+            total=settings.steps,
+            initial=saved,
+            desc="learning",
+            unit="step",
+            disable=not (progress and self.processes.main),
+        )
+        with bar:
+            while self.progress.step < settings.steps:
+                number = self.progress.step
+                self.optimizer.zero_grad(set_to_none=True)
+                value = self.step()
+                last = f"the last good checkpoint is at step {saved}" if saved else "there is no checkpoint before it"
+                watch.check(value, number, self.parameters.items(), f"{last}; a lower lr may help")
+                bar.update()
+                bar.set_postfix(loss=f"{_recent(self.progress.losses):.4f}", refresh=False)
+                done = self.progress.step
+                every = settings.checkpoint_every
+                if checkpoints is not None and every and (done % every == 0 or done == settings.steps):
+                    with self.processes.together():
+                        if self.processes.main:
+                            checkpoints.save(done, self.tensors(), {"settings": dict(about or {}), **self.state()})
+                    saved = done
+                after(done)
+        return self.progress
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The parameters and the optimizer's moments, by name."""
+        moments = {
+            f"{name}.{key}": value
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        return {"adapter": dict(self.parameters), "optimizer": moments}
+
+    def state(self) -> dict[str, Any]:
+        """The rest of what a later run needs to go on, as plain data."""
+        return {"losses": self.progress.losses, "scaler": self.scaler.state_dict()}
+
+    @torch.no_grad()
+    def restore(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`tensors` and :meth:`state` gave."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors["adapter"][name])
+            own = {k: v for k, v in tensors["optimizer"].items() if k.rpartition(".")[0] == name}
+            self.optimizer.state[parameter] = {
+                k.rpartition(".")[2]: v if k.endswith(".step") else v.to(parameter.device) for k, v in own.items()
+            }
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress.step, self.progress.losses = step, list(state["losses"])
+
+    def _what_would_fit(self) -> list[str]:
+        settings, advice = self.settings, []
+        if settings.batch_size > 1:
+            advice.append("batch_size 1")
+        if not settings.gradient_checkpointing:
+            advice.append("gradient_checkpointing")
+        if settings.text_encoder or settings.new_token:
+            advice.append("leaving the text encoder as it is")
+        if next(self.family.denoiser.parameters()).dtype == torch.float32:
+            advice.append("a base in 16 bit (dtype bfloat16)")
+        side = settings.resolution or self.family.resolution()
+        if side // 2 >= self.family.multiple():
+            advice.append(f"resolution {side // 2} instead of {side}, a quarter of the activations")
+        return advice
+
+
+def _recent(losses: list[float], window: int = 50) -> float:
+    """The mean of the last losses: single ones depend on the time drawn more than on what was learned."""
+    last = losses[-window:]
+    return sum(last) / len(last)

@@ -1,0 +1,89 @@
+"""What a training run leaves beside its adapter: sheets of samples and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..draw.generate import generate
+from ..draw.pages import Page, Sheet, write_page
+from ..draw.pictures import grid, save_picture
+from .settings import CustomizeSettings
+
+
+def folder_of(out: Path) -> Path:
+    """The folder of the run that writes ``dog.safetensors``: ``dog.run`` beside it."""
+    return out.with_suffix(".run")
+
+
+def samples_in(folder: Path) -> Path:
+    """Where a run keeps its sheets of samples."""
+    return folder / "samples"
+
+
+class Samples:
+    """Sheets of pictures of one prompt, always with the same seeds, as training goes on."""
+
+    def __init__(self, pipe: Any, folder: Path, prompt: str, settings: CustomizeSettings) -> None:
+        self.pipe, self.folder, self.prompt = pipe, samples_in(folder), prompt
+        self.how = {
+            "count": settings.sample_count,
+            "seed": settings.seed,
+            "steps": settings.sample_steps,
+            "guidance": settings.sample_guidance,
+        }
+
+    def draw(self, step: int) -> Path:
+        """Generate the sheet of a step."""
+        pictures = [generated.image for generated in generate(self.pipe, self.prompt, **self.how)]
+        path = self.folder / f"step-{step:08d}.png"
+        save_picture(grid(pictures), path, {"prompt": self.prompt, "step": step, "seed": self.how["seed"]})
+        return path
+
+    def sheets(self) -> list[Sheet]:
+        """What was drawn so far, earlier runs included."""
+        found = []
+        for path in sorted(self.folder.glob("step-*.png")):
+            with Image.open(path) as sheet:
+                found.append(Sheet(f"Step {int(path.stem.removeprefix('step-'))}", [sheet.convert("RGB")]))
+        return found
+
+
+def write_report(
+    folder: Path,
+    *,
+    title: str,
+    samples: Samples,
+    examples: Sequence[Image.Image],
+    losses: Sequence[float],
+    facts: Mapping[str, Any],
+    notes: Sequence[str],
+) -> Path:
+    """Write ``report.html``: the concept, the samples, the loss, the settings."""
+    curve = {
+        "x": list(range(1, len(losses) + 1)),
+        "y": running_mean(losses),
+        "x_label": "step",
+        "y_label": "loss, mean of the last 50",
+    }
+    page = Page(
+        title=title,
+        sheets=[Sheet("What it learns from", list(examples[:12])), *samples.sheets()],
+        curves=[curve] if losses and find_spec("matplotlib") else [],
+        facts=facts,
+        notes=notes,
+    )
+    return write_page(page, folder / "report.html")
+
+
+def running_mean(values: Sequence[float], window: int = 50) -> list[float]:
+    """The mean of each value and those before it, ``window`` at most."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
