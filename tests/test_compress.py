@@ -28,12 +28,26 @@ def test_the_model_is_untouched_and_the_copy_is_smaller(model):
 
 
 @pytest.mark.parametrize(
-    "batch", [lambda x: x, lambda x: (x, torch.zeros(len(x), dtype=torch.long)), lambda x: {"pixel_values": x}]
+    "batch",
+    [
+        lambda x: x,
+        lambda x: (x, torch.zeros(len(x), dtype=torch.long)),
+        lambda x: {"pixel_values": x},
+        lambda x: {"image": x, "label": [0] * len(x)},
+        lambda x: (x, None, ["a"] * len(x)),
+    ],
 )
 def test_any_iterable_of_batches_calibrates(model, batch):
     reference = comcat.compress(model, calibration=pictures(), reduce=0.4)
     small = comcat.compress(model, calibration=(batch(x) for x in pictures()), reduce=0.4)
     assert torch.equal(small(pictures()[0]), reference(pictures()[0]))
+
+
+@pytest.mark.parametrize("batch", [{"photo": torch.zeros(2, 3, 32, 32)}, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)])
+def test_batches_that_hold_no_pictures_are_refused(model, batch):
+    """8-bit pictures were taken as they are, 0 to 255, without a word."""
+    with pytest.raises(DataError, match=r"calibration batch: got .*expected pictures"):
+        comcat.compress(model, calibration=[batch], reduce=0.4)
 
 
 def test_macs_budget_saves_macs(model):

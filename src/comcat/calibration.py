@@ -7,7 +7,7 @@ needed: the gradient is that of the loss on labels drawn from the model's own pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .data.batches import parts_of_batch
 from .errors import DataError, NumericsError, SettingsError, nearest
 from .factors import Weights
 from .hosts import find_sites, host_of
@@ -186,7 +187,7 @@ def calibrate(
     """Record the moments that a statistic needs, in one pass over some pictures.
 
     Args:
-        batches: batches of pictures (batch, channels, height, width), or (pictures, labels) pairs, or dicts with ``pixel_values``; labels are ignored.
+        batches: batches of pictures (batch, channels, height, width), or (pictures, labels) pairs, or dicts with ``pixel_values`` or ``image``; labels are ignored.
         statistic: ``"activation"``: what flows in; ``"loss"``: and the gradients of the loss on labels drawn from the model's own predictions.
         sites: the sites to observe, by default all. limit: stop after so many pictures.
 
@@ -243,16 +244,14 @@ def _sampled_loss(model: nn.Module, images: Tensor, generator: torch.Generator) 
     return (feature * torch.randn(feature.shape, generator=generator).to(feature)).sum()
 
 
-def pictures_of(batch: Any) -> Tensor:
-    """The pictures (batch, channels, height, width) of a batch: a tensor, a pair with labels, or a mapping. Raises DataError for anything else."""
-    if isinstance(batch, Mapping):
-        batch = batch.get("pixel_values")
-    elif isinstance(batch, tuple | list):
-        batch = batch[0]
-    if not isinstance(batch, Tensor) or batch.ndim < 3 or not len(batch):
-        got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-        raise DataError(f"got a batch of {got}, expected a tensor of pictures (batch, channels, height, width)")
-    return batch
+def pictures_of(batch: Any, where: str = "a calibration batch") -> Tensor:
+    """The pictures (batch, channels, height, width) of a batch (:func:`~comcat.data.batches.parts_of_batch`). Raises DataError for anything else."""
+    images, _ = parts_of_batch(batch[:1] if isinstance(batch, tuple | list) else batch, where)
+    if images.ndim < 3 or not len(images):
+        raise DataError(
+            f"{where}: got a tensor of {tuple(images.shape)}, expected pictures (batch, channels, height, width)"
+        )
+    return images
 
 
 def _images(batches: Iterable, limit: int | None, progress: bool):

@@ -136,8 +136,16 @@ def test_pictures_must_be_pictures():
     for batch in ("cat.png", LOGITS.to(torch.uint8), (LOGITS, LABELS, LABELS), None, torch.tensor(1.0)):
         with pytest.raises(DataError, match=r"batch 0: .*expected pictures"):
             evaluate(Says(7), [batch])
-    with pytest.raises(DataError, match=r"got the keys \['image'\], expected pixel_values"):
-        evaluate(Says(7), [{"image": LOGITS}])
+    with pytest.raises(DataError, match=r"got the keys \['imag'\], expected pictures under pixel_values or image or"):
+        evaluate(Says(7), [{"imag": LOGITS}])
+
+
+@pytest.mark.parametrize(("pictures", "labels"), [("pixel_values", "labels"), ("image", "label"), ("img", "labels")])
+def test_batches_that_are_mappings_may_use_the_names_of_the_hub(pictures, labels):
+    """{'image': tensor} batches raised, though every data set of the hub yields them."""
+    named = evaluate(Says(7), [{pictures: LOGITS, labels: LABELS, "id": ["a"] * len(LOGITS)}])
+    assert named == evaluate(Says(7), [(LOGITS, LABELS)]) and named.top1 is not None
+    assert evaluate(Says(7), [{pictures: LOGITS}]).top1 is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import DataError, nearest
 from .pictures import Pictures, default_workers, whole_number
 from .preprocess import Preprocess
+
+_PICTURES = ("pixel_values", "image", "images", "img")
+_LABELS = ("labels", "label")
+"""Keys of a batch that is a mapping: transformers' own, then those that data sets of the hub use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,4 +105,34 @@ def batches(
         shuffle=shuffle,
         seed=seed,
         workers=workers,
+    )
+
+
+def parts_of_batch(batch: Any, where: str) -> tuple[Tensor, Any]:
+    """The pictures and the labels (None: it has none) of a batch that a caller brings.
+
+    A batch is a tensor of pictures, (pictures,), (pictures, labels), or a mapping: pictures under ``pixel_values``,
+    ``image``, ``images`` or ``img``, labels under ``labels`` or ``label``. Raises :class:`~comcat.errors.DataError`,
+    naming ``where``, on anything else, and on pictures that are no tensor of a floating type.
+    """
+    if isinstance(batch, Mapping):
+        keys = [key for key in _PICTURES if key in batch]
+        if not keys:
+            known = sorted(map(str, batch))
+            hint = nearest("image", known) or nearest("pixel_values", known)
+            raise DataError(f"{where}: got the keys {known}, expected pictures under {' or '.join(_PICTURES)}{hint}")
+        pictures = batch[keys[0]]
+        labels = next((batch[key] for key in _LABELS if batch.get(key) is not None), None)
+    elif isinstance(batch, tuple | list) and len(batch) in (1, 2):
+        pictures, labels = batch[0], batch[1] if len(batch) == 2 else None
+    else:
+        pictures, labels = batch, None
+    if isinstance(pictures, Tensor) and pictures.is_floating_point():
+        return pictures, labels
+    if not isinstance(pictures, Tensor):
+        got, way_out = type(pictures).__name__, "stack what preprocess_of(model) makes of each"
+    else:
+        got, way_out = f"{tuple(pictures.shape)} {pictures.dtype}", "preprocess_of(model) makes them of pictures"
+    raise DataError(
+        f"{where}: got {got}, expected pictures (batch, channels, height, width) of a floating type; {way_out}"
     )

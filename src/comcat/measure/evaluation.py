@@ -1,6 +1,6 @@
 """How a model does on pictures: against labels, and against another model."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.batches import parts_of_batch
 from ..errors import DataError, ModelError, NumericsError, SettingsError
 from .outputs import is_classifier, model_output
 from .running import AUTOCAST, evaluating
@@ -38,17 +39,9 @@ class Evaluation:
 
 def _split(batch: Any, where: str) -> tuple[Tensor, Tensor | None]:
     """Pictures and labels of a batch."""
-    if isinstance(batch, Mapping):
-        if "pixel_values" not in batch:
-            raise DataError(f"{where}: got the keys {sorted(map(str, batch))}, expected pixel_values and maybe labels")
-        images, labels = batch["pixel_values"], batch.get("labels")
-    elif isinstance(batch, tuple | list) and len(batch) in (1, 2):
-        images, labels = batch[0], batch[1] if len(batch) == 2 else None
-    else:
-        images, labels = batch, None
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.dim() < 2:
-        got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-        raise DataError(f"{where}: got {got}, expected pictures (batch, channels, height, width) of a floating type")
+    images, labels = parts_of_batch(batch, where)
+    if images.dim() < 2:
+        raise DataError(f"{where}: got {tuple(images.shape)}, expected pictures (batch, channels, height, width)")
     if labels is None:
         return images, None
     try:
@@ -106,8 +99,8 @@ def evaluate(
     """How the model does on every picture of ``batches``, each once: against labels, and against another model.
 
     ``batches`` yields pictures (batch, channels, height, width), tuples of pictures and labels (batch,) or None, or
-    mappings with ``pixel_values`` and maybe ``labels``; a DataLoader of any of these will do. Labels count where the
-    model is a classifier (:func:`is_classifier`). Against ``reference`` come the cosine of the outputs, be they logits
+    mappings with ``pixel_values`` or ``image`` and maybe ``labels`` or ``label``; a DataLoader of any of these will do.
+    Labels count where the model is a classifier (:func:`is_classifier`). Against ``reference`` come the cosine of the outputs, be they logits
     or features, and, where both are classifiers, agreement and divergence. Pictures go to each model's own device and
     type; ``device`` states where the models must be. ``dtype`` bfloat16 or float16 computes under autocast where it is
     not the weights' own type. ``progress`` shows a bar.
