@@ -7,7 +7,7 @@ needed: the gradient is that of the loss on labels drawn from the model's own pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
