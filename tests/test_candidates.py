@@ -28,7 +28,7 @@ def test_even_steps_end_with_the_site_as_it_is() -> None:
     for name, c in found.items():
         assert c.ranks[-1] == SITES[name].full_rank and c.costs[-1] <= SITES[name].parameters()
         assert list(c.ranks) == sorted(set(c.ranks)) and list(c.costs) == sorted(c.costs)
-    assert found["blocks.0.attn:qk"].ranks == (4, 8, 12, 16)
+    assert found["blocks.0.attn:qk"].ranks == (4, 7, 11, 15, 16)
     assert found["blocks.0.mlp.fc1"].ranks == (9, 19, 28, 38, 48)
 
 

@@ -78,18 +78,20 @@ class Builder:
         out = part(self.model, a.out)
         rank_qk, rank_vo = (a.width if p is None else p[1].rank for p in (qk, vo))
         dense_vo = vo is None  # then its biases stay as they are, and what it costs stays what it cost
-        value_bias = a.v.bias_or_none(self.model) is not None and (dense_vo or not a.folds_value_bias)
+        biased = any(p.bias_or_none(self.model) is not None for p in (a.q, a.v))
         module = LowRankAttention(
             a.in_features, a.out_features, a.heads, rank_qk, rank_vo, scale=a.scale,
-            query_bias=a.q.bias_or_none(self.model) is not None, value_bias=value_bias, out_bias=out.bias is not None or not dense_vo,
+            qkv_bias=biased, out_bias=out.bias is not None or not dense_vo,
             attention_dropout=getattr(getattr(host, "attn_drop", None), "p", 0.0), projection_dropout=getattr(getattr(host, "proj_drop", None), "p", 0.0),
             norm=norm, gate=gate, **_factory(out),
         )  # fmt: skip
         if self.weights:
             products, values = self.products(a, qk), self.values(a, vo)
             _fill(module.qkv.weight, torch.cat([t.flatten(0, 1) for t in (products.q, products.k, values.v)]))
-            _fill(module.q_bias, products.q_bias)
-            _fill(module.v_bias, values.v_bias)
+            if biased:
+                q, _, v = module.qkv.bias.detach().zero_().split(module.widths)
+                _fill(q, products.q_bias)
+                _fill(v, values.v_bias)
             _fill(module.proj.weight, values.out)
             _fill(module.proj.bias, values.out_bias)
         return Replacement(whole=module, without_value_bias=True)

@@ -86,6 +86,7 @@ def listed(phrases: list[str], most: int = 4) -> str:
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load a state dict strictly, in the dtypes it has. Raises StoreError if it does not fit."""
+    tensors = _upgraded(model, tensors)
     if found := unlike(tensors, model.state_dict()):
         raise StoreError(f"the weights do not fit: {listed(found)}")
     floating = Counter[torch.dtype]()
@@ -99,3 +100,12 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if own.dtype != tensors[name].dtype:
                 own.data = own.data.to(tensors[name].dtype)
     model.load_state_dict(dict(tensors), strict=True)
+
+
+def _upgraded(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under the names that our modules have today; each knows what it was called before."""
+    state = dict(tensors)
+    for path, module in model.named_modules():
+        if getattr(module, "comcat_module", False) and hasattr(module, "upgrade_state_dict"):
+            module.upgrade_state_dict(state, f"{path}." if path else "")  # type: ignore[operator]
+    return state

@@ -164,12 +164,14 @@ def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[Site, str
     # a fused projection whose values alone become thin keeps its bias, theirs (then zero) with it
     stays = a.mount == "values" and a.q.path == a.v.path and a.v.bias is None
     keeps = v_bias > 0 and (stays or not a.folds_value_bias)
+    # a fused projection of ours has one bias for queries, keys (zeros) and values
+    fused = a.mount == "whole" and q_bias + v_bias > 0
     qk_reason = a.qk_reason and (
         a.qk_reason if a.vo_reason else f"{a.qk_reason}; its vo and linear sites can still shrink"
     )
     common = {"path": a.path, "full_rank": a.width, "in_features": a.in_features, "heads": a.heads, "attention": a}
-    qk = {"out_features": a.in_features, "biases": q_bias + k_bias, "bias_per_rank": int(q_bias > 0)}
-    vo = {"out_features": a.out_features, "biases": v_bias + out_bias, "bias_per_rank": int(keeps)}
+    qk = {"out_features": a.in_features, "biases": q_bias + k_bias, "bias_per_rank": 2 if fused else int(q_bias > 0)}
+    vo = {"out_features": a.out_features, "biases": v_bias + out_bias, "bias_per_rank": int(fused or keeps)}
     yield Site(f"{a.path}:qk", "qk", **common, **qk), qk_reason  # type: ignore[arg-type]
     yield Site(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
 

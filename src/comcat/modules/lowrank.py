@@ -35,9 +35,11 @@ class LowRankLinear(nn.Module):
 class LowRankAttention(nn.Module):
     """Multi-head attention whose heads are narrower than they were (Xiao et al. 2023, Eq. 4).
 
-    ``head_i = softmax(scale · (x U_i^Q + b_i)(x S_i^K)ᵀ + mask) x U_i^V`` and ``y = Concat(head_i) S^O + b``, with the *original* scale
-    1/√k. There is no key bias (softmax ignores it) and no value bias (it is folded into the output bias) unless attention dropout
-    forbids folding. One fused projection, one fused attention call.
+    ``head_i = softmax(scale · (x U_i^Q + b_i^Q)(x S_i^K)ᵀ + mask) (x U_i^V + b_i^V)`` and ``y = Concat(head_i) S^O + b``,
+    with the *original* scale 1/√k. One fused projection, one fused attention call, one output projection.
+
+    ``qkv.bias`` holds the query bias, zeros for the keys (softmax ignores a key bias), and the value bias: zeros where it
+    is folded into the output bias, which attention dropout forbids.
 
     Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true, because
     fused kernels want one width (on a CPU unequal widths fall back to the unfused kernel); no parameter is spent on it.
@@ -45,8 +47,8 @@ class LowRankAttention(nn.Module):
     Args:
         in_features, out_features: widths of the model at either end. heads: number of heads.
         rank_qk, rank_vo: channels of a head in q and k, and in v. scale: multiplies the logits.
-        query_bias, value_bias, out_bias: which biases exist. norm, gate: modules of the host that act on the concatenated
-            heads (scale norm; sigmoid gate computed from x), or None.
+        qkv_bias, out_bias: which biases exist. norm, gate: modules of the host that act on the concatenated heads
+            (scale norm; sigmoid gate computed from x), or None.
     """
 
     comcat_module = True
@@ -60,8 +62,7 @@ class LowRankAttention(nn.Module):
         rank_vo: int,
         *,
         scale: float,
-        query_bias: bool = True,
-        value_bias: bool = False,
+        qkv_bias: bool = True,
         out_bias: bool = True,
         attention_dropout: float = 0.0,
         projection_dropout: float = 0.0,
@@ -74,20 +75,17 @@ class LowRankAttention(nn.Module):
         super().__init__()
         self.heads, self.rank_qk, self.rank_vo, self.scale, self.pad = heads, rank_qk, rank_vo, scale, pad
         factory = {"device": device, "dtype": dtype}
-        self.qkv = nn.Linear(in_features, heads * (2 * rank_qk + rank_vo), bias=False, **factory)
-        self.q_bias = nn.Parameter(torch.zeros(heads * rank_qk, **factory)) if query_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(heads * rank_vo, **factory)) if value_bias else None
+        self.qkv = nn.Linear(in_features, sum(self.widths), bias=qkv_bias, **factory)
         self.attention_dropout = attention_dropout
         self.norm, self.gate = norm, gate
         self.proj = nn.Linear(heads * rank_vo, out_features, bias=out_bias, **factory)
         self.proj_drop = nn.Dropout(projection_dropout)
 
-    def _bias(self) -> Tensor | None:
-        qk, v = self.heads * self.rank_qk, self.heads * self.rank_vo
-        if self.v_bias is not None:
-            q = self.q_bias if self.q_bias is not None else self.v_bias.new_zeros(qk)
-            return torch.cat([q, q.new_zeros(qk), self.v_bias])
-        return None if self.q_bias is None else F.pad(self.q_bias, (0, qk + v))
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Rows of ``qkv`` that are queries, keys and values, in this order."""
+        qk, vo = self.heads * self.rank_qk, self.heads * self.rank_vo
+        return qk, qk, vo
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """x (batch, tokens, in) → (batch, tokens, out); ``attn_mask`` boolean or additive, broadcastable to (batch, heads, tokens, tokens).
@@ -97,8 +95,7 @@ class LowRankAttention(nn.Module):
         grid = x.shape[1:-1]
         x = x if len(grid) == 1 else x.flatten(1, -2)
         batch, tokens, _ = x.shape
-        qk, vo = self.heads * self.rank_qk, self.heads * self.rank_vo
-        parts = F.linear(x, self.qkv.weight, self._bias()).split((qk, qk, vo), dim=-1)
+        parts = self.qkv(x).split(self.widths, dim=-1)
         q, k, v = (p.view(batch, tokens, self.heads, -1).transpose(1, 2) for p in parts)  # (batch, heads, tokens, rank)
         wider = max(self.rank_qk, self.rank_vo)
         if self.pad and self.rank_qk < wider:
@@ -107,7 +104,7 @@ class LowRankAttention(nn.Module):
             v = F.pad(v, (0, wider - self.rank_vo))
         dropout = self.attention_dropout if self.training else 0.0
         o = _attend(q, k, v, attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
-        o = o[..., : self.rank_vo].transpose(1, 2).reshape(batch, tokens, vo)
+        o = o[..., : self.rank_vo].transpose(1, 2).reshape(batch, tokens, -1)
         if self.norm is not None:
             o = self.norm(o)
         if self.gate is not None:
@@ -117,6 +114,22 @@ class LowRankAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}, scale={self.scale:.4g}"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        self.upgrade_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def upgrade_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Read what the first saved models have, ``q_bias`` and ``v_bias`` beside a ``qkv`` without bias, as ``qkv.bias``.
+
+        Changes ``state_dict``, whose names of this module begin with ``prefix``.
+        """
+        apart = [state_dict.pop(f"{prefix}{name}", None) for name in ("q_bias", "v_bias")]
+        known = next((bias for bias in apart if bias is not None), None)
+        if known is None:
+            return
+        q, v = (known.new_zeros(n) if b is None else b for n, b in zip(self.widths[::2], apart, strict=True))
+        state_dict[f"{prefix}qkv.bias"] = torch.cat([q, known.new_zeros(self.widths[1]), v])
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:

@@ -235,17 +235,19 @@ class _Reading:
         weights, biases = {n: w for n, (w, _) in parts.items()}, {n: b for n, (_, b) in parts.items()}
         found = {"qkv.weight": torch.cat([weights[n] for n in _DENSE]), "proj.weight": weights["proj"]}
         query, value, out = biases["w_qs"], biases["w_vs"], biases["proj"]
-        if module.q_bias is not None:
-            found["q_bias"] = weights["w_qs"].new_zeros(len(module.q_bias)) if query is None else query
-        elif query is not None and query.any():
+        if module.qkv.bias is None and query is not None and query.any():
             raise StoreError(
                 f"{path} has a trained query bias, but the architecture has none; build it with qkv_bias=True"
             )
         out = weights["proj"].new_zeros(a.out_features) if out is None else out
-        if module.v_bias is not None:  # attention dropout: rows do not sum to one while training
-            found["v_bias"] = weights["w_vs"].new_zeros(len(module.v_bias)) if value is None else value
-        elif value is not None:
+        if a.folds_value_bias and value is not None:
             out = (out.double() + weights["proj"].double() @ value.double()).to(out.dtype)
+            value = None
+        if module.qkv.bias is not None:
+            zeros = weights["w_qs"].new_zeros(sum(module.widths)).split(module.widths)
+            found["qkv.bias"] = torch.cat(
+                [zeros[0] if query is None else query, zeros[1], zeros[2] if value is None else value]
+            )
         found["proj.bias"] = out
         return {f"{path}.{name}": tensor for name, tensor in found.items()}
 

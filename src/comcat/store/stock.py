@@ -134,7 +134,7 @@ def _exchange_attention(
 ) -> None:
     """Put the weights of a low-rank attention into ``state`` under the names that ``stock`` has for them."""
     paths = {"q": their.q.path, "k": their.k.path, "v": their.v.path, "o": their.out}
-    for letter, (weight, bias) in _parts(thin, a, rank).items():
+    for letter, (weight, bias) in _parts(thin, a).items():
         factor = a.scale * math.sqrt(rank) if letter == "q" else 1.0
         name = paths[letter]
         expected: Tensor | None = getattr(stock.get_submodule(name), "bias", None)
@@ -152,14 +152,14 @@ def _exchange_attention(
             state.pop(f"{name}.bias", None)
 
 
-def _parts(thin: nn.Module, a: Attention, rank: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+def _parts(thin: nn.Module, a: Attention) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Weight and bias of the q, k, v and output projections of a low-rank attention whose two ranks are equal."""
     if a.mount == "whole":
         module: Any = thin.get_submodule(a.path)
-        rows = a.heads * rank
-        q, k, v = module.qkv.weight.split((rows, rows, rows))
-        out = module.proj
-        return {"q": (q, module.q_bias), "k": (k, None), "v": (v, module.v_bias), "o": (out.weight, out.bias)}
+        weights, bias = module.qkv.weight.split(module.widths), module.qkv.bias
+        biases = (None, None, None) if bias is None else bias.split(module.widths)
+        parts = dict(zip("qkv", zip(weights, biases, strict=True), strict=True))
+        return {**parts, "o": (module.proj.weight, module.proj.bias)}
     linears: dict[str, Any] = {
         letter: thin.get_submodule(path)
         for letter, path in (("q", a.q.path), ("k", a.k.path), ("v", a.v.path), ("o", a.out))

@@ -125,7 +125,7 @@ def _config(model: Any, rank: int) -> dict[str, Any]:
         "image_size": size[0] if size[0] == size[1] else list(size),
         "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
         "num_channels": model.patch_embed.proj.in_channels,
-        "qkv_bias": block.attn.q_bias is not None or block.attn.v_bias is not None,
+        "qkv_bias": block.attn.qkv.bias is not None,
     }
 
 
