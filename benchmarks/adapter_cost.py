@@ -44,7 +44,7 @@ from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
 from comcat.diffusion.pipeline.residence import frozen
-from comcat.training.processes import Processes
+from comcat.runs.processes import Processes
 
 IDENTIFIER, PROMPT, CLASS_PROMPT = "V*", "a photo of V* dog", "a photo of a dog"
 UNETS: dict[str, dict[str, Any]] = {

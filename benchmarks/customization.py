@@ -45,8 +45,8 @@ from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
 from comcat.diffusion.pipeline.residence import frozen
+from comcat.runs.processes import Processes
 from comcat.scoring import fid, kid
-from comcat.training.processes import Processes
 
 MODES = ("published", "equal")
 OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]

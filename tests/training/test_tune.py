@@ -17,7 +17,7 @@ from comcat.errors import DataError, NumericsError, SettingsError, StoreError
 from comcat.hosts import find_sites
 from comcat.measure import evaluate
 from comcat.models import preprocess_of
-from comcat.training import checkpoints as checkpoints_module
+from comcat.runs import checkpoints as checkpoints_module
 from comcat.training import stepping
 from comcat.training.loaders import TrainingData
 from comcat.training.tuning import tune

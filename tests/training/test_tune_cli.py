@@ -12,9 +12,9 @@ import comcat
 from comcat.cli import main
 from comcat.plan import Plan
 from comcat.training import stepping
+from tests.parallel import in_processes
 
 from .material import folder, model
-from .parallel import in_processes
 
 
 @pytest.fixture(scope="module")

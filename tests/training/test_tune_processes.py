@@ -12,14 +12,14 @@ from comcat.data import open_pictures
 from comcat.errors import ComcatError, DataError, SettingsError
 from comcat.measure import evaluate
 from comcat.models import preprocess_of
+from comcat.runs.processes import Processes
 from comcat.training import stepping
 from comcat.training.evaluating import evaluate_together
-from comcat.training.processes import Processes
 from comcat.training.tuning import tune
 from tests.models import shake
+from tests.parallel import in_processes, killed
 
 from .material import folder, model, picture, shards
-from .parallel import in_processes, killed
 
 SETTINGS = {
     "batch_size": 8, "lr": 1e-3, "crop_scale": None, "flip": 0.0, "features": ("all",), "log_every": 1, "steps": 20,

@@ -111,7 +111,7 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
 
     ``folder`` is where an interrupted run finds its checkpoints again.
     """
-    from ..training.processes import Processes
+    from ..runs.processes import Processes
 
     processes = Processes(cpu=pick_device(device) == "cpu")
     try:

@@ -19,8 +19,8 @@ from ..linalg import Factorization
 from ..measure import count_macs, count_parameters, evaluate
 from ..plan import Handle, Plan, apply_
 from ..record import Record
+from ..runs.watching import first_unsound
 from ..sites import Site, Sites
-from ..training.watching import first_unsound
 from .allocate import Budget, RankRule, allocate, check_asked, spectra
 
 MULTIPLES = (16, 8, 4, 2)

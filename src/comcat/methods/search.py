@@ -29,12 +29,12 @@ from ..measure import evaluate, is_classifier, model_output
 from ..models import preprocess_of
 from ..plan import Plan, SitePlan
 from ..relaxing import Relaxation, relax_
-from ..training.checkpoints import Checkpoints, check_settings
+from ..runs.checkpoints import Checkpoints, check_settings
+from ..runs.processes import Processes
+from ..runs.seeding import derive_seed
+from ..runs.state import fingerprint
+from ..runs.watching import LossWatch
 from ..training.loaders import Batch, TrainingData, check_labels, open_labelled
-from ..training.processes import Processes
-from ..training.seeding import derive_seed
-from ..training.state import fingerprint
-from ..training.watching import LossWatch
 from .allocate import Budget, allocate
 from .candidates import Candidates, Grid, candidates_of, predicted_losses, settle, start_near
 from .compress import CompressSettings, Prepared, prepare
@@ -418,7 +418,8 @@ class _Search:
         loss.backward()
         self._sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
         total = float(crossed * penalty.detach().to(crossed))
-        self.watch.check(total, self.step + 1, self.relaxation.weights(), self._last_good())
+        self.watch.last_good = self._last_good()
+        self.watch.check(total, self.step + 1, self.relaxation.weights())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {"loss": total, "cross_entropy": float(crossed), "cost": float(cost.detach()) / self.prepared.total}

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..data import Pictures, Preprocess, batches
 from ..errors import ComcatError, DataError
 from ..measure import Evaluation, evaluate, model_output
-from .processes import Processes
+from ..runs.processes import Processes
 
 
 def evaluate_together(

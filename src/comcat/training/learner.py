@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..errors import SettingsError, nearest
 from ..measure.running import unwrap
 from ..models.failures import required
+from ..runs.state import model_state, optimizer_state, restore_model, restore_optimizer
 from .settings import TuneSettings
-from .state import model_state, optimizer_state, restore_model, restore_optimizer
 
 _UNDECAYED = (
     "*cls_token",

@@ -23,7 +23,7 @@ from ..data.pictures import Pictures, Unreadable, attempt, whole_number
 from ..data.sources import Entry
 from ..errors import DataError, SettingsError
 from ..models import in_classes_of
-from .seeding import derive_seed, seeded
+from ..runs.seeding import derive_seed, seeded
 
 _HOPELESS = 100  # data whose first so many samples are all unreadable is read no further
 

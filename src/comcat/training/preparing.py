@@ -15,13 +15,13 @@ from ..data import Pictures, Preprocess
 from ..errors import DataError, SettingsError
 from ..measure import is_classifier, model_output
 from ..models import preprocess_of
+from ..runs.processes import Processes
+from ..runs.state import fingerprint
 from .augmentation import Augment
 from .learner import freeze_but, freeze_unused
 from .loaders import TrainingData
 from .losses import Objective
-from .processes import Processes
 from .settings import TuneSettings
-from .state import fingerprint
 from .stochastic_depth import set_stochastic_depth
 from .teachers import Features, Teacher, check_teacher, chosen_blocks
 

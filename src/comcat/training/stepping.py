@@ -14,17 +14,17 @@ from torch import Tensor
 
 from ..errors import ComcatError, NumericsError
 from ..measure import is_classifier
-from .checkpoints import Checkpoints, check_settings
+from ..runs.checkpoints import Checkpoints, check_settings
+from ..runs.logs import Log, Meter
+from ..runs.processes import open_accelerator
+from ..runs.seeding import derive_seed, seed_all
+from ..runs.watching import LossWatch, first_unsound_output
 from .evaluating import evaluate_together
 from .learner import Learner
 from .loaders import Batch, check_labels
-from .logs import Log, Meter
 from .losses import feature_loss, heads_of, train_both_heads
 from .preparing import Run
-from .processes import open_accelerator
-from .seeding import derive_seed, seed_all
 from .settings import TuneSettings
-from .watching import LossWatch, first_unsound_output
 
 CHECKPOINTS, LOG, TRACKERS = "checkpoints", "log.jsonl", "trackers"
 """What a run puts into its folder."""
@@ -207,12 +207,12 @@ class Loop:
                 self.learner.backward(loss)
         assert reading is not None
         found = dict(zip(names, reading.values(), strict=True))
+        self.watch.last_good = self.last_good
         try:
             self.watch.check(
                 found["loss"] / max(weight, 1.0),
                 self.step,
                 self.learner.named_parameters(),
-                self.last_good,
                 replay=lambda: first_unsound_output(self.learner.bare, images),
             )
         except NumericsError as error:  # in all processes, since all see the same loss

@@ -15,11 +15,11 @@ from ..errors import ModelError
 from ..models import origin_of
 from ..plan import Plan
 from ..record import Record
+from ..runs.processes import Processes
+from ..runs.state import whole_state
 from .loaders import open_labelled
 from .preparing import prepare
-from .processes import Processes
 from .settings import TuneSettings, make_settings
-from .state import whole_state
 from .stepping import Loop
 
 

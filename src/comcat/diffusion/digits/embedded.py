@@ -13,8 +13,8 @@ import torch
 
 from ..._version import __version__
 from ...errors import ModelError, SettingsError
+from ...runs.seeding import seeded
 from ...store.folder import STOCK_CONFIG, check_replaceable, own_config, replacing, sha256
-from ...training.seeding import seeded
 from .autoencoder import averaging_autoencoder
 from .pretraining import pretrain
 from .scans import IDENTIFIER, LEFT_OUT, SIDE, every_word, scans_of

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...errors import DataError
-from ...training.seeding import seeded
+from ...runs.seeding import seeded
 from .scans import scans_from, scans_of
 
 FEATURES = 64

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ...errors import ModelError, SettingsError
-from ...training.seeding import derive_seed
+from ...runs.seeding import derive_seed
 from ...writable import check_writable
 from ..pipeline.families import Flux, check_multiple, family_of
 from ..pipeline.shortage import shortage_explained

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ...errors import StoreError
-from ...training.checkpoints import differences
+from ...runs.checkpoints import differences
 
 MADE = "comcat"
 """The PNG text chunk that holds how a picture was made, as JSON; the prompt stands in a chunk of its own, ``prompt``."""

@@ -15,9 +15,9 @@ import torch
 
 from ..._version import __version__
 from ...errors import SettingsError, StoreError
-from ...training.checkpoints import Checkpoints, check_settings
-from ...training.processes import Processes
-from ...training.seeding import derive_seed
+from ...runs.checkpoints import Checkpoints, check_settings
+from ...runs.processes import Processes
+from ...runs.seeding import derive_seed
 from ...writable import check_writable
 from ..adapter.attach import attach, unload
 from ..adapter.files import save

@@ -12,7 +12,7 @@ from PIL import Image
 from ...data import Pictures, open_pictures
 from ...data.picture import content_hash, plain
 from ...errors import DataError
-from ...training.seeding import derive_seed
+from ...runs.seeding import derive_seed
 
 EXAMPLES = str | Path | Pictures | Sequence[Image.Image]
 """What the pictures of a concept may come as."""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...training.seeding import derive_seed
+from ...runs.seeding import derive_seed
 from ..pipeline.families import Conditions, Family, check_multiple
 
 

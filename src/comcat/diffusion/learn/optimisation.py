@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...training.checkpoints import Checkpoints
-from ...training.processes import Processes
-from ...training.seeding import derive_seed
-from ...training.watching import LossWatch
+from ...runs.checkpoints import Checkpoints
+from ...runs.processes import Processes
+from ...runs.seeding import derive_seed
+from ...runs.watching import LossWatch
 from ..pipeline.families import Conditions, Family
 from ..pipeline.noising import Noising
 from ..pipeline.shortage import shortage_explained
@@ -166,7 +166,8 @@ class Optimisation:
                 self.optimizer.zero_grad(set_to_none=True)
                 value = self.step()
                 last = f"the last good checkpoint is at step {saved}" if saved else "there is no checkpoint before it"
-                watch.check(value, number, self.parameters.items(), f"{last}; a lower lr may help")
+                watch.last_good = last
+                watch.check(value, number, self.parameters.items(), advice="a lower lr may help")
                 bar.update()
                 bar.set_postfix(loss=f"{_recent(self.progress.losses):.4f}", refresh=False)
                 done = self.progress.step

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...training.processes import Processes
-from ...training.seeding import derive_seed
+from ...runs.processes import Processes
+from ...runs.seeding import derive_seed
 from ..draw.generate import generate, generate_to
 from .examples import Examples, read_examples
 from .settings import CustomizeSettings

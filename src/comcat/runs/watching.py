@@ -14,15 +14,17 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ModelError, NumericsError
 from ..measure.running import call, tensors_in
+from .processes import Processes
 
 WINDOW, FACTOR = 50, 20.0
 """A loss counts as exploding if it is over FACTOR times the largest of the last WINDOW losses."""
 
 
 class LossWatch:
-    """Watches the losses of a run, which all processes see alike."""
+    """Watches the losses of a run, which all processes see alike. ``last_good`` says where a user can go on from."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes | None = None) -> None:
+        self.processes, self.last_good = processes, "there is no checkpoint yet"
         self._recent: deque[float] = deque(maxlen=WINDOW)
 
     def check(
@@ -30,13 +32,13 @@ class LossWatch:
         loss: float,
         step: int,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        last_good: str,
         *,
         replay: Callable[[], str | None] | None = None,
+        advice: str = "",
     ) -> None:
-        """Raises NumericsError on NaN, infinity or an exploding loss.
+        """Raises NumericsError, in all processes, on NaN, infinity or an exploding loss.
 
-        The message names the step, where it was first seen, and ``last_good``, where to go on from. Where: the first parameter that is not
+        The message names the step, where it was first seen, ``last_good``, and ``advice``. Where: the first parameter that is not
         finite; else what ``replay`` finds (:func:`first_unsound_output`); else the first parameter whose gradient is not finite.
         """
         exploding = len(self._recent) == WINDOW and abs(loss) > FACTOR * max(map(abs, self._recent))
@@ -51,7 +53,11 @@ class LossWatch:
             place = _first_unsound_gradient(known)
         where = f", first seen in {place}" if place else ""
         usual = f" (the {WINDOW} before were at most {max(self._recent):.4g})" if exploding else ""
-        raise NumericsError(f"the loss is {loss:.4g} at step {step}{usual}{where}; {last_good}")
+        more = f"; {advice}" if advice else ""
+        error = NumericsError(f"the loss is {loss:.4g} at step {step}{usual}{where}; {self.last_good}{more}")
+        if self.processes is not None:
+            self.processes.agree(error)
+        raise error
 
 
 def first_unsound(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:

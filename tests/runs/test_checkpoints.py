@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from comcat.errors import StoreError
-from comcat.training import checkpoints as module
-from comcat.training.checkpoints import Checkpoints, check_settings, differences
+from comcat.runs import checkpoints as module
+from comcat.runs.checkpoints import Checkpoints, check_settings, differences
 
 TENSORS = {"model": {"w": torch.arange(6.0).view(2, 3)}, "optimizer": {"exp_avg:w": torch.ones(2, 3)}}
 
@@ -29,6 +29,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert found.state == {"step": 7, "loss": 0.1 + 0.2}  # floats to the last bit
     assert torch.equal(found.tensors("model")["w"], TENSORS["model"]["w"])
     assert list(found.tensors("optimizer")) == ["exp_avg:w"]
+    assert {name: list(group) for name, group in found.groups().items()} == {"model": ["w"], "optimizer": ["exp_avg:w"]}
 
 
 def test_the_last_few_are_kept(tmp_path):

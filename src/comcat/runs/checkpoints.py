@@ -32,6 +32,10 @@ class Checkpoint:
         """The tensors saved under a name. Raises StoreError if they are missing or damaged."""
         return read_tensors(self.path / f"{name}.safetensors")
 
+    def groups(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors, by the names that they were saved under. Raises StoreError if a file is damaged."""
+        return {path.stem: read_tensors(path) for path in sorted(self.path.glob("*.safetensors"))}
+
 
 class Checkpoints:
     """The checkpoints in a folder, one sub-folder ``step-00000100`` each; only one process of a run writes.

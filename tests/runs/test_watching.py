@@ -5,19 +5,23 @@ import torch
 from torch import nn
 
 from comcat.errors import NumericsError
-from comcat.training.watching import FACTOR, WINDOW, LossWatch, first_unsound, first_unsound_output
-
-from .material import model
+from comcat.runs.watching import FACTOR, WINDOW, LossWatch, first_unsound, first_unsound_output
+from tests.training.material import model
 
 
 def check(watch: LossWatch, loss: float, net: nn.Module | None = None, **keywords) -> None:
-    watch.check(loss, 12, [] if net is None else net.named_parameters(), "the last good checkpoint is X", **keywords)
+    watch.last_good = "the last good checkpoint is X"
+    watch.check(loss, 12, [] if net is None else net.named_parameters(), **keywords)
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
 def test_no_number_is_told_with_step_and_checkpoint(loss):
     with pytest.raises(NumericsError, match=r"the loss is .* at step 12; the last good checkpoint is X"):
         check(LossWatch(), loss)
+    with pytest.raises(NumericsError, match=r"checkpoint is X; a lower lr may help$"):
+        check(LossWatch(), loss, advice="a lower lr may help")
+    with pytest.raises(NumericsError, match=r"at step 3; there is no checkpoint yet$"):
+        LossWatch().check(loss, 3, [])
 
 
 def test_an_explosion_is_told_but_no_rise_at_the_start():
