@@ -222,7 +222,7 @@ def test_bad_settings_and_data(pictures: Pictures) -> None:
         run(pictures, reduce=1.2)
     with pytest.raises(DataError, match="falls on the part that"):
         run(pictures.take(2, 0), held_out=0.01)
-    with pytest.raises(DataError, match="label"):
+    with pytest.raises(DataError, match="has 10 classes, the model 4"):
         search(tiny_vit(num_classes=4), pictures, preprocess=PREPROCESS, **FAST)
     with pytest.raises(ModelError, match="no classes"):
         search(tiny_vit(num_classes=0), pictures, preprocess=PREPROCESS, **FAST)
