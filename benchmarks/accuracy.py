@@ -30,7 +30,7 @@ from comcat.hosts import find_sites
 from comcat.measure import count_parameters, evaluate
 from comcat.methods.allocate import allocate, spectra
 from comcat.methods.baselines import ffn_sites, matrix_plan, mha_sites, tensor_train_plan, tucker_plan
-from comcat.methods.compress import compress_, make_settings
+from comcat.methods.compress import CompressSettings, compress_
 from comcat.modules.tensor import TensorTrainLinear, TuckerLinear
 from comcat.plan import apply_
 
@@ -123,7 +123,7 @@ def main() -> None:
             )
             if variant == "sequential":
                 small = copy.deepcopy(model)
-                asked = make_settings({"reduce": share, "statistic": kind, "sequential": True, "seed": seed})
+                asked = CompressSettings(reduce=share, statistic=kind, sequential=True, seed=seed)
                 compress_(small, calibration[seed], asked, plan=plan)
                 return top1(small)
             return judge(plan, seen, refit=variant != "no-refit", factorizations=factorizations)

@@ -182,7 +182,6 @@ def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, m
         (["compress", "FOLDER", "--data", "EMPTY", "--reduce", "0.5", "--out", "OUT"], "picture"),
         (["compress", "FOLDER", "--data", "digits:train", "--out", "OUT"], "how far"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.99", "--pictures", "16", "--out", "OUT"], "at most"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "5", "--pictures", "16", "--out", "OUT"], "between 0 and 1"),
         (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits:train", "--reduce", "0.5", "--out", "OUT"], "both"),
         (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits", "--reduce", "0.5", "--pictures", "16", "--out", "OUT"], "also in --eval"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "FOLDER"], "not empty"),
@@ -190,9 +189,8 @@ def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, m
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--batch-size", "0"], "batch-size"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--device", "cuda:99"], "device"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "BLOCKED"], "nothing can be written"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--multiple", "0", "--out", "OUT"], "multiple=0"),
         (["inspect", "FOLDER", "--device", "meta"], "holds no values"),
-        (["inspect", "FOLDER", "--seed", "99999999999999999999999"], "--seed"),
+        (["inspect", "FOLDER", "--seed", "99999999999999999999999"], "seed=99999999999999999999999, expected a whole number from 0"),
         (["bench", "FOLDER", "--threads", "0"], "--threads 0"),
         (["eval", "FOLDER", "--data", "EMPTY"], "picture"),
         (["compress", "--recipe", "OUT.yaml", "--out", "OUT"], "no recipe"),
@@ -217,10 +215,38 @@ def test_bad_input_is_one_clear_line(arguments, said, folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_option_fails_with_usage(folder):
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--redce", "0.5"], "--redce"),
+        (["--reduce", "5"], "got reduce=5.0, expected a number above 0 to below 1"),
+        (["--multiple", "0"], "got multiple=0, expected a whole number from 1"),
+        (["--statistic", "los"], "los"),
+        (["--pictures", "many"], "many"),
+    ],
+)
+def test_an_option_that_does_not_fit_fails_with_what_was_expected(options, said, folder, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main(["compress", str(folder), "--redce", "0.5"])
-    assert stopped.value.code != 0
+        main(["compress", str(folder), "--data", "digits:train", "--out", "out", *options])
+    shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert stopped.value.code == 2 and said in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "usage: comcat VERB"),
+        (["compres"], 2, "got 'compres', expected one of inspect, compress, "),
+        (["compres"], 2, "did you mean 'compress'"),
+        (["--help"], 0, "make a model smaller and faster"),
+        (["-h"], 0, "usage: comcat VERB"),
+        (["--version"], 0, comcat.__version__),
+    ],
+)
+def test_without_a_verb_usage_or_what_is_wrong_is_said(arguments, status, said, capsys):
+    assert main(arguments) == status
+    shown = capsys.readouterr()
+    assert said in (shown.err if status else shown.out)
 
 
 def test_broken_pictures_are_skipped_counted_and_said(folder, tmp_path, capsys):

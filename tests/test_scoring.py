@@ -323,7 +323,7 @@ def test_what_cannot_be_computed_is_left_out_with_a_reason_or_refused_if_asked_f
         score(one, folders / "real", settings(networks, metrics=("clip-t",)))
     with pytest.raises(SettingsError, match="--against"):
         score(one, settings=settings(networks, metrics=("dino",)))
-    with pytest.raises(SettingsError, match=r"'fd', expected some of kid, fid, .*did you mean 'fid'"):
+    with pytest.raises(SettingsError, match=r"'fd'.*, expected some of kid, fid, .*did you mean 'fid'"):
         ScoreSettings(metrics=("fd",))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="nothing can be scored"):
         score(one, settings=settings(networks))

@@ -10,45 +10,34 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..errors import ComcatError, SettingsError
+from .._version import __version__
+from ..errors import ComcatError, nearest
+from ..settings import LARGEST_SEED, expect
 
 VERBS = {
-    "inspect": "inspect:Inspect",
-    "compress": "compress:Compress",
-    "search": "search:Search",
-    "tune": "tune:Tune",
-    "eval": "evaluate:Eval",
-    "bench": "bench:Bench",
-    "customize": "customize:Customize",
-    "generate": "generate:Generate",
-    "score": "score:Score",
-    "demo": "demo:Demo",
+    "inspect": ("inspect:Inspect", "what of a model can shrink, and what cannot and why"),
+    "compress": ("compress:Compress", "make a model smaller and faster"),
+    "search": ("search:Search", "find the ranks of a plan by search on training pictures"),
+    "tune": ("tune:Tune", "win back by training what compression lost"),
+    "eval": ("evaluate:Eval", "accuracy of a model, and agreement with another"),
+    "bench": ("bench:Bench", "time a model, beside another in one interleaved run"),
+    "customize": ("customize:Customize", "teach a text-to-image pipeline a concept"),
+    "generate": ("generate:Generate", "pictures from prompts, with adapters"),
+    "score": ("score:Score", "measure generated pictures: KID, FID, CLIP-I, CLIP-T, DINO"),
+    "demo": ("demo:Demo", "see it work without any download"),
 }
-"""Verb → module of this package and settings in it."""
+"""Verb → module of this package and settings in it, and what the verb does."""
+
+USAGE = "usage: comcat VERB [options]\n\nAttention-based vision models, smaller, faster and personal.\n\n{}\n\nThe options of a verb: comcat VERB --help"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status. Errors that a user can cause are told in one line, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["--version"]:
-        from .._version import __version__
-
-        print(f"comcat {__version__}")
-        return 0
-    from tyro.extras import subcommand_cli_from_dict
-
-    from .recipes import with_recipe
-
+    if not arguments or arguments[0] not in VERBS:
+        return _without_a_verb(arguments)
     try:
-        commands = {verb: settings_of(verb) for verb in VERBS}
-        command = subcommand_cli_from_dict(
-            commands,
-            args=with_recipe(arguments, commands),
-            prog="comcat",
-            description="Attention-based vision models, smaller, faster and personal.",
-        )
-        if not 0 <= getattr(command, "seed", 0) < 2**63:
-            raise SettingsError(f"got --seed {command.seed}, expected a whole number from 0 to 2^63 - 1")
+        command = _parsed(arguments)
         return import_module(type(command).__module__).run(_at_home(command))
     except ComcatError as error:
         print(f"comcat: {error}", file=sys.stderr)
@@ -62,6 +51,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
 
 
+def _without_a_verb(arguments: Sequence[str]) -> int:
+    """Usage, the version, or what is wrong: nothing here imports more than it needs to be said at once."""
+    usage = USAGE.format("\n".join(f"  {verb:<10} {about}" for verb, (_, about) in VERBS.items()))
+    first = arguments[0] if arguments else None
+    if first == "--version":
+        print(f"comcat {__version__}")
+    elif first in ("-h", "--help"):
+        print(usage)
+    elif first is None:
+        print(usage, file=sys.stderr)
+    else:
+        known = f"expected one of {', '.join(VERBS)}{nearest(first, VERBS)}"
+        print(f"comcat: got {first!r}, {known}", file=sys.stderr)
+    return 0 if first in ("--version", "-h", "--help") else 2
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The settings of the verb that the arguments begin with, ``--recipe`` read in."""
+    import tyro
+
+    from .recipes import with_recipe
+
+    verb, settings = arguments[0], settings_of(arguments[0])
+    command = tyro.cli(settings, args=with_recipe(arguments, {verb: settings})[1:], prog=f"comcat {verb}")
+    if hasattr(command, "seed"):
+        expect(command, "seed", least=0, most=LARGEST_SEED)
+    return command
+
+
 def _at_home(command: Any) -> Any:
     """A command with ``~`` in its paths written out; a shell leaves it in ``--out=~/small``."""
     paths = {f.name: getattr(command, f.name) for f in fields(command) if isinstance(getattr(command, f.name), Path)}
@@ -70,5 +88,5 @@ def _at_home(command: Any) -> Any:
 
 def settings_of(verb: str) -> type:
     """The settings of a verb. Its module imports nothing heavy before it runs."""
-    module, name = VERBS[verb].split(":")
+    module, name = VERBS[verb][0].split(":")
     return getattr(import_module(f".{module}", __name__), name)

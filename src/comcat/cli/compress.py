@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import DataError, SettingsError
 from ..methods.compress import CompressSettings
 from ..methods.search import SearchOptions, SearchSettings
+from ..settings import part_of
 from ..terminal import print_report
 from ..training.settings import TuneSettings
 from .common import (
@@ -121,7 +122,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
         raise DataError(
             f"{shared} of the calibration pictures are also in --eval {command.eval!r}: accuracy there would not be honest"
         )
-    settings = CompressSettings(**{f.name: getattr(command, f.name) for f in fields(CompressSettings)})
+    settings = part_of(CompressSettings, command)
     training = rest if evaluation is None else pictures
     tuning = command.tune if command.epochs is None else replace(command.tune, epochs=command.epochs)
     tunes = tuning.epochs is not None or tuning.steps is not None

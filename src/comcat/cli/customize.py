@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..diffusion.learn.settings import CustomizeSettings
+from ..settings import part_of
 from .common import Positional, in_processes
 from .pipelines import PipelineCommand, open_pipeline
 
@@ -41,7 +42,7 @@ def _run(command: Customize, processes: Any) -> int:
     from ..diffusion.learn.customize import Customization
     from ..diffusion.learn.run_folder import folder_of
 
-    settings = CustomizeSettings(**{f.name: getattr(command, f.name) for f in fields(CustomizeSettings)})
+    settings = part_of(CustomizeSettings, command)
     with processes.together():
         pipe = open_pipeline(command, command.model, processes.device if processes.count > 1 else None)
         work = Customization(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..scoring.settings import ScoreSettings
+from ..settings import part_of
 from ..terminal import table
 from .common import Common, Positional, pick_device
 
@@ -26,7 +27,7 @@ class Score(Common, ScoreSettings):
 def run(command: Score) -> int:
     from ..scoring import score
 
-    settings = ScoreSettings(**{f.name: getattr(command, f.name) for f in fields(ScoreSettings)})
+    settings = part_of(ScoreSettings, command)
     scores = score(
         command.pictures, command.against, settings, device=pick_device(command.device), progress=not command.json
     )

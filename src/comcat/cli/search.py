@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, SettingsError
 from ..methods.search import SearchSettings
+from ..settings import part_of
 from ..terminal import table
 from ..writable import check_writable
 from .common import Common, Positional, in_processes, load, skip_notes
@@ -58,7 +59,7 @@ def _run(command: Search, folder: Path, processes: Any) -> int:
         if command.eval is not None and processes.main:
             note = check_apart(pictures, open_pictures(command.eval))
         model = load(command, command.model)
-    settings = SearchSettings(**{f.name: getattr(command, f.name) for f in fields(SearchSettings)})
+    settings = part_of(SearchSettings, command)
     plan = search_(model, pictures, settings, out=folder, restart=command.restart, progress=True)
     if processes.main:
         command.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, SettingsError
+from ..settings import part_of
 from ..terminal import LABELS, number, table
 from ..training.settings import TuneSettings
 from .common import Common, Positional, check_out, command_line, in_processes, load, plain_settings, skip_notes
@@ -63,7 +64,7 @@ def _run(command: Tune, out: Path, processes: Any) -> int:
             note = check_apart(pictures, evaluation)
         student = load(command, command.student)
         teacher = None if command.teacher is None else load(command, command.teacher)
-    settings = TuneSettings(**{f.name: getattr(command, f.name) for f in fields(TuneSettings)})
+    settings = part_of(TuneSettings, command)
     tune_(
         student,
         pictures,

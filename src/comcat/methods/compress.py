@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..calibration import STATISTICS, StatisticName, Statistics, calibrate, pictures_of
+from ..calibration import StatisticName, Statistics, calibrate, pictures_of
 from ..errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, nearest
 from ..factors import Statistic, Weights
 from ..hosts import find_sites
@@ -20,6 +20,7 @@ from ..measure import count_macs, count_parameters, evaluate
 from ..plan import Handle, Plan, apply_
 from ..record import Record
 from ..runs.watching import first_unsound
+from ..settings import LARGEST_SEED, check_types, expect, from_keywords
 from ..sites import Site, Sites
 from .allocate import Budget, RankRule, allocate, check_asked, spectra
 
@@ -62,20 +63,14 @@ class CompressSettings:
     """Seed of the choice of pictures and of sampled labels."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.reduce is not None and self.max_drop is not None:
             raise SettingsError("got both reduce and max_drop, expected one of them")
-        if self.max_drop is not None and not self.max_drop > 0:
-            raise SettingsError(f"got max_drop={self.max_drop:g}, expected points above 0")
-        if self.statistic not in STATISTICS:
-            raise SettingsError(
-                f"got statistic {self.statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(self.statistic, STATISTICS)}"
-            )
-        if self.pictures < 1:
-            raise SettingsError(f"got pictures={self.pictures}, expected at least 1")
-        if self.budget not in get_args(Budget):
-            raise SettingsError(
-                f"got budget {self.budget!r}, expected one of {', '.join(get_args(Budget))}{nearest(self.budget, get_args(Budget))}"
-            )
+        expect(self, "max_drop", above=0)
+        expect(self, "pictures", "multiple", least=1)
+        expect(self, "reduce", above=0, below=1)
+        expect(self, "energy", above=0, most=1)
+        expect(self, "seed", least=0, most=LARGEST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +116,11 @@ def compress(
     Returns:
         An ordinary module with ``comcat_record``, ready for :func:`comcat.save`.
     """
-    chosen = make_settings(settings)
+    chosen = from_keywords(CompressSettings, settings)
     training = model.training
     small = copy.deepcopy(model).eval()
     compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
     return small.train(training)
-
-
-def make_settings(settings: Mapping[str, Any]) -> CompressSettings:
-    """Settings from keywords; an unknown one is told with the nearest known."""
-    known = CompressSettings.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
-    return CompressSettings(**settings)
 
 
 def compress_(

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..calibration import StatisticName
 from ..data import Pictures, Preprocess, batches
-from ..errors import BudgetError, DataError, ModelError, SettingsError, nearest
+from ..errors import BudgetError, DataError, ModelError, SettingsError
 from ..measure import evaluate, is_classifier, model_output
 from ..models import preprocess_of
 from ..plan import Plan, SitePlan
@@ -34,6 +34,7 @@ from ..runs.processes import Processes
 from ..runs.seeding import derive_seed
 from ..runs.state import fingerprint
 from ..runs.watching import LossWatch
+from ..settings import LARGEST_SEED, check_types, expect, from_keywords
 from ..training.loaders import Batch, TrainingData, check_labels, open_labelled
 from .allocate import Budget, allocate
 from .candidates import Candidates, Grid, candidates_of, predicted_losses, settle, start_near
@@ -90,19 +91,12 @@ class SearchOptions:
     """Processes that read and decode pictures ahead, for each training process."""
 
     def __post_init__(self) -> None:
-        for name in ("rounds", "rank_steps", "batch_size", "grid_size", "checkpoint_every", "keep"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"got {name}={getattr(self, name)}, expected at least 1")
-        for name in ("rank_lr", "temperature", "final_temperature"):
-            if not getattr(self, name) > 0:
-                raise SettingsError(f"got {name}={getattr(self, name):g}, expected a number above 0")
-        for name in ("weight_steps", "beta", "weight_lr", "weight_decay", "workers"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"got {name}={getattr(self, name):g}, expected a number from 0")
-        if any(c < 1 for c in self.candidates):
-            raise SettingsError(f"got candidates {self.candidates}, expected ranks from 1")
-        if not 0 < self.held_out < 1:
-            raise SettingsError(f"got held_out={self.held_out:g}, expected a share between 0 and 1")
+        check_types(self)
+        expect(self, "rounds", "rank_steps", "batch_size", "grid_size", "checkpoint_every", "keep", least=1)
+        expect(self, "candidates", least=1)
+        expect(self, "rank_lr", "temperature", "final_temperature", above=0)
+        expect(self, "weight_steps", "beta", "weight_lr", "weight_decay", "workers", least=0)
+        expect(self, "held_out", above=0, below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,11 +120,9 @@ class SearchSettings(SearchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.reduce < 1:
-            raise SettingsError(f"got reduce={self.reduce:g}, expected a share between 0 and 1")
-        for name in ("multiple", "pictures"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"got {name}={getattr(self, name)}, expected at least 1")
+        expect(self, "reduce", above=0, below=1)
+        expect(self, "multiple", "pictures", least=1)
+        expect(self, "seed", least=0, most=LARGEST_SEED)
 
 
 def search(
@@ -160,13 +152,8 @@ def search(
         BudgetError: if even the smallest candidates cost too much. DataError: where a part of the pictures is empty, or labels do not fit.
         NumericsError: if the loss is no number or explodes. StoreError: where checkpoints were made with other settings.
     """
-    known = SearchSettings.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
-    return search_(
-        model, data, SearchSettings(**settings), preprocess=preprocess, out=out, restart=restart, progress=progress
-    )
+    chosen = from_keywords(SearchSettings, settings)
+    return search_(model, data, chosen, preprocess=preprocess, out=out, restart=restart, progress=progress)
 
 
 def search_(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import SettingsError, nearest
+from ..errors import SettingsError
+from ..settings import check_types, expect
 
 Metric = Literal["kid", "fid", "clip-i", "clip-t", "dino"]
 METRICS: tuple[Metric, ...] = ("kid", "fid", "clip-i", "clip-t", "dino")
@@ -33,10 +34,7 @@ class ScoreSettings:
     """Pictures a batch."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise SettingsError(f"batch_size: got {self.batch_size}, expected at least 1")
-        unknown = [metric for metric in self.metrics or () if metric not in METRICS]
-        if unknown or self.metrics == ():
-            got = f"{unknown[0]!r}" if unknown else "none"
-            hint = nearest(unknown[0], METRICS) if unknown else ""
-            raise SettingsError(f"metrics: got {got}, expected some of {', '.join(METRICS)}{hint}")
+        check_types(self)
+        expect(self, "batch_size", least=1)
+        if self.metrics == ():
+            raise SettingsError(f"got no metrics, expected some of {', '.join(METRICS)}")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from ..errors import SettingsError, nearest
+from ..errors import SettingsError
+from ..settings import LARGEST_SEED, check_types, expect
 
 Distillation = Literal["none", "hard", "soft"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -97,51 +96,24 @@ class TuneSettings:
     """Where to send the curves besides the log: tensorboard, wandb and others that accelerate knows."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.epochs is not None and self.steps is not None:
             raise SettingsError("got both epochs and steps, expected one of them")
-        for name in ("batch_size", "accumulate", "repeats", "checkpoint_every", "keep", "log_every", "epoch_size"):
-            self._within(name, 1, math.inf)
-        for name in ("epochs", "steps", "lr", "min_lr", "weight_decay", "feature_weight", "mixup", "cutmix", "workers"):
-            self._within(name, 0, math.inf)
-        for name in ("alpha", "feature_decay", "erase", "flip", "warmup"):
-            self._within(name, 0, 1)
-        for name in ("smoothing", "ema", "drop_path"):
-            self._within(name, 0, 1, below=True)
-        for name in ("temperature", "clip", "eval_every"):
-            self._within(name, 0, math.inf, above=True)
+        expect(
+            self, "batch_size", "accumulate", "repeats", "checkpoint_every", "keep", "log_every", "epoch_size", least=1
+        )
+        expect(self, "epochs", "steps", "lr", "min_lr", "weight_decay", "feature_weight", least=0)
+        expect(self, "mixup", "cutmix", "workers", least=0)
+        expect(self, "alpha", "feature_decay", "erase", "flip", "warmup", least=0, most=1)
+        expect(self, "smoothing", "ema", "drop_path", least=0, below=1)
+        expect(self, "temperature", "clip", "eval_every", above=0)
+        expect(self, "crop_scale", above=0, most=1)
+        expect(self, "seed", least=0, most=LARGEST_SEED)
         if self.min_lr > self.lr:
             raise SettingsError(f"got min_lr={self.min_lr:g}, expected at most lr={self.lr:g}")
-        if self.crop_scale is not None and not (
-            len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
-        ):
+        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
             raise SettingsError(f"got crop_scale={self.crop_scale}, expected two shares of the area, the smaller first")
-        _one_of("precision", self.precision, ("fp32", "bf16", "fp16"))
-        if self.distillation is not None:
-            _one_of("distillation", self.distillation, ("none", "hard", "soft"))
-
-    def _within(self, name: str, low: float, high: float, *, above: bool = False, below: bool = False) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if not low <= value <= high or (above and value == low) or (below and value == high) or math.isinf(value):
-            least = f"above {low:g}" if above else f"from {low:g}"
-            most = "" if math.isinf(high) else f" to below {high:g}" if below else f" to {high:g}"
-            raise SettingsError(f"got {name}={value:g}, expected a number {least}{most}")
 
     def lasting(self) -> dict[str, Any]:
         """The settings that a run must keep when it goes on, as plain data."""
         return {name: value for name, value in asdict(self).items() if name not in _UNIMPORTANT}
-
-
-def make_settings(settings: Mapping[str, Any]) -> TuneSettings:
-    """Settings from keywords; an unknown one is told with the nearest known."""
-    known = TuneSettings.__dataclass_fields__
-    for name in settings:
-        if name not in known:
-            raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
-    return TuneSettings(**settings)
-
-
-def _one_of(name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise SettingsError(f"{name}: got {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}")

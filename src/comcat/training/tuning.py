@@ -17,9 +17,10 @@ from ..plan import Plan
 from ..record import Record
 from ..runs.processes import Processes
 from ..runs.state import whole_state
+from ..settings import from_keywords
 from .loaders import open_labelled
 from .preparing import prepare
-from .settings import TuneSettings, make_settings
+from .settings import TuneSettings
 from .stepping import Loop
 
 
@@ -62,7 +63,7 @@ def tune(
     return tune_(
         student,
         data,
-        make_settings(settings),
+        from_keywords(TuneSettings, settings),
         teacher=teacher,
         evaluation=evaluation,
         out=out,

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 import comcat.diffusion as cd
 from comcat.diffusion import generate
-from comcat.diffusion.draw.settings import make_settings
 from comcat.diffusion.learn.batches import CachedSource, Stream
 from comcat.diffusion.learn.latents import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.learn.protection import principal_directions
@@ -410,7 +409,7 @@ def test_caption_dropout_where_the_empty_prompt_is_zeros(tmp_path):
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_caption_dropout_is_a_share(share, pipe):
-    with pytest.raises(SettingsError, match=r"caption_dropout: got .*, expected at least 0 and less than 1"):
+    with pytest.raises(SettingsError, match=r"got caption_dropout=.*, expected a number from 0 to below 1"):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, caption_dropout=share, **QUICK)
 
 
@@ -560,11 +559,11 @@ def test_one_picture_unreadable_ones_and_all_sizes(pipe, tmp_path):
     ("settings", "said"),
     [
         ({"step": 3}, "unknown setting 'step'; did you mean 'steps'"),
-        ({"steps": 0}, "steps: got 0"),
-        ({"lr": 0.0}, "lr: got 0.0"),
+        ({"steps": 0}, "got steps=0"),
+        ({"lr": 0.0}, "got lr=0.0"),
         ({"resolution": 15}, "resolution: got 15, expected a multiple of 2, for example 16"),
         ({"out": "dog"}, "ends in .safetensors"),
-        ({"rank": 0}, "rank: got 0"),
+        ({"rank": 0}, "got rank=0"),
     ],
 )
 def test_settings_that_do_not_fit(settings, said, pipe):
@@ -654,7 +653,7 @@ def test_two_concepts_of_one_identifier_are_refused_whether_saved_or_not(pipe, t
     [{"protect": (PROMPT,)}, {"protect": ("V* dog",)}, {"prior_prompt": "a photo of V* dog"}, {"protect": "a dog"}],
 )
 def test_prompts_to_stay_as_they_are_must_not_call_the_concept(settings, pipe):
-    with pytest.raises(SettingsError, match=r"contains the identifier|expected a sequence of prompts"):
+    with pytest.raises(SettingsError, match=r"contains the identifier|expected a sequence of texts"):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **settings, **QUICK)
 
 
@@ -726,7 +725,7 @@ def test_class_pictures_that_a_safety_checker_blackened_are_left_out(pipe, monke
         return [Generated(image, "a dog", n, n == 1) for n, image in enumerate(made)]
 
     monkeypatch.setattr(prior, "generate", generated)
-    settings = make_settings(CustomizeSettings, {"prior_prompt": "a dog", "prior_count": 2, **QUICK})
+    settings = CustomizeSettings(prior_prompt="a dog", prior_count=2, **QUICK)
     run = Customization(pipe, tiny.pictures(), PROMPT, "V*", "default", settings, None, False)
     assert len(run._class_pictures().images) == 1
     assert any("1 of 2 pictures of the class are black" in note for note in run.notes)

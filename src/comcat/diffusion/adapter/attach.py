@@ -10,6 +10,7 @@ import torch
 from ...errors import ModelError, SettingsError, UnsupportedSite, nearest
 from ...hosts.diffusers import AdaptableAttention, RefusedAttention
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
+from ...settings import expect_one_of
 from ...tensorfiles import listed
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
 from .records import Adapter, Record, adapters, check_unfused, check_whole, forget, located, records, remember
@@ -148,9 +149,8 @@ def refusal(refused: list[RefusedAttention], model: object) -> UnsupportedSite:
 def _check_settings(rank: int, where: str, init: str, alpha: float | None) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SettingsError(f"got rank {rank!r}, expected a whole number from 1")
-    for what, got, known in (("where", where, get_args(WhereToAttach)), ("init", init, get_args(Init))):
-        if got not in known:
-            raise SettingsError(f"got {what}={got!r}, expected one of {', '.join(known)}{nearest(str(got), known)}")
+    expect_one_of("where", where, get_args(WhereToAttach))
+    expect_one_of("init", init, get_args(Init))
     if alpha is not None and not 0 < alpha < float("inf"):
         raise SettingsError(f"got alpha {alpha}, expected a positive number")
 

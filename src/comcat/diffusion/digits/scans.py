@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...data import open_pictures
-from ...errors import SettingsError, nearest
+from ...errors import SettingsError
+from ...settings import expect_one_of
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = {
@@ -112,6 +113,5 @@ def _digit(digit: object) -> int:
 
 
 def _known_ink(ink: str) -> str:
-    if ink not in INKS:
-        raise SettingsError(f"got ink {ink!r}, expected one of {', '.join(INKS)}{nearest(ink, INKS)}")
+    expect_one_of("ink", ink, tuple(INKS))
     return ink

@@ -14,11 +14,12 @@ from PIL import Image
 
 from ...errors import ModelError, SettingsError
 from ...runs.seeding import derive_seed
+from ...settings import from_keywords
 from ...writable import check_writable
 from ..pipeline.families import Flux, check_multiple, family_of
 from ..pipeline.shortage import shortage_explained
 from .pictures import already_made, file_name, save_picture
-from .settings import GenerateSettings, make_settings
+from .settings import GenerateSettings
 
 
 class Generated(NamedTuple):
@@ -52,7 +53,7 @@ def generate(
     """
     from tqdm import tqdm
 
-    how = make_settings(GenerateSettings, settings)
+    how = from_keywords(GenerateSettings, settings)
     if getattr(pipe, "scheduler", None) is None:
         raise ModelError(f"{type(pipe).__name__} has no scheduler, so it cannot generate; load the pipeline with one")
     check_sampling(pipe, how.steps)
@@ -146,7 +147,7 @@ def generate_to(
     folder = Path(folder).expanduser()
     check_writable(folder)
     prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-    chosen = make_settings(GenerateSettings, settings)
+    chosen = from_keywords(GenerateSettings, settings)
     how = {k: v for k, v in asdict(chosen).items() if k not in ("count", "batch_size")}
     how |= {"scheduler": type(getattr(pipe, "scheduler", None)).__name__, **(about or {})}
 

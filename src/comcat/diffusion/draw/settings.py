@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
 
-from ...errors import SettingsError, nearest
-
-T = TypeVar("T")
+from ...settings import LARGEST_SEED, check_types, expect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,24 +27,7 @@ class GenerateSettings:
     """Pictures generated at once."""
 
     def __post_init__(self) -> None:
-        for name in ("count", "steps", "size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise SettingsError(f"{name}: got {value}, expected at least 1")
-        if self.guidance is not None and not math.isfinite(self.guidance):
-            raise SettingsError(f"guidance: got {self.guidance}, expected a finite number")
-
-
-def expect(name: str, value: float, least: float, said: str) -> None:
-    """Raise SettingsError unless a value is finite and at least ``least``; ``said`` is how the message says that."""
-    if not least <= value < math.inf:
-        raise SettingsError(f"{name}: got {value}, expected {said}")
-
-
-def make_settings(kind: type[T], settings: Mapping[str, Any]) -> T:
-    """Settings of a kind from keywords; an unknown one is told with the nearest known."""
-    known = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for name in settings:
-        if name not in known:
-            raise SettingsError(f"unknown setting {name!r}{nearest(name, known)}")
-    return kind(**settings)
+        check_types(self)
+        expect(self, "count", "steps", "size", "batch_size", least=1)
+        expect(self, "guidance")
+        expect(self, "seed", least=0, most=LARGEST_SEED)

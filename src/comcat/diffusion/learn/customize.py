@@ -18,13 +18,13 @@ from ...errors import SettingsError, StoreError
 from ...runs.checkpoints import Checkpoints, check_settings
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
+from ...settings import from_keywords
 from ...writable import check_writable
 from ..adapter.attach import attach, unload
 from ..adapter.files import save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
 from ..draw.prompts import check_other_prompts, check_prompt, splitting_notes
-from ..draw.settings import make_settings
 from ..pipeline.families import Family, family_of
 from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, frozen, recomputing
@@ -76,7 +76,7 @@ def customize(
             NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what would fit.
     """
     return Customization(
-        pipe, images, prompt, identifier, name, make_settings(CustomizeSettings, settings), out, progress
+        pipe, images, prompt, identifier, name, from_keywords(CustomizeSettings, settings), out, progress
     ).run(restart)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ...errors import SettingsError
-from ..draw.settings import expect
+from ...settings import LARGEST_SEED, check_types, expect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,21 +76,14 @@ class CustomizeSettings:
     """Guidance scale of samples and class pictures; left out, the pipeline's default."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rank", "prior_count", "crops", "keep", "sample_count"):
-            expect(name, getattr(self, name), 1, "at least 1")
-        for name in ("checkpoint_every", "sample_every", "weight_decay", "prior_weight"):
-            expect(name, getattr(self, name), 0, "at least 0")
-        if not 0 <= self.caption_dropout < 1:
-            raise SettingsError(f"caption_dropout: got {self.caption_dropout}, expected at least 0 and less than 1")
-        for name in ("lr", "clip", "snr_gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise SettingsError(f"{name}: got {value}, expected a number above 0")
-        for name in ("sample_steps", "resolution"):
-            if (value := getattr(self, name)) is not None:
-                expect(name, value, 1, "at least 1")
-        if isinstance(self.protect, str):
-            raise SettingsError(f"protect: got {self.protect!r}, expected a sequence of prompts")
+        check_types(self)
+        expect(self, "steps", "batch_size", "rank", "prior_count", "crops", "keep", "sample_count", least=1)
+        expect(self, "sample_steps", "resolution", least=1)
+        expect(self, "checkpoint_every", "sample_every", "weight_decay", "prior_weight", least=0)
+        expect(self, "caption_dropout", least=0, below=1)
+        expect(self, "lr", "clip", "snr_gamma", above=0)
+        expect(self, "sample_guidance")
+        expect(self, "seed", least=0, most=LARGEST_SEED)
         if self.prior_images is not None and self.prior_prompt is None:
             raise SettingsError("prior_images needs prior_prompt, the prompt that describes those pictures")
 
