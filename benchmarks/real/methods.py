@@ -1,7 +1,8 @@
 """What is compared: rows of keywords, each a way to shrink a model by a share of its parameters.
 
-A row is ``{"forms": ("ranks",), "statistic": "activation", …}``, fields of :class:`comcat.methods.compress.CompressSettings`, or
-``{"baselines": ("matrix", "svd")}``, names of :data:`comcat.methods.baselines.BASELINES`, one for each part of the model.
+A row is ``{"forms": ("ranks",), "statistic": "activation", …}``, fields of
+:class:`comcat.methods.compress.CompressSettings`, or ``{"baselines": ("matrix", "svd")}``, names of
+:data:`comcat.methods.baselines.BASELINES`, one for each part of the model.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def unknown_settings(keywords: Mapping[str, Any]) -> list[str]:
 
 
 class Shrinker:
-    """Applies rows to one model, and takes each back. What rows share is measured once and kept while the seed stays the same."""
+    """Applies rows to one model. What rows share is measured once and kept while the seed stays the same."""
 
     def __init__(self, task: Task, model: nn.Module, *, pictures: int | None = None) -> None:
         self.task, self.model = task, model
@@ -70,7 +71,7 @@ class Shrinker:
         self._kept: dict[CompressSettings, tuple[Prepared, float]] = {}
 
     def shrink(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Any, dict[str, Any]]:
-        """Shrink the model in place by a share of its parameters; the handle takes it back. With facts: what it saves, seconds."""
+        """Shrink the model in place by a share of its parameters. Gives the handle that takes it back, and facts."""
         start = time.perf_counter()
         if "baselines" in keywords:
             handle, shared = self._by_baselines(keywords["baselines"], reduce), 0.0

@@ -26,8 +26,9 @@ Library = Literal["timm", "transformers"]
 class DenseModel(nn.Module):
     """A vision transformer with a decoder on its patch tokens: pictures (batch, 3, height, width) → one map of logits.
 
-    ``backbone`` is timm's or transformers', with one class token before its patches. Its tokens after the final norm go to ``decoder``
-    as (batch, features, rows, columns). The map is stretched to ``size``: (batch, 1, *size); sigmoid is left to the reader.
+    ``backbone`` is timm's or transformers', with one class token before its patches. Its tokens after the final norm
+    go to ``decoder`` as (batch, features, rows, columns). The map is stretched to ``size``: (batch, 1, *size);
+    sigmoid is left to the reader.
     """
 
     def __init__(self, backbone: nn.Module, decoder: nn.Module, size: tuple[int, int]) -> None:
@@ -98,7 +99,7 @@ def saliency_decoder(widths: tuple[int, ...] = (384, 256, 128, 64)) -> nn.Sequen
 
 
 def nuclei(library: Library = "transformers") -> DenseModel:
-    """DINOv2-small with a linear mask head: pictures of 392 pixels → one map of logits of 256, above 0 where a nucleus is.
+    """DINOv2-small with a linear mask head: pictures of 392 pixels → one map of logits of 256, above 0 for nuclei.
 
     Raises :class:`FetchError` where the backbone or the head is missing.
     """
@@ -121,7 +122,10 @@ def trunk(library: Library, size: int) -> nn.Module:
 
 
 def resampled_positions(table: Tensor, side: int) -> Tensor:
-    """A position table (1, 1 + n², width) for ``side`` × ``side`` patches: bicubic without antialiasing, as transformers' DINOv2 has it."""
+    """A position table (1, 1 + n², width) for ``side`` × ``side`` patches.
+
+    Bicubic without antialiasing, as transformers' DINOv2 has it.
+    """
     first, rest = table[:, :1], table[:, 1:]
     grid = rest.mT.unflatten(2, (round(rest.shape[1] ** 0.5), -1))
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)

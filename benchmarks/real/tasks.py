@@ -14,14 +14,15 @@ from comcat.measure import model_output
 
 from . import data, models
 from .measure import Table
+from .photographs import photographs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One row of the benchmark.
 
-    ``only`` names the parts that may shrink: the trunk, never a head or a decoder. ``tables`` turns outputs, labels and the dense model's outputs into
-    tables by name; the first is the score.
+    ``only`` names the parts that may shrink: the trunk, never a head or a decoder. ``tables`` turns outputs, labels
+    and the dense model's outputs into tables by name; the first is the score.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Task:
 @torch.no_grad()
 def outputs(model: nn.Module, pixels: data.Pixels, batch: int, dtype: torch.dtype, device: str = "cpu") -> Tensor:
     """What a model says of all pictures: logits (pictures, classes), or (pictures, height · width)."""
-    said = [model_output(model, images.to(device, dtype)).half().cpu() for images, _ in pixels.batches(batch)]
+    said = [model_output(model, images.to(device, dtype)).float().cpu() for images, _ in pixels.batches(batch)]
     return torch.cat(said)
 
 
@@ -63,13 +64,16 @@ def against_dense(said: Tensor, labels: Tensor, dense: Tensor) -> dict[str, Tabl
 
 
 def against_truth(said: Tensor, labels: Tensor, dense: Tensor) -> dict[str, Table]:
-    """Mean over nuclei and background of IoU with the true masks, over all pixels; each alone; and nuclei against the dense model's mask."""
+    """IoU over all pixels: with the true masks, mean of nuclei and background, and each alone; with the dense mask."""
     mask, true = said > 0, labels.flatten(1).bool()
     nuclei, background, kept = _overlap(mask, true), _overlap(~mask, ~true), _overlap(mask, dense > 0)
     tables = {
         "mean_iou": tuple(torch.stack(pair, 1) for pair in zip(nuclei, background, strict=True)),
-        **{name: tuple(a[:, None] for a in pair) for name, pair in (("nuclei", nuclei), ("background", background), ("agreement", kept))},
-    }  # fmt: skip
+        **{
+            name: tuple(a[:, None] for a in pair)
+            for name, pair in (("nuclei", nuclei), ("background", background), ("agreement", kept))
+        },
+    }
     return {name: Table(*(a.numpy().astype(np.uint32) for a in pair)) for name, pair in tables.items()}
 
 
@@ -92,7 +96,7 @@ SALIENCY = Task(
     name="saliency",
     about="DINOv2-small (transformers) with a decoder of saliency, 224 pixels; IoU with the dense model's mask",
     build=models.saliency,
-    pixels=data.photographs,
+    pixels=photographs,
     tables=against_dense,
     only=("backbone.encoder",),
     calibration=256,

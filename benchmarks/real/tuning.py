@@ -17,10 +17,11 @@ from .data import Pixels
 def distil(
     student: nn.Module, teacher: nn.Module, pixels: Pixels, *, steps: int, batch: int, seed: int, rate: float = 5e-5
 ) -> dict[str, Any]:
-    """Train a model in place for some steps to say what the teacher says, on pictures without labels, half of them mirrored.
+    """Train a model in place for some steps to say what the teacher says. No labels; half of the batches are mirrored.
 
-    Classes by KL divergence, maps by cross-entropy of every pixel with the teacher's probability. AdamW, the rate up over a tenth of the steps and
-    then down by a cosine; batch norms of a decoder keep their statistics. Returns the loss of the first and the last tenth.
+    Classes by KL divergence, maps by cross-entropy of every pixel with the teacher's probability. AdamW, the rate up
+    over a tenth of the steps and then down by a cosine; batch norms of a decoder keep their statistics. Returns the
+    loss of the first and the last tenth.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(student.parameters()).device
