@@ -169,7 +169,8 @@ class Bench:
         tables = {key: [Table.from_dict(r["pictures"]) for r in found] for key, found in rows.items() if found}
         out = []
         for (name, reduce), ours in tables.items():
-            row = {"method": name, "reduce": reduce, **summary(ours, self.weights), "runs": rows[name, reduce]}
+            runs = [{k: v for k, v in r.items() if k != "plan"} for r in rows[name, reduce]]  # plans stay in --work
+            row = {"method": name, "reduce": reduce, **summary(ours, self.weights), "runs": runs}
             theirs = tables.get((self.a.against, reduce))
             if theirs and name != self.a.against:
                 row[f"less {self.a.against}"] = paired(ours, theirs, self.weights)

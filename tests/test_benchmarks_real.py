@@ -31,7 +31,9 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield
-    for name in [n for n in sys.modules if n in ("common", "real_weights", "real") or n.startswith("real.")]:
+    for name in [
+        n for n in sys.modules if n in ("common", "summarise", "real_weights", "real") or n.startswith("real.")
+    ]:
         del sys.modules[name]
 
 
@@ -330,10 +332,14 @@ def test_the_runner_keeps_rows_and_goes_on(tiny_task, tmp_path, monkeypatch, cap
         assert all(Table.from_dict(r["pictures"]).score() == pytest.approx(r["scores"]["top1"]) for r in row["runs"])
         assert all(r["parameters"] <= 0.7 * written["parameters"] for r in row["runs"])
         assert all(r["saved"] >= 0.3 for r in row["runs"])
-        assert not any(name.startswith("head") for r in row["runs"] for name in r["plan"])
+    plans = [json.loads(p.read_text())["result"].get("plan") for p in (tmp_path / "work").rglob("*.json")]
+    assert any(plans) and not any(name.startswith("head") for plan in plans for name in plan or ())
     assert rows["ranks"]["runs"][0]["predicted_loss"] > 0
     assert "less ranks" in rows["matrix + svd"] and "less ranks" not in rows["ranks"]
     assert written["dense"]["scores"]["agreement"] == 100
+    page = __import__("summarise").real(written)
+    assert f"| ranks | {rows['ranks']['mean']:.2f} ± {rows['ranks']['std']:.2f} |" in page
+    assert f"| matrix + svd | {rows['matrix + svd']['less ranks']['mean']:+.2f} (" in page
 
     monkeypatch.setattr(Shrinker, "shrink", lambda *_: pytest.fail("a finished row was made again"))
     again = run(tmp_path, *words)
@@ -482,7 +488,8 @@ def test_the_heads_script_runs(tiny_task, tmp_path, capsys):
 
     rows = whole_heads.main(["--task", "classifier", "--budgets", "0.5", "--verify", "-1", "--judged", "20"])
     assert rows[0]["predicted_with_heads"] <= rows[0]["predicted_ranks"] and 0 <= rows[0]["top1"]["with_heads"] <= 100
-    assert json.loads(next((tmp_path / "results").rglob("whole-heads.json")).read_text())["rows"]
+    written = json.loads(next((tmp_path / "results").rglob("whole-heads.json")).read_text())
+    assert f"| {rows[0]['heads_gone']} of {rows[0]['heads']} |" in __import__("summarise").heads(written)
     with pytest.raises(SystemExit, match=r"error: got .* parameters"):
         whole_heads.main(["--task", "classifier", "--budgets", "0.99"])
 
