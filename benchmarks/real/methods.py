@@ -18,7 +18,7 @@ import comcat
 from comcat.errors import BudgetError, SettingsError, nearest
 from comcat.measure import count_parameters
 from comcat.methods.baselines import BASELINES
-from comcat.methods.compress import CompressSettings, Prepared, make_settings, prepare, propose
+from comcat.methods.compress import CompressSettings, Prepared, prepare, propose
 
 from .tasks import Task
 
@@ -96,7 +96,7 @@ class Shrinker:
             "seed": seed,
             "only": self.task.only,
         }
-        settings = make_settings(asked)
+        settings = CompressSettings(**asked)
         prepared, seconds = self._prepared(settings)
         plan = propose(self.model, prepared, settings)
         more = {"sites": prepared.sites, "factorizations": prepared.factorizations, "joint_refit": settings.joint_refit}
