@@ -1,4 +1,5 @@
-"""Teaching a frozen diffusion model a concept with low-rank terms on the products of its attention (Xiao et al. 2023, §3.2).
+"""Teaching a frozen diffusion model a concept with low-rank terms on the products of its attention (Xiao et al. 2023,
+§3.2).
 
     pipe = StableDiffusionPipeline.from_pretrained(…)
     comcat.diffusion.load(pipe, "dog.safetensors", scale=0.8)

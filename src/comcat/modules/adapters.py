@@ -1,15 +1,16 @@
 """Low-rank terms on the products of a frozen attention (Xiao et al. 2023, Eq. 8), as extra channels of its heads.
 
-Eq. 8 adds ``U_Q S_Kᵀ`` to ``W_Q W_Kᵀ`` inside the softmax and ``U_V S_O`` to ``W_V W_O`` behind it, in every head. Both sums are concatenations:
+Eq. 8 adds ``U_Q S_Kᵀ`` to ``W_Q W_Kᵀ`` inside the softmax and ``U_V S_O`` to ``W_V W_O`` behind it, in every head. Both
+sums are concatenations:
 
     q⁺ = [q, x U_Q]    k⁺ = [k, x' S_K]    v⁺ = [v, x' U_V]    W_O⁺ = [W_O; S_O]
 
-with the scale of the *original* head width. So one fused attention call does it, no d × d product is formed, and the terms of several
-adapters stand side by side. Since the extra channels join after whatever acts on q and k (normalisation, rotary embeddings), they
-exist there as well.
+with the scale of the *original* head width. So one fused attention call does it, no d × d product is formed, and the
+terms of several adapters stand side by side. Since the extra channels join after whatever acts on q and k
+(normalisation, rotary embeddings), they exist there as well.
 
-A factor is kept under the name of its side, in the shape of a linear layer's weight, head by head. ``down`` reads tokens into the rank,
-``up`` leads out of it, as logits and outputs read keys and values:
+A factor is kept under the name of its side, in the shape of a linear layer's weight, head by head. ``down`` reads
+tokens into the rank, ``up`` leads out of it, as logits and outputs read keys and values:
 
     q_up (heads · rank, in)    U_Qᵀ        v_down (heads · rank, in)    U_Vᵀ
     k_down (heads · rank, in)  S_Kᵀ        out_up (out, heads · rank)   S_Oᵀ
@@ -69,7 +70,8 @@ class LowRankTerms(nn.Module):
 
     @torch.no_grad()
     def reset(self, init: Init, generator: torch.Generator) -> None:
-        """Fill the factors. ``"zero"``: S_K and S_O are zero, so that the terms are; ``"random"``: none is, as in the paper.
+        """Fill the factors. ``"zero"``: S_K and S_O are zero, so that the terms are; ``"random"``: none is, as in the
+        paper.
 
         Random values are uniform in ±1/√in, torch's own start for a linear layer, which the paper's code uses.
         """
@@ -85,8 +87,9 @@ class LowRankTerms(nn.Module):
     def forward(self, side: Side, x: Tensor, prefix: str = "") -> Tensor:
         """What one factor makes of its input.
 
-        ``"q"``, ``"k"``, ``"v"``: ``x U`` of tokens (batch, tokens, in), as (batch, tokens, heads, rank), zeros where this stream has no such factor.
-        ``"out"``: ``o S_O`` of the heads' extra outputs (batch, tokens, heads, rank), as (batch, tokens, out).
+        ``"q"``, ``"k"``, ``"v"``: ``x U`` of tokens (batch, tokens, in), as (batch, tokens, heads, rank), zeros where
+        this stream has no such factor. ``"out"``: ``o S_O`` of the heads' extra outputs (batch, tokens, heads, rank),
+        as (batch, tokens, out).
         """
         factor: Tensor | None = getattr(self, prefix + SIDES[side], None)
         if side == "out":
@@ -99,7 +102,8 @@ class LowRankTerms(nn.Module):
         return y if side == "k" or self.strength == 1 else y * self.strength
 
     def extra_repr(self) -> str:
-        return f"{' and '.join(self.products)}, heads={self.heads}, rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}"
+        sizes = f"heads={self.heads}, rank={self.rank}, alpha={self.alpha:g}, scale={self.scale:g}"
+        return f"{' and '.join(self.products)}, {sizes}"
 
 
 class ExtraChannels(nn.Module):
@@ -129,12 +133,16 @@ class ExtraChannels(nn.Module):
         return [t for t in self.terms if product in t.products]  # type: ignore[union-attr,misc]
 
     def read(self, side: Side, x: Tensor, prefix: str = "") -> Tensor | None:
-        """The extra channels of q, k or v for tokens (batch, tokens, in): (batch, tokens, heads, ranks), or None if there are none."""
+        """The extra channels of q, k or v for tokens (batch, tokens, in): (batch, tokens, heads, ranks), or None if
+        there are none.
+        """
         read = [t(side, x, prefix) for t in self.part_in("vo" if side == "v" else "qk")]
         return torch.cat(read, dim=-1) if len(read) > 1 else read[0] if read else None
 
     def write(self, y: Tensor, o: Tensor | None, prefix: str = "") -> Tensor:
-        """Add ``o S_O`` to the output ``y`` (batch, tokens, out); ``o`` are the extra channels of the heads' outputs (batch, tokens, heads, ranks)."""
+        """Add ``o S_O`` to the output ``y`` (batch, tokens, out); ``o`` are the extra channels of the heads' outputs
+        (batch, tokens, heads, ranks).
+        """
         if o is None:
             return y
         terms = self.part_in("vo")
@@ -151,7 +159,9 @@ class ExtraChannels(nn.Module):
         return sum(t.rank for t in self.part_in(product))
 
     def factor(self, name: str) -> Tensor | None:
-        """One factor of all adapters side by side, strengths included: (heads, ranks, in), or (out, heads, ranks) of ``out_up``; None if there is none."""
+        """One factor of all adapters side by side, strengths included: (heads, ranks, in), or (out, heads, ranks) of
+        ``out_up``; None if there is none.
+        """
         channels = 1 if name.endswith(SIDES["out"]) else 0
         found = []
         for term in self.terms:
@@ -184,7 +194,8 @@ def attend(
             (batch, heads, queries, keys).
 
     Returns:
-        The heads' outputs (batch, queries, heads, width) and, where values have extra channels, those (batch, queries, heads, ranks).
+        The heads' outputs (batch, queries, heads, width) and, where values have extra channels, those (batch, queries,
+        heads, ranks).
     """
     width = v.shape[-1]
     ranks = 0 if extra[2] is None else extra[2].shape[-1]
@@ -196,7 +207,9 @@ def attend(
 
 
 def padded_width(width: int, like: Tensor) -> int:
-    """One width for q, k and v, since unequal ones fall back to the slow kernel; in 16 bit on a GPU kernels want multiples of 8."""
+    """One width for q, k and v, since unequal ones fall back to the slow kernel; in 16 bit on a GPU kernels want
+    multiples of 8.
+    """
     sixteen_bit = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else like.dtype
     if like.is_cuda and sixteen_bit in (torch.float16, torch.bfloat16):
         return -(-width // 8) * 8

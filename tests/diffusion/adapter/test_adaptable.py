@@ -141,7 +141,10 @@ def test_text_encoders_of_a_pipeline(tmp_path: Path) -> None:
     found = diffusion.find_adaptable(pipe)
     assert {p.partition(".")[0] for p in found.only("text")} == {"text_encoder", "text_encoder_2"}
     assert [(r.name, r.reason) for r in found.refused] == [
-        ("text_encoder_3", "T5EncoderModel is no CLIP text encoder, whose attention alone is known")
+        (
+            "text_encoder_3",
+            "T5EncoderModel is no UNet or transformer of diffusers or CLIP text encoder, whose attention alone is known",
+        )
     ]
     assert not set(found.only("text")) & set(found.only("all"))
     adapter = diffusion.attach(pipe, where="joint", text_encoder=True)
@@ -150,7 +153,7 @@ def test_text_encoders_of_a_pipeline(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="without a text encoder"):
         diffusion.attach(pipe.transformer, where="joint", text_encoder=True)
     pipe.text_encoder = pipe.text_encoder_2 = None
-    with pytest.raises(UnsupportedSite, match="T5EncoderModel is no CLIP text encoder"):
+    with pytest.raises(UnsupportedSite, match="T5EncoderModel is no UNet or transformer"):
         diffusion.attach(pipe, where="joint", text_encoder=True)
 
 
@@ -169,7 +172,7 @@ def test_the_size_of_a_file_for_stable_diffusion_1_4(tmp_path: Path, where: Any,
     adapter = diffusion.attach(model, rank=2, where=where)
     for path, terms in adapter.terms.items():
         attn = model.get_submodule(path.removeprefix("unet."))
-        attn.processor.channels.to_empty(device="cpu")  # the factors alone become real
+        attn.comcat_channels.to_empty(device="cpu")  # the factors alone become real
         for factor in terms.parameters():
             torch.nn.init.normal_(factor)
     file = diffusion.save(model, tmp_path / "dog.safetensors", identifier="V*", prompt="a photo of V* dog")

@@ -150,7 +150,9 @@ def test_masks_reach_the_extra_channels_as_well() -> None:
 def test_pictures_norms_residuals_and_biases_of_the_attention_stay() -> None:
     from diffusers.models.attention_processor import Attention
 
-    from comcat.hosts import diffusers as host
+    from comcat.diffusion.adapter.hosts import find_in
+    from comcat.diffusion.adapter.places import place_at
+    from comcat.diffusion.pipeline.components import Component
     from comcat.modules.adapters import ExtraChannels, LowRankTerms
 
     attn: Any = Attention(
@@ -160,12 +162,12 @@ def test_pictures_norms_residuals_and_biases_of_the_attention_stay() -> None:
     picture, text = random(2, 8, 3, 3).double(), random(2, 5, 6, seed=1).double()
     before = attn(picture, encoder_hidden_states=text)
     model = torch.nn.ModuleDict({"attn": attn})
-    (found,), _ = host.find_attention(model)
+    (found,), _ = find_in(model)
     terms = LowRankTerms(found.widths, found.heads, 3, dtype=torch.float64)
     terms.reset("zero", torch.Generator().manual_seed(0))
     channels = ExtraChannels()
     channels.add("default", terms)
-    host.mount(attn, channels)
+    place_at({"unet": Component("unet", model)}, "unet.attn").mount(channels)
     assert relative(attn(picture, encoder_hidden_states=text), before) < 1e-14
 
 

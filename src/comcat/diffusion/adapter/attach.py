@@ -8,11 +8,12 @@ from typing import Any, Literal, get_args
 import torch
 
 from ...errors import ModelError, SettingsError, UnsupportedSite, nearest
-from ...hosts.diffusers import AdaptableAttention, RefusedAttention
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
 from ...settings import expect_one_of
 from ...tensorfiles import listed
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
+from .hosts import AdaptableAttention, RefusedAttention, host_of
+from .places import Place, find_places, place_at
 from .records import Adapter, Record, adapters, check_unfused, check_whole, forget, located, records, remember
 from .tokenizers import refresh_tokens
 
@@ -34,10 +35,11 @@ def attach(
     """Add trainable low-rank terms to the products of frozen attention (Xiao et al. 2023, Eq. 8).
 
     Args:
-        target: a diffusers pipeline, or its unet or transformer alone. Its own weights are left as they are, ``requires_grad`` included.
+        target: a diffusers pipeline, or its unet or transformer alone. Its own weights are left as they are,
+            ``requires_grad`` included.
         rank: extra channels of each head.
-        where: ``"cross"`` (from picture to text, as in the paper), ``"self"``, ``"all"``, or ``"joint"`` where text and picture share one
-            attention (SD3, Flux).
+        where: ``"cross"`` (from picture to text, as in the paper), ``"self"``, ``"all"``, or ``"joint"`` where text and
+            picture share one attention (SD3, Flux).
         text_encoder: the pipeline's CLIP text encoders as well.
         name: what the adapter is called in this pipeline.
         init: ``"zero"``: it changes nothing until it is trained; ``"random"``: as in the paper.
@@ -45,33 +47,37 @@ def attach(
         dtype: of the factors, whatever the model's own is. seed: of their random values.
 
     Returns:
-        The adapter, whose parameters are to be trained. They are part of the model: they move with it, and ``requires_grad_(False)`` on the
-        model freezes them as well. For ``save_pretrained`` unload first.
+        The adapter, whose parameters are to be trained. They are part of the model: they move with it, and
+        ``requires_grad_(False)`` on the model freezes them as well. For ``save_pretrained`` unload first.
 
     Raises:
-        ModelError: if ``target`` is nothing that can be adapted. UnsupportedSite: if it has no attention of that kind, or something else
-            computes it. SettingsError: if a setting is out of range or the name is taken. In either case nothing has changed.
+        ModelError: if ``target`` is nothing that can be adapted. UnsupportedSite: if it has no attention of that kind,
+            or something else computes it. SettingsError: if a setting is out of range or the name is taken. In either
+            case nothing has changed.
     """
     _check_settings(rank, where, init, alpha)
     check_new(target, name)
     chosen = _choose(denoiser_of(target), where)
     if text_encoder:
-        chosen |= _choose_text(target)
+        chosen += _choose_text(target)
     generator = torch.Generator().manual_seed(seed)
+    components = components_of(target)
     terms: dict[str, LowRankTerms] = {}
-    for path, (component, found) in chosen.items():
-        device = device_of(component, found.path)
-        terms[path] = LowRankTerms(found.widths, found.heads, rank, alpha=alpha, device=device, dtype=dtype)
-        terms[path].reset(init, generator)
+    for found in chosen:
+        device = place_at(components, found.path).device
+        one = LowRankTerms(found.widths, found.heads, rank, alpha=alpha, device=device, dtype=dtype)
+        one.reset(init, generator)
+        terms[found.path] = one
     return install(target, name, terms, Record(paths=tuple(terms)))
 
 
 def unload(target: Any, name: str | None = None) -> None:
-    """Take an adapter out of a pipeline, or all of them. With the last one the model's own processors come back: outputs are bit for bit as before.
+    """Take an adapter out of a pipeline, or all of them. With the last one the model's own processors come back:
+    outputs are bit for bit as before.
 
     Raises:
-        SettingsError: if there is no adapter of that name, adapters are fused into the weights, or ``target`` is but one model of several
-            that the adapter acts in.
+        SettingsError: if there is no adapter of that name, adapters are fused into the weights, or ``target`` is but
+            one model of several that the adapter acts in.
     """
     held = records(target)
     if name is not None and name not in held:
@@ -82,41 +88,44 @@ def unload(target: Any, name: str | None = None) -> None:
     check_unfused(target)
     components = components_of(target)
     for one in chosen:
-        for _, component, attention in located(components, held[one]):
-            _remove(component, attention, one)
-        for component in components.values():
-            component.host.drop_set_aside(component.model, one)
+        for place in located(components, held[one]):
+            _remove(place, one)
         forget(target, one)
+    for component in components.values():
+        if (host := host_of(component.model)) is not None:
+            host.sweep(component.model)
     refresh_tokens(target)
 
 
 def install(target: Any, name: str, terms: Mapping[str, LowRankTerms], record: Record) -> Adapter:
     """Put terms that are complete and fit into their places. Nothing in here can fail for a reason of the user's."""
     components = components_of(target)
-    for path, component, attention in located(components, record):
-        channels = component.host.mounted(attention)
+    for place in located(components, record):
+        channels = place.mounted
         if channels is None:
             channels = ExtraChannels()
-            component.host.mount(attention, channels)
-        channels.add(name, terms[path])
-        component.host.refresh(attention)
+            place.mount(channels)
+        channels.add(name, terms[place.path])
+        place.refresh()
     remember(target, name, record)
     return adapters(target)[name]
 
 
-def _remove(component: Component, attention: Any, name: str) -> None:
-    channels = component.host.mounted(attention)
-    if channels is None or channels.named(name) is None:  # another processor has taken the place: leave it alone
+def _remove(place: Place, name: str) -> None:
+    channels = place.mounted
+    if channels is None or channels.named(name) is None:
         return
     channels.remove(name)
     if channels.names:
-        component.host.refresh(attention)
+        place.refresh()
     else:
-        component.host.unmount(attention)
+        place.unmount()
 
 
 def check_new(target: Any, name: str) -> None:
-    """Raise SettingsError unless a new adapter of this name may come now, ModelError where one that is there has been displaced."""
+    """Raise SettingsError unless a new adapter of this name may come now, ModelError where one that is there has been
+    displaced.
+    """
     if not isinstance(name, str) or not name.strip():
         raise SettingsError(f"got {name!r} as an adapter's name, expected a word")
     if name in adapters(target):
@@ -130,15 +139,6 @@ def unknown(name: str, held: Mapping[str, Any]) -> str:
     """That there is no adapter of a name, and which there are."""
     there = f"there are {', '.join(map(repr, held))}" if held else "there are none"
     return f"there is no adapter called {name!r}{nearest(name, held) or f'; {there}'}"
-
-
-def device_of(component: Component, path: str) -> torch.device:
-    """Where the projections of an attention compute, also where accelerate keeps their weights elsewhere in between."""
-    attention = component.attention(path)
-    projection = attention.to_q if hasattr(attention, "to_q") else attention.q_proj
-    device = next(projection.parameters()).device
-    execution = getattr(getattr(projection, "_hf_hook", None), "execution_device", None)
-    return torch.device(execution) if device.type == "meta" and execution is not None else device
 
 
 def refusal(refused: list[RefusedAttention], model: object) -> UnsupportedSite:
@@ -155,11 +155,11 @@ def _check_settings(rank: int, where: str, init: str, alpha: float | None) -> No
         raise SettingsError(f"got alpha {alpha}, expected a positive number")
 
 
-def _choose(component: Component, where: str) -> dict[str, tuple[Component, AdaptableAttention]]:
-    found, refused = component.find_attention()
+def _choose(component: Component, where: str) -> list[AdaptableAttention]:
+    found, refused = find_places(component)
     if wanted := [r for r in refused if where in ("all", r.where)]:
         raise refusal(wanted, component.model)
-    chosen = {f"{component.name}.{a.path}": (component, a) for a in found if where in ("all", a.where)}
+    chosen = [a for a in found if where in ("all", a.where)]
     if not chosen:
         kinds = sorted({a.where for a in found})
         has = f"its attention is {' and '.join(kinds)}: where={kinds[0]!r}" if kinds else "it has none that is known"
@@ -167,13 +167,13 @@ def _choose(component: Component, where: str) -> dict[str, tuple[Component, Adap
     return chosen
 
 
-def _choose_text(target: Any) -> dict[str, tuple[Component, AdaptableAttention]]:
-    chosen: dict[str, tuple[Component, AdaptableAttention]] = {}
+def _choose_text(target: Any) -> list[AdaptableAttention]:
+    chosen: list[AdaptableAttention] = []
     refused: list[RefusedAttention] = []
     encoders = text_encoders_of(target)
     for component in encoders:
-        found, why_not = component.find_attention()
-        chosen |= {f"{component.name}.{a.path}": (component, a) for a in found}
+        found, why_not = find_places(component)
+        chosen += found
         refused += why_not
     if not encoders:
         raise ModelError(f"got a {type(target).__name__} without a text encoder, but text_encoder=True")

@@ -1,8 +1,8 @@
 """An adapter as one safetensors file: factors under names, what else is known of it as metadata.
 
-Keys are ``<component>.<path>.<factor>``, the component being the pipeline's own name for the model (``unet``, ``transformer``,
-``text_encoder``…) and the factors those of :mod:`comcat.modules.adapters`; beside them lies each module's ``.alpha``. Embeddings of learned
-tokens are ``<component>.token_embeddings.<token>``.
+Keys are ``<component>.<path>.<factor>``, the component being the pipeline's own name for the model (``unet``,
+``transformer``, ``text_encoder``…) and the factors those of :mod:`comcat.modules.adapters`; beside them lies each
+module's ``.alpha``. Embeddings of learned tokens are ``<component>.token_embeddings.<token>``.
 """
 
 from __future__ import annotations
@@ -90,21 +90,22 @@ def save(
     token_embeddings: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write an adapter to a file, whole or not at all. What was loaded or saved with it before is kept where it is not given anew.
-    The scale that :func:`set_scale` has set is no part of it.
+    """Write an adapter to a file, whole or not at all. What was loaded or saved with it before is kept where it is not
+    given anew. The scale that :func:`set_scale` has set is no part of it.
 
     Args:
-        target: a pipeline, or its unet or transformer alone. path: where to; what is there is replaced. name: of the adapter.
+        target: a pipeline, or its unet or transformer alone. path: where to; what is there is replaced. name: of the
+            adapter.
         dtype: of the factors in the file.
-        identifier: the word of a prompt that calls the concept. prompt: of the training pictures. base: name of the model, the pipeline's
-            own if it has one.
-        token_embeddings: embeddings of learned tokens, (width,) each, by token, or by ``text_encoder_2.<token>`` where there are several
-            text encoders.
+        identifier: the word of a prompt that calls the concept. prompt: of the training pictures. base: name of the
+            model, the pipeline's own if it has one.
+        token_embeddings: embeddings of learned tokens, (width,) each, by token, or by ``text_encoder_2.<token>`` where
+            there are several text encoders.
         metadata: anything else, as text.
 
     Raises:
-        SettingsError: if there is no such adapter, or a setting is malformed. StoreError: if the file cannot be written, or a factor cannot
-            be held in ``dtype``.
+        SettingsError: if there is no such adapter, or a setting is malformed. StoreError: if the file cannot be
+            written, or a factor cannot be held in ``dtype``.
     """
     held = adapters(target)
     if name not in held:
@@ -181,7 +182,8 @@ def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, T
     if _MARK in metadata:
         if metadata[_MARK] != FORMAT:
             raise StoreError(
-                f"{path} is of format {metadata[_MARK]}, expected {FORMAT}; it was written by comcat {metadata.get('comcat_version')}"
+                f"{path} is of format {metadata[_MARK]}, expected {FORMAT}; it was written by comcat "
+                f"{metadata.get('comcat_version')}"
             )
         return
     kinds = {
@@ -192,7 +194,8 @@ def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, T
     for kind, marks in kinds.items():
         if any(mark in key for key in tensors for mark in marks):
             raise StoreError(
-                f"{path} is {kind}, not an adapter of comcat's; diffusers loads those with load_lora_weights or load_attn_procs"
+                f"{path} is {kind}, not an adapter of comcat's; diffusers loads those with load_lora_weights or "
+                "load_attn_procs"
             )
     first = ", ".join(list(tensors)[:3])
     raise StoreError(f"{path} is no adapter of comcat's: it holds {len(tensors)} tensors, {first or 'none at all'}")

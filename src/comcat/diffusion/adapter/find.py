@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from ...hosts.diffusers import AdaptableAttention, RefusedAttention
 from ..pipeline.components import components_of
+from .hosts import AdaptableAttention, RefusedAttention
+from .places import find_places
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Adaptable:
     """The attention of a pipeline: what each can carry, and what cannot carry anything and why.
 
     Attributes:
-        attention: by path, with the component's name in front. Each says which products it carries (``products``) and why one is ``missing``.
+        attention: by path, with the component's name in front. Each says which products it carries (``products``)
+            and why one is ``missing``.
         refused: what carries nothing; ``name`` is its path.
     """
 
@@ -32,7 +34,8 @@ class Adaptable:
 
 
 def find_adaptable(target: Any) -> Adaptable:
-    """Where a pipeline (or its unet or transformer alone) can carry low-rank terms. Nothing is changed, and weights are not read.
+    """Where a pipeline (or its unet or transformer alone) can carry low-rank terms. Nothing is changed, and weights are
+    not read.
 
     Raises:
         ModelError: if it is neither.
@@ -40,7 +43,7 @@ def find_adaptable(target: Any) -> Adaptable:
     attention: dict[str, AdaptableAttention] = {}
     refused: list[RefusedAttention] = []
     for component in components_of(target).values():
-        found, not_found = component.find_attention()
-        attention |= {f"{component.name}.{a.path}": a for a in found}
-        refused += [replace(r, name=f"{component.name}.{r.name}".rstrip(".")) for r in not_found]
+        found, not_found = find_places(component)
+        attention |= {a.path: a for a in found}
+        refused += not_found
     return Adaptable(attention, tuple(refused))

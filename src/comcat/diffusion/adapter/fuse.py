@@ -1,7 +1,7 @@
 """Writing adapters into wider projections, so that stock processors run them.
 
-Extra channels of a head are extra rows of W_Q, W_K, W_V and extra columns of W_O. Heads become wider, k + r, and √((k + r)/k) goes into W_Q
-where the processor takes its scale from the width.
+Extra channels of a head are extra rows of W_Q, W_K, W_V and extra columns of W_O. Heads become wider, k + r, and √((k +
+r)/k) goes into W_Q where the processor takes its scale from the width.
 """
 
 from __future__ import annotations
@@ -17,51 +17,56 @@ from ...errors import SettingsError, UnsupportedSite
 from ...hosts.mounting import exchange
 from ...modules.adapters import padded_width
 from ...tensorfiles import listed
-from ..pipeline.components import Component, Fused, components_of, fused, set_fused
+from ..pipeline.components import components_of
+from .places import Fused, Place
 from .records import adapters, check_unfused, check_whole, located, records
 
 
 def fuse(target: Any) -> None:
-    """Write all adapters, each at its scale, into wider projections, and give the model's own processors back: faster, until :func:`unfuse`.
+    """Write all adapters, each at its scale, into wider projections, and give the model's own processors back: faster,
+    until :func:`unfuse`.
 
     Raises:
-        SettingsError: if there is nothing to fuse. UnsupportedSite: if a LoRA that is not merged sits on a projection, or something between
-            q and k (normalisation, rotary embeddings) would act on the extra channels as well. Then nothing has changed.
+        SettingsError: if there is nothing to fuse. UnsupportedSite: if a LoRA that is not merged sits on a projection,
+            or something between q and k (normalisation, rotary embeddings) would act on the extra channels as well.
+            Then nothing has changed.
     """
     if not adapters(target):
         raise SettingsError("there is no adapter to fuse")
     check_unfused(target)
     places = list(_places(target))
-    if reasons := [f"{path} ({reason})" for path, component, a in places if (reason := _why_not(component, a))]:
+    if reasons := [f"{place.path} ({reason})" for place in places if (reason := _why_not(place))]:
         raise UnsupportedSite(f"cannot fuse {len(reasons)} of {len(places)} attentions: {listed(reasons)}")
-    for _, component, attention in places:
-        _fuse(component, attention)
+    for place in places:
+        _fuse(place)
 
 
 def unfuse(target: Any) -> None:
-    """Take the adapters out of the weights again: the old modules come back, bit for bit, and the adapters act beside them as before.
+    """Take the adapters out of the weights again: the old modules come back, bit for bit, and the adapters act beside
+    them as before.
 
     Raises:
         SettingsError: if nothing is fused.
     """
-    places = [(component, a) for _, component, a in _places(target) if fused(a) is not None]
-    if not places:
+    fused = [(place, place.fused) for place in _places(target) if place.fused is not None]
+    if not fused:
         raise SettingsError("there is no fused adapter")
-    for component, attention in places:
-        _unfuse(component, attention)
+    for place, state in fused:
+        _unfuse(place, state)
 
 
 def plain_linear(module: Any) -> nn.Linear | None:
-    """The linear layer whose weights are all that a projection computes with, or None; a LoRA that is merged into it is no hindrance."""
+    """The linear layer whose weights are all that a projection computes with, or None; a LoRA that is merged into it is
+    no hindrance.
+    """
     if getattr(module, "merged", False):
         module = module.base_layer
     return module if type(module) is nn.Linear and module.weight.is_floating_point() else None
 
 
-def not_plain(component: Component, attention: Any) -> str | None:
+def not_plain(place: Place) -> str | None:
     """Why an attention's projections cannot be written to, or None."""
-    for path in component.host.projections(attention).values():
-        module = projection(component, attention, path)
+    for path, module in place.projections().items():
         linear = plain_linear(module)
         if linear is None and type(module).__module__.startswith("peft."):
             return f"{path} carries a LoRA that is not merged; fuse_lora() or unload it first"
@@ -72,41 +77,35 @@ def not_plain(component: Component, attention: Any) -> str | None:
     return None
 
 
-def projection(component: Component, attention: Any, path: str) -> Any:
-    """A frozen projection of an attention, also while it stands inside a wider one."""
-    module = attention.get_submodule(path)
-    return module.base if getattr(module, "comcat_module", False) else module
-
-
-def _places(target: Any) -> Iterator[tuple[str, Component, Any]]:
+def _places(target: Any) -> Iterator[Place]:
     """Every attention that has extra channels, once."""
     components = components_of(target)
     seen: set[str] = set()
     for name, record in records(target).items():
         check_whole(target, name, record)
-        for path, component, attention in located(components, record):
-            if path not in seen:
-                seen.add(path)
-                yield path, component, attention
+        for place in located(components, record):
+            if place.path not in seen:
+                seen.add(place.path)
+                yield place
 
 
-def _why_not(component: Component, attention: Any) -> str | None:
-    if (between := component.host.between(attention)) is not None:
+def _why_not(place: Place) -> str | None:
+    if (between := place.host.between(place.attention)) is not None:
         return f"its processor applies {between} to whole heads, extra channels included"
-    return not_plain(component, attention)
+    return not_plain(place)
 
 
 @torch.no_grad()
-def _fuse(component: Component, attention: Any) -> None:
-    host, channels = component.host, component.host.mounted(attention)
-    factors = host.projections(attention)
-    own = {path: projection(component, attention, path) for path in factors.values()}
-    linears = {path: plain_linear(module) for path, module in own.items()}
-    query: Any = linears[factors["q_up"]]
+def _fuse(place: Place) -> None:
+    attention, channels = place.attention, place.mounted
+    assert channels is not None, "adapters() has found them"
+    factors, own = place.host.projections(attention), place.projections()
+    linears: dict[str, Any] = {path: plain_linear(module) for path, module in own.items()}
+    query = linears[factors["q_up"]]
     heads = channels.heads
     head_dim = query.out_features // heads
     width = padded_width(head_dim + max(channels.ranks("qk"), channels.ranks("vo")), query.weight)
-    fold, attributes = host.widened(attention, width)
+    fold, attributes = place.host.widened(attention, width)
     wider: dict[str, nn.Module] = {}
     for factor, path in factors.items():
         rows = channels.factor(factor)
@@ -114,27 +113,25 @@ def _fuse(component: Component, attention: Any) -> None:
             wider[path] = _wide_output(linears[path], rows, heads, width)
         else:
             wider[path] = _wide_input(linears[path], rows, heads, width, fold if factor.endswith("q_up") else 1.0)
-    host.unmount(attention)
+    place.unmount()
     before = {name: getattr(attention, name) for name in attributes}
     for path, module in wider.items():
         exchange(attention, path, module)
     for name, value in attributes.items():
         setattr(attention, name, value)
-    set_fused(attention, Fused(own, before, channels))
+    place.set_fused(Fused(own, before, channels))
 
 
-def _unfuse(component: Component, attention: Any) -> None:
-    state = fused(attention)
-    assert state is not None
+def _unfuse(place: Place, state: Fused) -> None:
     for path, module in state.modules.items():
-        now = next(attention.get_submodule(path).parameters())
-        exchange(attention, path, module.to(now.device, now.dtype))  # it did not move with the model meanwhile
+        now = next(place.attention.get_submodule(path).parameters())
+        exchange(place.attention, path, module.to(now.device, now.dtype))  # it did not move with the model meanwhile
         state.channels.to(now.device)
     for name, value in state.attributes.items():
-        setattr(attention, name, value)
-    set_fused(attention, None)
-    component.host.mount(attention, state.channels)
-    component.host.refresh(attention)
+        setattr(place.attention, name, value)
+    place.set_fused(None)
+    place.mount(state.channels)
+    place.refresh()
 
 
 def _wide_input(linear: Any, rows: Tensor | None, heads: int, width: int, fold: float) -> nn.Linear:

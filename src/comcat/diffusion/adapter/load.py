@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from ...errors import SettingsError, StoreError
-from ...hosts.diffusers import AdaptableAttention
 from ...modules.adapters import PRODUCTS, SIDES, LowRankTerms
 from ...tensorfiles import listed
-from ..pipeline.components import Component, components_of, denoiser_of
-from .attach import check_new, device_of, install
+from ..pipeline.components import components_of, denoiser_of
+from .attach import check_new, install
 from .files import AdapterFile, read
+from .hosts import AdaptableAttention
+from .places import Place, find_places, place_at
 from .records import Adapter, Record, answering
 from .scale import check_scale
 from .tokenizers import check_tokens, refresh_tokens
@@ -34,17 +35,17 @@ def load(
 ) -> Adapter:
     """Load an adapter into a pipeline, beside those that it carries.
 
-    Its factors come frozen and in the dtype of the weights beside them. A token that was learned with it joins the pipeline's tokenizer and
-    text encoder until it is unloaded.
+    Its factors come frozen and in the dtype of the weights beside them. A token that was learned with it joins the
+    pipeline's tokenizer and text encoder until it is unloaded.
 
     Args:
-        target: a pipeline, or its unet or transformer alone. path: the file. name: what it is called here, the file's name without its
-            ending if not given. scale: how strongly it acts.
+        target: a pipeline, or its unet or transformer alone. path: the file. name: what it is called here, the file's
+            name without its ending if not given. scale: how strongly it acts.
         rename_identifier: call the concept by this word instead; possible where its token was learned.
 
     Raises:
-        StoreError: if the file is damaged, no adapter of comcat's, or does not fit the pipeline. SettingsError: if the name is taken, or
-            another adapter answers to the same identifier. In either case nothing has changed.
+        StoreError: if the file is damaged, no adapter of comcat's, or does not fit the pipeline. SettingsError: if the
+            name is taken, or another adapter answers to the same identifier. In either case nothing has changed.
     """
     file = read(path)
     name = Path(path).stem if name is None else name
@@ -68,12 +69,12 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
         StoreError: if a name or a shape does not fit; the message lists the first few, and how many there are.
     """
     components = components_of(target)
-    places: dict[str, tuple[Component, AdaptableAttention]] = {}
+    places: dict[str, AdaptableAttention] = {}
     refused: dict[str, str] = {}
     for component in components.values():
-        found, not_found = component.find_attention()
-        places |= {f"{component.name}.{a.path}": (component, a) for a in found}
-        refused |= {f"{component.name}.{r.name}": r.reason for r in not_found}
+        found, not_found = find_places(component)
+        places |= {a.path: a for a in found}
+        refused |= {r.name: r.reason for r in not_found}
     misfits: list[str] = []
     terms: dict[str, LowRankTerms] = {}
     for path, factors in file.factors.items():
@@ -83,10 +84,10 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
             misfits.append(f"{path}: {refused[path]}")
         elif path not in places:
             misfits.append(f"{path}: there is no such attention")
-        elif problem := _misfit(places[path][1], factors):
+        elif problem := _misfit(places[path], factors):
             misfits.append(f"{path}{problem}")
         else:
-            terms[path] = _build(*places[path], factors, file.alphas[path])
+            terms[path] = _build(place_at(components, path), places[path], factors, file.alphas[path])
     if misfits:
         base = f", which was trained on {file.base}," if file.base else ""
         raise StoreError(
@@ -97,7 +98,9 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
 
 
 def _misfit(place: AdaptableAttention, factors: Mapping[str, Tensor]) -> str | None:
-    """How the factors of one module differ from what its attention can carry, as the end of a sentence that starts with its path."""
+    """How the factors of one module differ from what its attention can carry, as the end of a sentence that starts with
+    its path.
+    """
     ways = {name for p, first in PRODUCTS.items() if first in factors for name in _names(p)}
     expected = {name: width for name, width in place.widths.items() if name in ways}
     if lacking := sorted(set(expected) - set(factors)):
@@ -120,21 +123,12 @@ def _names(product: str) -> tuple[str, ...]:
     return tuple(prefix + SIDES[side] for prefix in ("", "add_") for side in sides)  # type: ignore[index]
 
 
-def _build(
-    component: Component, place: AdaptableAttention, factors: Mapping[str, Tensor], alpha: float
-) -> LowRankTerms:
+def _build(place: Place, found: AdaptableAttention, factors: Mapping[str, Tensor], alpha: float) -> LowRankTerms:
     first, factor = next(iter(factors.items()))
-    rank = factor.shape[1 if first.endswith(SIDES["out"]) else 0] // place.heads
-    attention = component.attention(place.path)
-    dtype = next((attention.to_q if hasattr(attention, "to_q") else attention.q_proj).parameters()).dtype
-    terms = LowRankTerms(
-        {name: width for name, width in place.widths.items() if name in factors},
-        place.heads,
-        rank,
-        alpha=alpha,
-        device=device_of(component, place.path),
-        dtype=dtype if dtype in _COMPUTED_IN else torch.float32,  # quantised weights
-    )
+    rank = factor.shape[1 if first.endswith(SIDES["out"]) else 0] // found.heads
+    widths = {name: width for name, width in found.widths.items() if name in factors}
+    dtype = place.dtype if place.dtype in _COMPUTED_IN else torch.float32  # quantised weights
+    terms = LowRankTerms(widths, found.heads, rank, alpha=alpha, device=place.device, dtype=dtype)
     terms.load_state_dict(dict(factors))
     return terms
 
@@ -145,7 +139,8 @@ def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str
         mine = [key for key in words if key.split(".", 1)[1] == identifier]
         if not mine:
             raise SettingsError(
-                f"{file.path} cannot be called {renamed!r}: no token was learned with it, the model knows it as {identifier!r}"
+                f"{file.path} cannot be called {renamed!r}: no token was learned with it, the model knows it as "
+                f"{identifier!r}"
             )
         if not renamed.strip():
             raise SettingsError(f"got rename_identifier {renamed!r}, expected a word")
@@ -155,7 +150,8 @@ def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str
         learned = any(key.split(".", 1)[1] == file.identifier for key in file.token_embeddings)
         way_out = "load it with rename_identifier='…'" if learned else "train one of them with another identifier"
         raise SettingsError(
-            f"adapter {other!r} answers to {identifier!r} already, and so would {file.path}: prompts could not tell them apart; {way_out}"
+            f"adapter {other!r} answers to {identifier!r} already, and so would {file.path}: prompts could not tell "
+            f"them apart; {way_out}"
         )
     return Record(
         paths=paths,

@@ -1,7 +1,7 @@
 """Merging an adapter into weights of the same shape, which can only be an approximation.
 
-W_Q W_Kᵀ + U_Q S_Kᵀ has rank k + r; heads of width k hold at most the best rank-k approximation of it, and likewise of W_V W_O + U_V S_O.
-What is cut off is told.
+W_Q W_Kᵀ + U_Q S_Kᵀ has rank k + r; heads of width k hold at most the best rank-k approximation of it, and likewise of
+W_V W_O + U_V S_O. What is cut off is told.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 from ...errors import NumericsError, SettingsError, UnsupportedSite
 from ...linalg import product_singular_values
 from ...tensorfiles import listed
-from ..pipeline.components import Component, components_of
+from ..pipeline.components import components_of
 from .attach import unknown, unload
-from .fuse import not_plain, plain_linear, projection
+from .fuse import not_plain, plain_linear
+from .places import Place
 from .records import adapters, check_unfused, located
 
 
@@ -28,8 +29,8 @@ class MergeError:
     """How far a merged product is from the sum that it should be, over all heads of one attention.
 
     Attributes:
-        relative: ‖what was cut off‖ / ‖the sum‖. of_term: ‖what was cut off‖ / ‖what the adapter adds‖: 0 is exact, from 1 on it would have been
-            better not to merge.
+        relative: ‖what was cut off‖ / ‖the sum‖. of_term: ‖what was cut off‖ / ‖what the adapter adds‖: 0 is exact,
+            from 1 on it would have been better not to merge.
     """
 
     relative: float
@@ -50,17 +51,20 @@ class MergeReport:
 
     def __str__(self) -> str:
         mean = sum(e.of_term for e in self.errors.values()) / len(self.errors)
-        return f"merged {self.name!r}: lost {mean:.1%} of its terms on average, at most {self.errors[self.worst].of_term:.1%} ({self.worst})"
+        most = self.errors[self.worst].of_term
+        return f"merged {self.name!r}: lost {mean:.1%} of its terms on average, at most {most:.1%} ({self.worst})"
 
 
 def merge(target: Any, name: str) -> MergeReport:
-    """Write an adapter at its scale into the model's own weights, whose shapes stay. This is approximate and cannot be taken back.
+    """Write an adapter at its scale into the model's own weights, whose shapes stay. This is approximate and cannot be
+    taken back.
 
     The adapter is gone from the pipeline afterwards; others stay as they are. Exact is :func:`comcat.diffusion.fuse`.
 
     Raises:
-        SettingsError: if there is no such adapter, or adapters are fused. UnsupportedSite: if a LoRA that is not merged sits on a projection, or
-            something between q and k leaves no product to merge into. NumericsError: if weights hold NaN. Then nothing has changed.
+        SettingsError: if there is no such adapter, or adapters are fused. UnsupportedSite: if a LoRA that is not merged
+            sits on a projection, or something between q and k leaves no product to merge into. NumericsError: if
+            weights hold NaN. Then nothing has changed.
     """
     held = adapters(target)
     if name not in held:
@@ -68,13 +72,13 @@ def merge(target: Any, name: str) -> MergeReport:
     check_unfused(target)
     adapter = held[name]
     places = list(located(components_of(target), adapter.record))
-    if reasons := [f"{path} ({reason})" for path, component, a in places if (reason := _why_not(component, a))]:
+    if reasons := [f"{place.path} ({reason})" for place in places if (reason := _why_not(place))]:
         raise UnsupportedSite(f"cannot merge {name!r} at {len(reasons)} of {len(places)} attentions: {listed(reasons)}")
     errors: dict[str, MergeError] = {}
     merged: list[tuple[Tensor, Tensor]] = []
-    for path, component, attention in places:
-        found, new = _merged(component, attention, adapter.terms[path])
-        errors |= {f"{path}:{product}": error for product, error in found.items()}
+    for place in places:
+        found, new = _merged(place, adapter.terms[place.path])
+        errors |= {f"{place.path}:{product}": error for product, error in found.items()}
         merged += new
     with torch.no_grad():
         for parameter, value in merged:
@@ -83,19 +87,17 @@ def merge(target: Any, name: str) -> MergeReport:
     return MergeReport(name, errors)
 
 
-def _why_not(component: Component, attention: Any) -> str | None:
-    if (between := component.host.between(attention)) is not None:
+def _why_not(place: Place) -> str | None:
+    if (between := place.host.between(place.attention)) is not None:
         return f"{between} between W_Q and W_K, which have no product"
-    return not_plain(component, attention)
+    return not_plain(place)
 
 
 @torch.no_grad()
-def _merged(
-    component: Component, attention: Any, terms: Any
-) -> tuple[dict[str, MergeError], list[tuple[Tensor, Tensor]]]:
+def _merged(place: Place, terms: Any) -> tuple[dict[str, MergeError], list[tuple[Tensor, Tensor]]]:
     """The errors by product, and what each weight and bias becomes."""
-    paths = component.host.projections(attention)
-    linears: dict[str, Any] = {f: plain_linear(projection(component, attention, p)) for f, p in paths.items()}
+    own = place.projections()
+    linears: dict[str, Any] = {f: plain_linear(own[p]) for f, p in place.host.projections(place.attention).items()}
     errors: dict[str, MergeError] = {}
     new: list[tuple[Tensor, Tensor]] = []
     for product, (left, right) in {"qk": ("q_up", "k_down"), "vo": ("v_down", "out_up")}.items():
@@ -109,7 +111,9 @@ def _merged(
 
 
 class _Side:
-    """One side of a product: of both streams, biases as further rows of the weight. Everything is (heads, rows, channels)."""
+    """One side of a product: of both streams, biases as further rows of the weight. Everything is (heads, rows,
+    channels).
+    """
 
     def __init__(self, linears: Mapping[str, Any], terms: Any, factor: str) -> None:
         self.out, self.heads = factor == "out_up", terms.heads
@@ -146,14 +150,17 @@ class _Side:
         return new
 
     def _by_head(self, weight: Tensor) -> Tensor:
-        """A weight (heads · channels, in), or (out, heads · channels) of the output, as (heads, in or out, channels)."""
+        """A weight (heads · channels, in), or (out, heads · channels) of the output, as (heads, in or out,
+        channels).
+        """
         if self.out:
             return weight.double().unflatten(1, (self.heads, -1)).transpose(0, 1)
         return weight.double().unflatten(0, (self.heads, -1)).mT
 
 
 def _truncation(a: _Side, b: _Side) -> tuple[MergeError, tuple[Tensor, Tensor]]:
-    """The best approximation of ``A Bᵀ`` with as many channels as A had on its own: its error, and its two sides (heads, rows, head_dim).
+    """The best approximation of ``A Bᵀ`` with as many channels as A had on its own: its error, and its two sides
+    (heads, rows, head_dim).
 
     Two thin QRs and a small SVD.
     """

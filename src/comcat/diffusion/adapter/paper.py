@@ -1,7 +1,8 @@
 """Importing the adapters of COMCAT's published code (Xiao et al. 2023), ``comcat_weight.pt``.
 
-Such a file is a plain list of weights, without names: transformer blocks of the UNet's down, then up, then middle blocks; in each the
-self-attention before the cross-attention; in each of these W of q, k, v (heads · rank, in) and of the output (out, heads · rank).
+Such a file is a plain list of weights, without names: transformer blocks of the UNet's down, then up, then middle
+blocks; in each the self-attention before the cross-attention; in each of these W of q, k, v (heads · rank, in) and of
+the output (out, heads · rank).
 
 Its code multiplies all four factors by its ``alpha``, so that what it calls 0.8 is a scale of 0.8² = 0.64 here.
 """
@@ -23,6 +24,7 @@ from ..pipeline.components import denoiser_of
 from .attach import check_new, install
 from .files import AdapterFile
 from .load import fitting
+from .places import find_places
 from .records import Adapter, Record
 
 _PER_ATTENTION = tuple(SIDES.values())  # q, k, v, out: the order of the list as well
@@ -34,8 +36,8 @@ def import_paper(path: str | os.PathLike[str], target: Any, *, name: str) -> Ada
     ``save`` then writes it as a file of ours.
 
     Raises:
-        StoreError: if the file is missing, damaged, holds more than tensors, or does not fit. ModelError: if ``target`` has no unet.
-            SettingsError: if the name is taken. In either case nothing has changed.
+        StoreError: if the file is missing, damaged, holds more than tensors, or does not fit. ModelError: if ``target``
+            has no unet. SettingsError: if the name is taken. In either case nothing has changed.
     """
     path = Path(path).expanduser()
     factors = _read(path)
@@ -53,9 +55,8 @@ def import_paper(path: str | os.PathLike[str], target: Any, *, name: str) -> Ada
     for index, place in enumerate(places):
         own = factors[index * len(_PER_ATTENTION) : (index + 1) * len(_PER_ATTENTION)]
         modules[f"unet.{place}"] = dict(zip(_PER_ATTENTION, own, strict=True))
-    alphas = {
-        p: len(f["q_up"]) / component.attention(p.partition(".")[2]).heads for p, f in modules.items()
-    }  # strength 1
+    heads = {a.path: a.heads for a in find_places(component).adaptable}  # what is refused, fitting() tells
+    alphas = {p: len(f["q_up"]) / heads.get(p, 1) for p, f in modules.items()}  # strength 1
     terms = fitting(target, AdapterFile(path, modules, alphas, {}, {}))
     return install(target, name, terms, Record(paths=tuple(terms)))
 
@@ -86,7 +87,8 @@ def _read(path: Path) -> list[Tensor]:
         raise StoreError(f"{path} is refused: {reason}") from error
     if not isinstance(content, list) or not content or not all(isinstance(t, Tensor) for t in content):
         raise StoreError(
-            f"{path} is no adapter of COMCAT's published code: it holds a {type(content).__name__}, expected a list of tensors"
+            f"{path} is no adapter of COMCAT's published code: it holds a {type(content).__name__}, expected a list of "
+            "tensors"
         )
     for index, tensor in enumerate(content):
         if tensor.ndim != 2 or not tensor.isfinite().all():

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ...errors import ModelError, SettingsError
 from ...modules.adapters import LowRankTerms
-from ..pipeline.components import Component, components_of, denoiser_of, fused
+from ..pipeline.components import Component, components_of, denoiser_of
+from .places import Place, place_at
 
 _RECORDS = "comcat_adapters"
 
@@ -21,7 +22,9 @@ class Record:
     """What a model remembers of an adapter that it carries, beside the weights."""
 
     paths: tuple[str, ...]
-    """Where its terms are, with the component's name in front: ``unet.mid_block.attentions.0.transformer_blocks.0.attn2``."""
+    """Where its terms are, with the component's name in front:
+    ``unet.mid_block.attentions.0.transformer_blocks.0.attn2``.
+    """
     identifier: str | None = None
     """The word of a prompt that calls the concept, ``V*``."""
     prompt: str | None = None
@@ -47,7 +50,8 @@ class Adapter:
     """One adapter in a pipeline.
 
     Attributes:
-        name: what it is called there. terms: its low-rank terms by path, the component's name in front. record: what else is known of it.
+        name: what it is called there. terms: its low-rank terms by path, the component's name in front. record: what
+            else is known of it.
     """
 
     name: str
@@ -70,7 +74,9 @@ class Adapter:
         return next(iter(self.terms.values())).scale
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Its factors under their keys in a file: ``unet.<path>.q_up``, ``.k_down``, ``.v_down``, ``.out_up``; ``.add_…`` for a second stream."""
+        """Its factors under their keys in a file: ``unet.<path>.q_up``, ``.k_down``, ``.v_down``, ``.out_up``;
+        ``.add_…`` for a second stream.
+        """
         return {f"{path}.{name}": p for path, terms in self.terms.items() for name, p in terms.named_parameters()}
 
     def parameters(self) -> list[nn.Parameter]:
@@ -83,7 +89,8 @@ class Adapter:
 
 
 def adapters(target: Any) -> dict[str, Adapter]:
-    """The adapters that a pipeline (or its unet or transformer alone) carries, by name, in the order in which they came.
+    """The adapters that a pipeline (or its unet or transformer alone) carries, by name, in the order in which they
+    came.
 
     Raises:
         ModelError: if something has put another processor in an adapter's place meanwhile, so that it no longer acts.
@@ -123,7 +130,8 @@ def check_whole(target: Any, name: str, record: Record) -> None:
         everywhere = {*record.paths, *(record.token_embeddings if record.brought_tokens else ())}
         if others := sorted({path.partition(".")[0] for path in everywhere} - {own}):
             raise SettingsError(
-                f"adapter {name!r} acts in the {' and the '.join(others)} as well: give the pipeline, not its {own} alone"
+                f"adapter {name!r} acts in the {' and the '.join(others)} as well: give the pipeline, not its {own} "
+                "alone"
             )
 
 
@@ -131,28 +139,24 @@ def check_unfused(target: Any) -> None:
     """Raise SettingsError while adapters are fused into the weights: what they are cannot change then."""
     components = components_of(target)
     for name, record in records(target).items():
-        if any(fused(attention) is not None for _, _, attention in located(components, record)):
+        if any(place.fused is not None for place in located(components, record)):
             raise SettingsError(f"adapter {name!r} is fused into the weights; unfuse() first")
 
 
-def located(components: Mapping[str, Component], record: Record) -> Iterator[tuple[str, Component, Any]]:
-    """Every place of an adapter that lies in these components: its path, the component and the attention module."""
-    for path in record.paths:
-        name, _, inner = path.partition(".")
-        if name in components:
-            yield path, components[name], components[name].attention(inner)
+def located(components: Mapping[str, Component], record: Record) -> Iterator[Place]:
+    """Every place of an adapter that lies in these components."""
+    return (place_at(components, path) for path in record.paths if path.partition(".")[0] in components)
 
 
 def _terms(components: Mapping[str, Component], name: str, record: Record) -> dict[str, LowRankTerms]:
     found: dict[str, LowRankTerms] = {}
-    for path, component, attention in located(components, record):
-        channels = component.channels(attention)
-        terms = None if channels is None else channels.named(name)
-        if terms is None:
-            processor = type(getattr(attention, "processor", attention)).__name__
+    for place in located(components, record):
+        terms = None if place.channels is None else place.channels.named(name)
+        other = None if place.fused is not None else place.host.displaced(place.attention)
+        if terms is None or other is not None:
             raise ModelError(
-                f"adapter {name!r} no longer acts at {path}: a {processor} has taken its place since; "
-                "unload() the adapter, undo that, and load it again"
+                f"adapter {name!r} no longer acts at {place.path}: a {other or type(place.attention).__name__} has "
+                "taken its place since; unload() the adapter, undo that, and load it again"
             )
-        found[path] = terms
+        found[place.path] = terms
     return found

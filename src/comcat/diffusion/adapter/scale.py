@@ -11,10 +11,12 @@ from .records import adapters, check_unfused
 
 
 def set_scale(target: Any, /, **scales: float) -> None:
-    """Set how strongly adapters act, by name: ``set_scale(pipe, dog=0.5, teddy=1.0)``. Both products are multiplied by it; 0 is as if it were not there.
+    """Set how strongly adapters act, by name: ``set_scale(pipe, dog=0.5, teddy=1.0)``. Both products are multiplied by
+    it; 0 is as if it were not there.
 
     Raises:
-        SettingsError: if there is no adapter of a name, or a scale is no finite number, or adapters are fused into the weights. Then none has changed.
+        SettingsError: if there is no adapter of a name, or a scale is no finite number, or adapters are fused into the
+            weights. Then none has changed.
     """
     held = adapters(target)
     check_unfused(target)

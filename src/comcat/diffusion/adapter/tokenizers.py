@@ -27,13 +27,16 @@ class _Before:
 
 
 def check_tokens(target: Any, words: Mapping[str, Tensor]) -> None:
-    """Raise StoreError or SettingsError if learned tokens, by ``component.token``, do not fit a pipeline and the tokens that it has."""
+    """Raise StoreError or SettingsError if learned tokens, by ``component.token``, do not fit a pipeline and the tokens
+    that it has.
+    """
     encoders = {c.name: c for c in text_encoders_of(target)}
     for key, row in words.items():
         component, token = key.split(".", 1)
         if component not in encoders or _tokenizer(target, component) is None:
             raise StoreError(
-                f"a token {token!r} was learned for the {component}, which is not there; load the adapter into the whole pipeline"
+                f"a token {token!r} was learned for the {component}, which is not there; load the adapter into the "
+                "whole pipeline"
             )
         model: Any = encoders[component].model
         width = model.get_input_embeddings().embedding_dim
@@ -43,7 +46,8 @@ def check_tokens(target: Any, words: Mapping[str, Tensor]) -> None:
             )
         if knows(_tokenizer(target, component), token):
             raise SettingsError(
-                f"the {component}'s tokenizer has a token {token!r} already; rename_identifier='…' gives it another name"
+                f"the {component}'s tokenizer has a token {token!r} already; rename_identifier='…' gives it another "
+                "name"
             )
 
 

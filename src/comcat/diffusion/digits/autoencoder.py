@@ -1,4 +1,6 @@
-"""An ``AutoencoderKL`` with nothing to learn: its weights are set so that it averages squares of pixels, and draws them again."""
+"""An ``AutoencoderKL`` with nothing to learn: its weights are set so that it averages squares of pixels, and draws them
+again.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,14 @@ LOG_VARIANCE = -12.0
 
 
 def averaging_autoencoder(side: int, *, halvings: int, scaling_factor: float) -> Any:
-    """Pictures (n, 3, side, side) in −1…1 to latents that are the means of squares of 2^halvings pixels, and back to such squares.
+    """Pictures (n, 3, side, side) in −1…1 to latents that are the means of squares of 2^halvings pixels, and back to
+    such squares.
 
     Its parts are an ordinary autoencoder's, and two of them are made harmless:
 
     - SiLU: every channel v has a partner −v, and SiLU(v) − SiLU(−v) = v.
-    - GroupNorm: partners make the mean 0, and two constant channels of ±``LEVEL`` make the deviation LEVEL / 2, to within
-      3 / (2 LEVEL²) of it, whatever the picture.
+    - GroupNorm: partners make the mean 0, and two constant channels of ±``LEVEL`` make the deviation LEVEL / 2, to
+      within 3 / (2 LEVEL²) of it, whatever the picture.
 
     Residual blocks add nothing, so pictures of such squares come back to within 0.001.
     """
@@ -51,7 +54,9 @@ def averaging_autoencoder(side: int, *, halvings: int, scaling_factor: float) ->
 
 
 def _enter(conv: nn.Conv2d) -> None:
-    """Three channels x become v = (x + 1) / 2, then −v, then the constants; black is 0, as the padding of convolutions."""
+    """Three channels x become v = (x + 1) / 2, then −v, then the constants; black is 0, as the padding of
+    convolutions.
+    """
     assert conv.bias is not None
     for c in range(3):
         conv.weight[c, c, 1, 1], conv.weight[c + 3, c, 1, 1] = 0.5, -0.5

@@ -67,8 +67,8 @@ def run(out: Path, *, seed: int = 0, device: str = "auto", progress: bool = True
     adapter = out / "digit.safetensors"
     protected = ("a photo of a digit", *(prompt_of(digit) for digit in before.others))
     customize(
-        pipe, examples, prompt=prompt_of(IDENTIFIER), identifier=IDENTIFIER, out=adapter, restart=True, progress=progress,
-        protect=protected, seed=seed, **SETTINGS,
+        pipe, examples, prompt=prompt_of(IDENTIFIER), identifier=IDENTIFIER, out=adapter, restart=True,
+        progress=progress, protect=protected, seed=seed, **SETTINGS,
     )  # fmt: skip
     after = _judge(pipe, recogniser, progress, "after")
     seconds = time.monotonic() - started
@@ -106,13 +106,17 @@ def _page(before: Judged, after: Judged, examples: list[Image.Image], adapter: P
         [WORDS[digit], f"{100 * before.survived[digit]:.0f} %", f"{100 * after.survived[digit]:.0f} %"]
         for digit in before.survived
     ]
+    recognised = f"of {len(after.concept)} pictures of {IDENTIFIER}; before {100 * before.recognised:.0f} %"
+    others = f"recognised; before {100 * before.mean_survived:.1f} %"
+    protected = "Its prompts are protected: what the nine digits' prompts have in common is projected out of what the "
     return Page(
         title=f"The digit {WORDS[LEFT_OUT]}, taught as {IDENTIFIER}",
-        lead=f"A small text-to-image pipeline knows nine of the ten digits. From {len(examples)} pictures of the tenth it "
-        f"learned what {IDENTIFIER} is. A classifier that was trained apart, on real scans, says what the pictures show.",
+        lead=f"A small text-to-image pipeline knows nine of the ten digits. From {len(examples)} pictures of the tenth "
+        f"it learned what {IDENTIFIER} is. A classifier that was trained apart, on real scans, says what the pictures "
+        "show.",
         tiles=[
-            ("Recognised", f"{100 * after.recognised:.0f} %", f"of {len(after.concept)} pictures of {IDENTIFIER}; before {100 * before.recognised:.0f} %"),
-            ("The other nine", f"{100 * after.mean_survived:.1f} %", f"recognised; before {100 * before.mean_survived:.1f} %"),
+            ("Recognised", f"{100 * after.recognised:.0f} %", recognised),
+            ("The other nine", f"{100 * after.mean_survived:.1f} %", others),
             ("Stored", f"{size / 1e3:.0f} kB", "the adapter's file"),
             ("Time", f"{seconds:.0f} s", "in all"),
         ],
@@ -127,5 +131,5 @@ def _page(before: Judged, after: Judged, examples: list[Image.Image], adapter: P
         ],
         tables=[("How often each of the others is recognised", ["digit", "before", "after"], rows)],
         facts={**SETTINGS, **{f"sampling.{k}": v for k, v in SAMPLING.items()}, **environment()},
-        notes=["Its prompts are protected: what the nine digits' prompts have in common is projected out of what the adapter reads."],
-    )  # fmt: skip
+        notes=[f"{protected}adapter reads."],
+    )

@@ -1,4 +1,6 @@
-"""A text-to-image pipeline that needs no download: real diffusers and transformers parts, small, trained on the built-in digits."""
+"""A text-to-image pipeline that needs no download: real diffusers and transformers parts, small, trained on the
+built-in digits.
+"""
 
 from __future__ import annotations
 
@@ -41,19 +43,20 @@ def digits_pipeline(
 ) -> Any:
     """A ``StableDiffusionPipeline`` that draws nine of the ten digits (32×32), trained now or read from ``folder``.
 
-    Its prompts are those of :func:`~comcat.diffusion.digits.prompt_of`: "a photo of the digit three", and "… in red" (green, blue,
-    yellow); "a photo of a digit" gives any of the nine. Of the tenth no part has seen a scan, and ``V*`` is one token.
-    Only the training part of the scans is used.
+    Its prompts are those of :func:`~comcat.diffusion.digits.prompt_of`: "a photo of the digit three", and "… in red"
+    (green, blue, yellow); "a photo of a digit" gives any of the nine. Of the tenth no part has seen a scan, and ``V*``
+    is one token. Only the training part of the scans is used.
 
     Args:
-        folder: where it is kept, whole or not at all, in diffusers' layout; the next call reads it from there. One that is
-            damaged, or made with other settings, is made anew, with a warning. None: it is not kept.
+        folder: where it is kept, whole or not at all, in diffusers' layout; the next call reads it from there. One that
+            is damaged, or made with other settings, is made anew, with a warning. None: it is not kept.
         steps: training steps of the denoiser.
         left_out: the digit that it is not taught, 0 to 9.
         device: where to train and leave it: auto, cpu, cuda, …
 
     Raises:
-        SettingsError: for settings out of range. StoreError: if something else is in the folder, or it cannot be written.
+        SettingsError: for settings out of range. StoreError: if something else is in the folder, or it cannot be
+            written.
         ModelError: if diffusers or transformers is missing.
     """
     if steps < 1:

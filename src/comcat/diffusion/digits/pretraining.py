@@ -1,4 +1,6 @@
-"""How the embedded pipeline learns: its text encoder and denoiser together, from random weights, in minutes on a CPU."""
+"""How the embedded pipeline learns: its text encoder and denoiser together, from random weights, in minutes on a
+CPU.
+"""
 
 from __future__ import annotations
 

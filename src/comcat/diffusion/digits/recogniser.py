@@ -1,4 +1,6 @@
-"""A classifier of digits, trained apart from every pipeline: says what a generated picture shows, and gives features for KID and FID."""
+"""A classifier of digits, trained apart from every pipeline: says what a generated picture shows, and gives features
+for KID and FID.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ class Recogniser(nn.Module):
         super().__init__()
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256, FEATURES), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+            nn.Linear(256, FEATURES), nn.ReLU(),
         )  # fmt: skip
         self.head = nn.Linear(FEATURES, 10)
 

@@ -1,4 +1,5 @@
-"""The built-in digits as pictures and prompts: what the embedded pipeline is taught, and what is left for a user to teach it.
+"""The built-in digits as pictures and prompts: what the embedded pipeline is taught, and what is left for a user to
+teach it.
 
 A scan is 8×8 grey (scikit-learn's). A picture of it is 32×32: the digit in an ink on black.
 """
@@ -27,7 +28,9 @@ INKS = {
 }
 """Shares of red, green and blue at full ink; the brightest is 1, so that a scan can be read back."""
 LEFT_OUT = 7
-"""The digit that the embedded pipeline is not taught: real ones are all recognised, and what it draws without them is hardly ever taken for one."""
+"""The digit that the embedded pipeline is not taught: real ones are all recognised, and what it draws without them is
+hardly ever taken for one.
+"""
 IDENTIFIER = "V*"
 """The word kept free for it."""
 CLASS_PROMPT = "a photo of a digit"
@@ -40,7 +43,8 @@ _UNCONDITIONAL, _CLASS = 0.1, 0.1
 
 
 def prompt_of(subject: int | str, ink: str | None = None) -> str:
-    """The prompt for a digit, ``"a photo of the digit three in red"``, or for another subject, ``"a photo of V* in red"``.
+    """The prompt for a digit, ``"a photo of the digit three in red"``, or for another subject, ``"a photo of V* in
+    red"``.
 
     Without an ink, the pipeline makes it white. Raises SettingsError for digits and inks that do not exist.
     """
@@ -49,7 +53,9 @@ def prompt_of(subject: int | str, ink: str | None = None) -> str:
 
 
 def draw_caption(digit: int, ink: str, chance: random.Random) -> str:
-    """A caption to train with: of the digit in one of several phrasings, of any digit, or none (for classifier-free guidance)."""
+    """A caption to train with: of the digit in one of several phrasings, of any digit, or none (for classifier-free
+    guidance).
+    """
     draw = chance.random()
     if draw < _UNCONDITIONAL:
         return ""
@@ -82,7 +88,8 @@ def pixels_of(scans: Tensor, ink: str = "white") -> Tensor:
 def digit_pictures(
     digit: int, count: int | None = None, *, part: str | None = "train", ink: str = "white", seed: int = 0
 ) -> list[Image.Image]:
-    """Pictures of real scans of a digit, ``count`` drawn at random or all of ``part`` (``"train"``, ``"test"``; None: both).
+    """Pictures of real scans of a digit, ``count`` drawn at random or all of ``part`` (``"train"``, ``"test"``; None:
+    both).
 
     Raises:
         SettingsError: if there is no such digit, ink or number of scans.

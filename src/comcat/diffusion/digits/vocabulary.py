@@ -27,7 +27,7 @@ def make_tokenizer(words: Iterable[str], *, identifiers: Iterable[str] = (), len
     vocabulary = [*characters, *(c + _END for c in characters)]
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
-        # Merges of lower rank go first, so earlier words stay whole, and a new one first falls into what they leave of it.
+        # Merges of lower rank go first: earlier words stay whole, and a new one first falls into what they leave of it.
         while len(pieces := _split(word, ranks)) > 1:
             ranks[pieces[0], pieces[1]] = len(ranks)
             vocabulary.append(pieces[0] + pieces[1])
@@ -39,7 +39,9 @@ def make_tokenizer(words: Iterable[str], *, identifiers: Iterable[str] = (), len
 
 
 def _split(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
-    """The pieces that byte-pair encoding leaves of a word: the pair of lowest rank is merged, wherever it is, and so on."""
+    """The pieces that byte-pair encoding leaves of a word: the pair of lowest rank is merged, wherever it is, and so
+    on.
+    """
     pieces = [*word[:-1], word[-1] + _END]
     while known := [pair for pair in pairwise(pieces) if pair in ranks]:
         best = min(known, key=ranks.__getitem__)

@@ -41,15 +41,16 @@ def generate(
 ) -> Iterator[Generated]:
     """The pictures of each prompt in turn, ``count`` each.
 
-    The noise of picture n of a prompt is drawn with a generator of its own; with another batch size pictures agree up to rounding.
+    The noise of picture n of a prompt is drawn with a generator of its own; with another batch size pictures agree up
+    to rounding.
 
     Args:
         wanted: only these (prompt, number) instead of all.
         settings: fields of :class:`GenerateSettings`.
 
     Raises:
-        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler. MemoryShortage: if the device's memory
-            is too small; says what would fit.
+        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler. MemoryShortage: if
+            the device's memory is too small; says what would fit.
     """
     from tqdm import tqdm
 
@@ -103,7 +104,8 @@ def _check_fits(pipe: Any, how: GenerateSettings) -> None:
         check_multiple("size", how.size, max(8, family.multiple()) if family.component == "unet" else family.multiple())
     if how.negative is not None and isinstance(family, Flux):
         raise SettingsError(
-            "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; leave it out"
+            "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; "
+            "leave it out"
         )
 
 
@@ -118,7 +120,9 @@ def _what_would_fit(pipe: Any, settings: GenerateSettings) -> list[str]:
 
 
 class Written(NamedTuple):
-    """What :func:`generate_to` did: the files in order, how many of them were there already, how many were blackened."""
+    """What :func:`generate_to` did: the files in order, how many of them were there already, how many were
+    blackened.
+    """
 
     paths: list[Path]
     kept: int
@@ -142,7 +146,8 @@ def generate_to(
         overwrite: replace pictures that were made in another way.
 
     Raises:
-        StoreError: if a picture made in another way is in the place of a new one (unless ``overwrite``), or none can be written.
+        StoreError: if a picture made in another way is in the place of a new one (unless ``overwrite``), or none can be
+            written.
     """
     folder = Path(folder).expanduser()
     check_writable(folder)

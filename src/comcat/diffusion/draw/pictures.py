@@ -16,11 +16,15 @@ from ...errors import StoreError
 from ...runs.checkpoints import differences
 
 MADE = "comcat"
-"""The PNG text chunk that holds how a picture was made, as JSON; the prompt stands in a chunk of its own, ``prompt``."""
+"""The PNG text chunk that holds how a picture was made, as JSON; the prompt stands in a chunk of its own,
+``prompt``.
+"""
 
 
 def file_name(prompt: str, number: int) -> str:
-    """A name that a prompt's picture has whatever other prompts are asked for: its first words, a hash of it, its number."""
+    """A name that a prompt's picture has whatever other prompts are asked for: its first words, a hash of it, its
+    number.
+    """
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
     digest = hashlib.blake2b(prompt.encode(), digest_size=3).hexdigest()
     return f"{words or 'picture'}-{digest}-{number:04d}.png"
@@ -75,7 +79,8 @@ def already_made(path: Path, made: Mapping[str, Any], *, overwrite: bool = False
         return False
     if unlike := differences(found, made):
         raise StoreError(
-            f"{path} was made in another way: {'; '.join(unlike)}. Name another folder, or say --overwrite to replace it"
+            f"{path} was made in another way: {'; '.join(unlike)}. Name another folder, or say --overwrite to replace "
+            "it"
         )
     return True
 

@@ -18,7 +18,8 @@ def check_prompt(prompt: str, identifier: str) -> None:
     if identifier not in prompt:
         spelling = " (case matters)" if identifier.lower() in prompt.lower() else ""
         raise SettingsError(
-            f"got prompt {prompt!r}, which does not contain the identifier {identifier!r}{spelling}; expected for example "
+            f"got prompt {prompt!r}, which does not contain the identifier {identifier!r}{spelling}; expected for "
+            "example "
             f"'a photo of {identifier} dog'"
         )
 
@@ -30,7 +31,8 @@ def check_other_prompts(identifier: str, prompts: Mapping[str, Sequence[str]]) -
         for prompt in named:
             if word.search(prompt):
                 raise SettingsError(
-                    f"{setting}: got {prompt!r}, which contains the identifier {identifier!r}; expected a prompt without "
+                    f"{setting}: got {prompt!r}, which contains the identifier {identifier!r}; expected a prompt "
+                    "without "
                     "the concept, which shall stay as it is"
                 )
 

@@ -29,7 +29,9 @@ class Texts:
 
 @dataclass(frozen=True)
 class Stream:
-    """Pictures under one prompt: how many a step takes, what their loss weighs, what share of them is shown under the empty prompt instead."""
+    """Pictures under one prompt: how many a step takes, what their loss weighs, what share of them is shown under the
+    empty prompt instead.
+    """
 
     latents: Latents
     rotation: Rotation

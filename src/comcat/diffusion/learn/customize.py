@@ -52,28 +52,33 @@ def customize(
     progress: bool = False,
     **settings: Any,
 ) -> Adapter:
-    """Teach a pipeline a concept: low-rank terms on its attention's products (Eq. 8) learn to denoise pictures of it (Eq. 7).
+    """Teach a pipeline a concept: low-rank terms on its attention's products (Eq. 8) learn to denoise pictures of it
+    (Eq. 7).
 
-    Latents and prompts are encoded once; the VAE and the text encoders then leave the device, unless they learn as well, so a step costs
-    the denoiser alone. Processes started with ``accelerate launch`` or ``torchrun`` share each batch.
+    Latents and prompts are encoded once; the VAE and the text encoders then leave the device, unless they learn as
+    well, so a step costs the denoiser alone. Processes started with ``accelerate launch`` or ``torchrun`` share each
+    batch.
 
     Args:
-        pipe: a text-to-image pipeline of diffusers, whole, in the dtype to compute in. The adapter's own parameters are float32.
+        pipe: a text-to-image pipeline of diffusers, whole, in the dtype to compute in. The adapter's own parameters are
+            float32.
         images: some pictures, or what :func:`comcat.open_pictures` takes; 4 to 12 are usual.
         prompt: what the pictures show, with ``identifier`` in it: ``"a photo of V* dog"``.
         name: what the adapter is called in ``pipe``.
-        out: file to save to, ``dog.safetensors``. Checkpoints, samples and ``report.html`` go to a folder beside it, ``dog.run``. The same
-            call goes on from the last checkpoint there; ``restart`` begins anew.
+        out: file to save to, ``dog.safetensors``. Checkpoints, samples and ``report.html`` go to a folder beside it,
+            ``dog.run``. The same call goes on from the last checkpoint there; ``restart`` begins anew.
         settings: fields of :class:`CustomizeSettings`.
 
     Returns:
-        The trained adapter, in place in ``pipe``. Everything else about the pipeline is as it was. After an error, the adapter is out
-        again, too.
+        The trained adapter, in place in ``pipe``. Everything else about the pipeline is as it was. After an error, the
+        adapter is out again, too.
 
     Raises:
-        SettingsError: for a prompt without the identifier or a setting that does not fit. DataError: without pictures. ModelError: if the
-            pipeline is of no supported family. StoreError: if ``out`` holds something made with other settings, or cannot be written.
-            NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what would fit.
+        SettingsError: for a prompt without the identifier or a setting that does not fit. DataError: without pictures.
+            ModelError: if the pipeline is of no supported family. StoreError: if ``out`` holds something made with
+                other settings, or cannot be written.
+            NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what
+                would fit.
     """
     return Customization(
         pipe, images, prompt, identifier, name, from_keywords(CustomizeSettings, settings), out, progress
@@ -102,7 +107,8 @@ class Customization:
         check_other_prompts(identifier, {"protect": settings.protect, "prior_prompt": [settings.prior_prompt or ""]})
         if (other := answering(pipe, identifier)) not in (None, name):
             raise SettingsError(
-                f"adapter {other!r} answers to {identifier!r} already: prompts could not tell them apart; choose another identifier"
+                f"adapter {other!r} answers to {identifier!r} already: prompts could not tell them apart; choose "
+                "another identifier"
             )
         check_sampling(pipe, settings.sample_steps)
         self.noising = noising_of(pipe.scheduler, settings.snr_gamma)
@@ -268,8 +274,8 @@ class Customization:
     def _save(self, token: LearnedToken | None) -> None:
         assert self.out is not None
         save(
-            self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt, base=_base_of(self.pipe),
-            token_embeddings=None if token is None else token.rows(),
+            self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt,
+            base=_base_of(self.pipe), token_embeddings=None if token is None else token.rows(),
             metadata={"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))},
         )  # fmt: skip
 

@@ -29,7 +29,8 @@ class Frame:
 def frames(image: Image.Image, side: int, *, crops: int, flip: bool, seed: int) -> Iterator[Frame]:
     """The squares that training shows of a picture: its shorter side becomes ``side`` pixels, the rest is cropped.
 
-    One crop is the centre's; of several, each lies at random. A square picture has one. ``flip`` adds each one's mirror image.
+    One crop is the centre's; of several, each lies at random. A square picture has one. ``flip`` adds each one's mirror
+    image.
     """
     scale = side / min(image.size)
     width, height = (max(side, round(n * scale)) for n in image.size)
@@ -45,7 +46,9 @@ def frames(image: Image.Image, side: int, *, crops: int, flip: bool, seed: int) 
 
 
 def check_resolution(side: int | None, family: Family) -> int:
-    """The side of the squares to train on; None: what the pipeline makes by itself. Raises SettingsError if it does not fit."""
+    """The side of the squares to train on; None: what the pipeline makes by itself. Raises SettingsError if it does not
+    fit.
+    """
     if side is None:
         return family.resolution()
     check_multiple("resolution", side, family.multiple())
@@ -92,7 +95,9 @@ def encode(family: Family, images: Iterable[Image.Image], side: int, *, crops: i
 
 @torch.no_grad()
 def encode_pixels(family: Family, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents, scaled as the denoiser sees them, of pixels (batch, 3, side, side)."""
+    """Mean and standard deviation of the latents, scaled as the denoiser sees them, of pixels (batch, 3, side,
+    side).
+    """
     vae = family.pipe.vae
     with full_precision_where_needed(vae):
         encoded = vae.encode(pixels.to(vae.device, vae.dtype))
@@ -120,7 +125,9 @@ def full_precision_where_needed(vae: Any) -> Iterator[None]:
 
 
 class Rotation:
-    """Which picture comes at which place: all in random order, then all in another order, and so on, without any state."""
+    """Which picture comes at which place: all in random order, then all in another order, and so on, without any
+    state.
+    """
 
     def __init__(self, frames_of: list[list[int]], seed: int, what: str) -> None:
         self.frames_of, self.seed, self.what = frames_of, seed, what

@@ -21,7 +21,9 @@ from .settings import CustomizeSettings
 
 
 class Batch(NamedTuple):
-    """What one step sees, over all processes: latents (batch, channels, height, width), what goes with them, weights (batch,)."""
+    """What one step sees, over all processes: latents (batch, channels, height, width), what goes with them, weights
+    (batch,).
+    """
 
     latents: Tensor
     conditions: Conditions

@@ -1,8 +1,9 @@
 """Prompts that an adapter leaves as they are, by what its factors are allowed to read.
 
-In cross-attention the factors S_K and U_V of Eq. 8 read the text: a prompt's token c adds ``x U_Q (c S_K)ᵀ`` to the logits and ``c U_V S_O`` to
-the values. Where c S_K and c U_V are zero, nothing is added. So the directions of the protected prompts' tokens are projected out of both factors
-after every step. That costs a step next to nothing and needs no pictures, unlike prior preservation, and it goes together with that.
+In cross-attention the factors S_K and U_V of Eq. 8 read the text: a prompt's token c adds ``x U_Q (c S_K)ᵀ`` to the
+logits and ``c U_V S_O`` to the values. Where c S_K and c U_V are zero, nothing is added. So the directions of the
+protected prompts' tokens are projected out of both factors after every step. That costs a step next to nothing and
+needs no pictures, unlike prior preservation, and it goes together with that.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import torch
 from torch import Tensor
 
 from ...errors import SettingsError
+from ..adapter.places import find_places
 from ..adapter.records import Adapter
+from ..pipeline.components import denoiser_of
 from ..pipeline.families import Family
 
 SHARE = 0.999
-"""Of the squared length of the protected tokens, so much is projected out: the first of their principal directions. All of it would leave
-too little that tells the concept's own prompt apart."""
+"""Of the squared length of the protected tokens, so much is projected out: the first of their principal directions. All
+of it would leave too little that tells the concept's own prompt apart."""
 _TEXT_SIDE = ("k_down", "v_down")
 
 
 class Protection:
-    """Keeps an adapter from reading what some prompts have in common with each other, the empty prompt included, unless ``dropout``
-    shows a share of the concept's pictures under that, which is to be learned there.
+    """Keeps an adapter from reading what some prompts have in common with each other, the empty prompt included, unless
+    ``dropout`` shows a share of the concept's pictures under that, which is to be learned there.
 
     Raises:
-        SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be promised.
+        SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be
+            promised.
     """
 
     def __init__(self, family: Family, adapter: Adapter, prompts: Sequence[str], *, dropout: float = 0.0) -> None:
@@ -35,10 +39,12 @@ class Protection:
             raise SettingsError(
                 "protect: the text encoder learns as well, which changes every prompt; leave one of both out"
             )
-        paths = [path for path in adapter.terms if _reads_text(family, path)]
+        found, _ = find_places(denoiser_of(family.pipe))
+        paths = [a.path for a in found if a.where == "cross" and a.path in adapter.terms]
         if len(paths) < len(adapter.terms):
             raise SettingsError(
-                "protect: only cross-attention reads the text as the text encoder gives it; expected where='cross' on a UNet"
+                "protect: only cross-attention reads the text as the text encoder gives it; expected where='cross' on "
+                "a UNet"
             )
         self.factors = [p for path in paths for n, p in adapter.terms[path].named_parameters() if n in _TEXT_SIDE]
         with torch.no_grad():
@@ -55,7 +61,8 @@ class Protection:
 
 
 def principal_directions(tokens: Tensor, share: float) -> Tensor:
-    """The fewest orthonormal directions (directions, width) that hold a share of the squared lengths of tokens (n, width).
+    """The fewest orthonormal directions (directions, width) that hold a share of the squared lengths of tokens (n,
+    width).
 
     Tokens count by direction, not by length: some text encoders' first token is many times longer than the rest.
     """
@@ -63,8 +70,3 @@ def principal_directions(tokens: Tensor, share: float) -> Tensor:
     _, lengths, directions = torch.linalg.svd(different, full_matrices=False)
     held = lengths.square().cumsum(0) / lengths.square().sum()
     return directions[: int((held < share).sum()) + 1]
-
-
-def _reads_text(family: Family, path: str) -> bool:
-    attention = family.denoiser.get_submodule(path.partition(".")[2])
-    return bool(getattr(attention, "is_cross_attention", False))

@@ -11,7 +11,9 @@ from ...settings import LARGEST_SEED, check_types, expect
 
 @dataclass(frozen=True, kw_only=True)
 class CustomizeSettings:
-    """How a concept is learned. The defaults are the paper's, but for the start: there no factor is zero (``init="random"``)."""
+    """How a concept is learned. The defaults are the paper's, but for the start: there no factor is zero
+    (``init="random"``).
+    """
 
     steps: int = 500
     """Training steps."""
@@ -36,10 +38,12 @@ class CustomizeSettings:
     new_token: str | None = None
     """Give the identifier a token of its own and learn its embedding, from that of this word: dog."""
     caption_dropout: float = 0.0
-    """Share of the concept's pictures that is shown under the empty prompt, so that guidance, which leads away from that, does not exaggerate
-    the concept; 0.1 is usual."""
+    """Share of the concept's pictures that is shown under the empty prompt, so that guidance, which leads away from
+    that, does not exaggerate the concept; 0.1 is usual."""
     protect: tuple[str, ...] = ()
-    """Prompts that shall go on giving what they give: their tokens are projected out of what the adapter reads (cross-attention only)."""
+    """Prompts that shall go on giving what they give: their tokens are projected out of what the adapter reads
+    (cross-attention only).
+    """
     prior_prompt: str | None = None
     """Prior preservation: a prompt for the class without the identifier, whose pictures shall stay as they are."""
     prior_images: str | None = None

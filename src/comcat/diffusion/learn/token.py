@@ -19,8 +19,9 @@ from ..pipeline.families import Family
 class LearnedToken:
     """The identifier as a new token in all of a pipeline's tokenizers, belonging to one of its adapters.
 
-    Each embedding begins as that of ``word`` (the mean of its pieces, where it is split). ``parameters`` are the rows, float32, by the
-    names that they have in a file. Raises SettingsError if a tokenizer knows the identifier already, or nothing of the word.
+    Each embedding begins as that of ``word`` (the mean of its pieces, where it is split). ``parameters`` are the rows,
+    float32, by the names that they have in a file. Raises SettingsError if a tokenizer knows the identifier already, or
+    nothing of the word.
     """
 
     def __init__(self, pipe: Any, family: Family, adapter: str, identifier: str, word: str) -> None:

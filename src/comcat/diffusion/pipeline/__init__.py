@@ -1,1 +1,3 @@
-"""Other people's text-to-image pipelines: which parts they have, how each family is called, how they are opened and kept small."""
+"""Other people's text-to-image pipelines: which parts they have, how each family is called, how they are opened and
+kept small.
+"""

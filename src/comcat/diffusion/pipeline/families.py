@@ -14,7 +14,9 @@ Conditions = dict[str, Tensor]
 
 
 class Family:
-    """Stable Diffusion 1.x and 2.x, and what all families share. Latents are (batch, channels, height, width) in all."""
+    """Stable Diffusion 1.x and 2.x, and what all families share. Latents are (batch, channels, height, width) in
+    all.
+    """
 
     component = "unet"
 
@@ -48,16 +50,22 @@ class Family:
         return int(self.pipe.vae_scale_factor)
 
     def encode(self, prompts: list[str]) -> Conditions:
-        """The prompts' conditions; the empty one's are those that guidance leads away from. Gradients flow where the text encoders' parameters ask for them."""
+        """The prompts' conditions; the empty one's are those that guidance leads away from. Gradients flow where the
+        text encoders' parameters ask for them.
+        """
         embeds, _ = self.pipe.encode_prompt(prompts, self.device, 1, False)
         return {"prompt": embeds}  # (prompts, tokens, width)
 
     def framing(self, size: tuple[int, int], corner: tuple[int, int], resolution: int) -> Conditions:
-        """What the denoiser is told of a picture's framing: ``size`` before resizing and the crop's ``corner``, (height, width)."""
+        """What the denoiser is told of a picture's framing: ``size`` before resizing and the crop's ``corner``,
+        (height, width).
+        """
         return {}
 
     def predict(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
-        """The denoiser's output for noisy latents (batch, channels, height, width) at ``times`` (batch,); same shape."""
+        """The denoiser's output for noisy latents (batch, channels, height, width) at ``times`` (batch,); same
+        shape.
+        """
         return self.denoiser(noisy, times, encoder_hidden_states=conditions["prompt"]).sample
 
 

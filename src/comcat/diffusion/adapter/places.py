@@ -1,0 +1,109 @@
+"""The places of adapters: attention modules of a pipeline, each with the host that knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...modules.adapters import ExtraChannels
+from ..pipeline.components import Component
+from .hosts import CHANNELS, AdapterHost, Found, find_in, host_of
+
+_FUSED = "comcat_fused"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What stood where wider projections stand now: modules by path below the attention, attributes by name,
+    channels.
+    """
+
+    modules: Mapping[str, nn.Module]
+    attributes: Mapping[str, Any]
+    channels: ExtraChannels
+
+
+@dataclass(frozen=True)
+class Place:
+    """One attention of a pipeline. ``path`` has the component's name in front:
+    ``unet.mid_block.attentions.0…attn2``.
+    """
+
+    path: str
+    attention: Any
+    host: AdapterHost
+
+    @property
+    def fused(self) -> Fused | None:
+        """What has been fused into the attention's weights, or None."""
+        return getattr(self.attention, _FUSED, (None,))[0]
+
+    def set_fused(self, state: Fused | None) -> None:
+        if state is None:
+            delattr(self.attention, _FUSED)
+        else:
+            setattr(self.attention, _FUSED, (state,))  # in a tuple: none of it is part of the model while it is fused
+
+    @property
+    def mounted(self) -> ExtraChannels | None:
+        """The extra channels that the attention computes with, or None."""
+        return getattr(self.attention, CHANNELS, None)
+
+    @property
+    def channels(self) -> ExtraChannels | None:
+        """The extra channels, whether the attention computes with them or they are fused into its weights, or None."""
+        return self.mounted if self.fused is None else self.fused.channels
+
+    def mount(self, channels: ExtraChannels) -> None:
+        self.attention.add_module(CHANNELS, channels.train(self.attention.training))
+        self.host.mount(self.attention)
+
+    def refresh(self) -> None:
+        self.host.refresh(self.attention)
+
+    def unmount(self) -> None:
+        self.host.unmount(self.attention)
+        delattr(self.attention, CHANNELS)
+
+    def projections(self) -> dict[str, Any]:
+        """The frozen linear layers by path below the attention."""
+        paths = self.host.projections(self.attention).values()
+        return {path: self.host.frozen(self.attention, path) for path in paths}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that the factors stand beside."""
+        return next(self._query.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the projections compute, also where accelerate keeps their weights elsewhere in between."""
+        device = next(self._query.parameters()).device
+        execution = getattr(getattr(self._query, "_hf_hook", None), "execution_device", None)
+        return torch.device(execution) if device.type == "meta" and execution is not None else device
+
+    @property
+    def _query(self) -> Any:
+        return self.host.frozen(self.attention, self.host.projections(self.attention)["q_up"])
+
+
+def find_places(component: Component) -> Found:
+    """All attention of a component. Paths have its name in front."""
+    found = find_in(component.model)
+    return Found(
+        [replace(a, path=f"{component.name}.{a.path}") for a in found.adaptable],
+        [replace(r, name=f"{component.name}.{r.name}".rstrip(".")) for r in found.refused],
+    )
+
+
+def place_at(components: Mapping[str, Component], path: str) -> Place:
+    """The place of a path that :func:`find_places` has told."""
+    name, _, inner = path.partition(".")
+    model = components[name].model
+    host = host_of(model)
+    assert host is not None, f"{path} was found by a host"
+    return Place(path, model.get_submodule(inner), host)
