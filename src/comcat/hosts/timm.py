@@ -1,13 +1,12 @@
 """timm's attention, and any other module with a fused ``qkv`` (or q/k/v projections) and a ``proj``.
 
 A recognised module gives way to the low-rank attention as a whole. Where the host adds a position bias to the logits (BEiT, Swin,
-relative-position ViT), a thin wrapper keeps the host's own bias and signature. Where no QK product exists, the host's
+relative-position ViT), the module itself stays around it (see ``biased``). Where no QK product exists, the host's
 forward stays and only V and O become thin.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedSite
 from ..sites import Attention, Projection, Refusal, Replacement, Undo
 from .anatomy import Trial, attention_dropout, norm_and_gate, probe, trial_failed
+from .biased import BY_SIGNATURE, own_bias, stand_in
 from .mounting import all_of, drop_parameter, exchange, set_attribute
 
 # The signatures of a forward that comcat can stand in for.
@@ -28,52 +28,6 @@ _WHOLE = {
     ("x", "mask"),
     ("x", "shared_rel_pos"),
 }
-
-
-class _Biased(nn.Module):
-    """A low-rank attention behind the signature of a host that adds its own position bias to the logits."""
-
-    comcat_module = True
-
-    def __init__(self, core: nn.Module, source: nn.Module) -> None:
-        super().__init__()
-        self.core = core
-        self.source: Any = source  # the host's module without its projections: keeps the bias table and what resizes it
-
-    def set_window_size(self, window_size: int | tuple[int, int]) -> None:
-        self.source.set_window_size(window_size)
-
-
-class BeitAttention(_Biased):
-    """``forward(x, shared_rel_pos_bias)``: BEiT's relative position bias, its own and a shared one."""
-
-    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        bias = _own_bias(self.source)
-        if bias is not None and shared_rel_pos_bias is not None:
-            bias = bias + shared_rel_pos_bias
-        return self.core(x, shared_rel_pos_bias if bias is None else bias)
-
-
-class WindowAttention(_Biased):
-    """``forward(x, mask)``: Swin's bias and the mask of shifted windows, (windows, tokens, tokens)."""
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = _own_bias(self.source)  # (1, heads, tokens, tokens)
-        if mask is not None:
-            bias = mask[:, None] if bias is None else bias + mask[:, None]  # (windows, heads, tokens, tokens)
-            bias = bias.repeat(x.shape[0] // len(mask), 1, 1, 1)  # windows vary fastest in the batch
-        return self.core(x, bias)
-
-
-class RelPosAttention(_Biased):
-    """``forward(x, shared_rel_pos)``: the bias of a relative-position module, or a shared one."""
-
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
-        own = _own_bias(self.source)
-        return self.core(x, shared_rel_pos if own is None else own)
-
-
-_WRAPPERS = {"shared_rel_pos_bias": BeitAttention, "mask": WindowAttention, "shared_rel_pos": RelPosAttention}
 
 
 class TimmHost:
@@ -108,7 +62,7 @@ class TimmHost:
         )  # fmt: skip
         undo = self.observe(module)
         try:
-            tokens, bias = _probe_tokens(module), _own_bias if local.signature in _WRAPPERS else None
+            tokens, bias = _probe_tokens(module), own_bias if local.signature in BY_SIGNATURE else None
             found = probe(self, module, local, tokens, bias, _trials(module, parameters, heads, tokens))
         except Exception as error:
             return Refusal(path, f"attention of no known shape: {trial_failed(error)}")
@@ -151,10 +105,9 @@ class TimmHost:
 
     def mount(self, model: nn.Module, attention: Attention, replacement: Replacement) -> Undo:
         if replacement.whole is not None:
-            wrapper = _WRAPPERS.get(attention.signature)
-            whole = replacement.whole
-            if wrapper is not None:
-                whole = wrapper(whole, _without_projections(model.get_submodule(attention.path)))
+            module, whole = model.get_submodule(attention.path), replacement.whole
+            if (ours := BY_SIGNATURE.get(attention.signature)) is not None:
+                whole = stand_in(ours, module, whole)
             return exchange(model, attention.path, whole)
         if replacement.width is not None:
             raise UnsupportedSite(f"{attention.path}: heads of another width need the whole module exchanged")
@@ -196,14 +149,6 @@ def _relative(projection: Projection, path: str) -> Projection:
     return Projection(str(cut(projection.path)), projection.start, projection.stop, cut(projection.bias))
 
 
-def _own_bias(module: Any) -> Tensor | None:
-    """The additive bias that a module itself puts on its logits, (1, heads, tokens, tokens), if it has one."""
-    if getattr(module, "relative_position_bias_table", None) is not None and hasattr(module, "_get_rel_pos_bias"):
-        return module._get_rel_pos_bias()
-    rel_pos: Any = getattr(module, "rel_pos", None)
-    return rel_pos.get_bias() if hasattr(rel_pos, "get_bias") else None
-
-
 def _trials(module: nn.Module, parameters: tuple[str, ...], heads: int, tokens: int) -> list[Trial]:
     """The arguments that callers may pass besides the tokens, on a batch of two, and what they should mean."""
     generator = torch.Generator().manual_seed(1)
@@ -230,7 +175,7 @@ def _probe_tokens(module: nn.Module) -> int:
     if isinstance(index, Tensor) and index.ndim == 2:
         return index.shape[0]
     with torch.no_grad():
-        bias = _own_bias(module)
+        bias = own_bias(module)
     return 5 if bias is None else bias.shape[-1]
 
 
@@ -265,15 +210,3 @@ def _vo_reason(norm: nn.Module | None, gate: nn.Module | None) -> str:
     if gate is not None:
         return "a gate sits between W_V and W_O"
     return "its output depends on more of W_V and W_O than their product"
-
-
-def _without_projections(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares all but the projections and their biases."""
-    bare = copy.copy(module)
-    bare._modules = {
-        k: v for k, v in module._modules.items() if k not in ("qkv", "q_proj", "k_proj", "v_proj", "proj", "proj_drop")
-    }
-    bare._parameters = {k: v for k, v in module._parameters.items() if k not in ("q_bias", "v_bias")}
-    bare._buffers = {k: v for k, v in module._buffers.items() if k != "k_bias"}
-    bare.q_bias = bare.k_bias = bare.v_bias = None  # type: ignore[assignment]
-    return bare

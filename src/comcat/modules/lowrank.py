@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .answers import StandsForLinear
 
-class LowRankLinear(nn.Module):
-    """``y = (x A) Bᵀ + b`` with A (in, rank) and B (out, rank): two thin linear layers.
+
+class LowRankLinear(StandsForLinear):
+    """``y = (x A) Bᵀ + b`` with A (in, rank) and B (out, rank): two thin linear layers, ``first`` and ``last``.
 
     Saves only while ``rank · (in + out) < in · out``.
     """
-
-    comcat_module = True
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, *, bias: bool = True, device=None, dtype=None
@@ -27,6 +28,13 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.first(x))  # (..., in) → (..., rank) → (..., out)
+
+    def product(self) -> Tensor:
+        return self.last.weight @ self.first.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.last.bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {self.rank} → {self.out_features}"
@@ -75,42 +83,37 @@ class LowRankAttention(nn.Module):
         super().__init__()
         self.heads, self.rank_qk, self.rank_vo, self.scale, self.pad = heads, rank_qk, rank_vo, scale, pad
         factory = {"device": device, "dtype": dtype}
+        # rows of qkv that are queries, keys and values, in this order
+        self.widths = (heads * rank_qk, heads * rank_qk, heads * rank_vo)
         self.qkv = nn.Linear(in_features, sum(self.widths), bias=qkv_bias, **factory)
         self.attention_dropout = attention_dropout
         self.norm, self.gate = norm, gate
         self.proj = nn.Linear(heads * rank_vo, out_features, bias=out_bias, **factory)
         self.proj_drop = nn.Dropout(projection_dropout)
 
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Rows of ``qkv`` that are queries, keys and values, in this order."""
-        qk, vo = self.heads * self.rank_qk, self.heads * self.rank_vo
-        return qk, qk, vo
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """x (batch, tokens, in) → (batch, tokens, out); ``attn_mask`` boolean or additive, broadcastable to (batch, heads, tokens, tokens).
+        """x (batch, tokens, in) → (batch, tokens, out).
 
-        Tokens may lie on a grid, (batch, height, width, in).
+        ``attn_mask`` is boolean or additive, broadcastable to (batch, heads, tokens, tokens). Tokens may lie on a grid,
+        (batch, height, width, in).
         """
-        grid = x.shape[1:-1]
-        x = x if len(grid) == 1 else x.flatten(1, -2)
-        batch, tokens, _ = x.shape
-        parts = self.qkv(x).split(self.widths, dim=-1)
-        q, k, v = (p.view(batch, tokens, self.heads, -1).transpose(1, 2) for p in parts)  # (batch, heads, tokens, rank)
-        wider = max(self.rank_qk, self.rank_vo)
-        if self.pad and self.rank_qk < wider:
-            q, k = (F.pad(p, (0, wider - self.rank_qk)) for p in (q, k))
-        if self.pad and self.rank_vo < wider:
-            v = F.pad(v, (0, wider - self.rank_vo))
+        rows = x.flatten(1, -2)  # (batch, tokens, in)
+        q, k, v = self.qkv(rows).split(self.widths, dim=-1)
+        q, k, v = self._heads(q, self.rank_qk), self._heads(k, self.rank_qk), self._heads(v, self.rank_vo)
         dropout = self.attention_dropout if self.training else 0.0
-        o = _attend(q, k, v, attn_mask, dropout_p=dropout, is_causal=is_causal, scale=self.scale)
-        o = o[..., : self.rank_vo].transpose(1, 2).reshape(batch, tokens, -1)
+        o = _attend(q, k, v, attn_mask, dropout, is_causal, self.scale)  # (batch, heads, tokens, rank)
+        o = o[..., : self.rank_vo].transpose(1, 2).flatten(2)
         if self.norm is not None:
             o = self.norm(o)
         if self.gate is not None:
-            o = o * self.gate(x).sigmoid()
-        o = self.proj_drop(self.proj(o))
-        return o if len(grid) == 1 else o.unflatten(1, grid)
+            o = o * self.gate(rows).sigmoid()
+        return self.proj_drop(self.proj(o)).unflatten(1, x.shape[1:-1])
+
+    def _heads(self, part: Tensor, rank: int) -> Tensor:
+        """(batch, tokens, heads · rank) → (batch, heads, tokens, rank), padded to the wider of the two ranks."""
+        part = part.unflatten(-1, (self.heads, rank)).transpose(1, 2)
+        missing = max(self.rank_qk, self.rank_vo) - rank
+        return F.pad(part, (0, missing)) if self.pad and missing > 0 else part
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}, scale={self.scale:.4g}"
@@ -132,25 +135,39 @@ class LowRankAttention(nn.Module):
         state_dict[f"{prefix}qkv.bias"] = torch.cat([q, known.new_zeros(self.widths[1]), v])
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, **options: Any) -> Tensor:
-    """Fused attention; where a CPU must give gradients in bfloat16, in float32, whose backward kernel is several times as fast there (torch 2.15)."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not (torch.is_grad_enabled() and q.requires_grad):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+@torch.fx.wrap  # one node of a traced graph: what it decides on is known only when it runs
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout: float, is_causal: bool, scale: float
+) -> Tensor:
+    """Fused attention, in float32 where it must give gradients in bfloat16 on a CPU.
+
+    The backward kernel of float32 is several times as fast there (torch 2.15).
+    """
+    if not torch.jit.is_scripting():
+        wants_gradients = torch.is_grad_enabled() and q.requires_grad
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and wants_gradients:
+            return _attend_in_float32(q, k, v, attn_mask, dropout, is_causal, scale)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
+    )
+
+
+def _attend_in_float32(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, *options: Any) -> Tensor:
     if attn_mask is not None and attn_mask.is_floating_point():
         attn_mask = attn_mask.float()
+    dropout, is_causal, scale = options
     with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=attn_mask, **options).to(
-            q.dtype
+        o = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=attn_mask, dropout_p=dropout, is_causal=is_causal, scale=scale
         )
+    return o.to(q.dtype)
 
 
-class PaddedHeads(nn.Module):
+class PaddedHeads(StandsForLinear):
     """A thin projection whose heads are padded with zeros to the width that the host's own forward expects.
 
     ``keep`` rows before the heads pass as they are (the q and k of a fused projection whose values alone are thin).
     """
-
-    comcat_module = True
 
     def __init__(
         self,
@@ -170,17 +187,28 @@ class PaddedHeads(nn.Module):
         self.in_features, self.out_features = in_features, keep + heads * width
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        thin = F.pad(y[..., self.keep :].unflatten(-1, (self.heads, self.rank)), (0, self.width - self.rank)).flatten(
-            -2
-        )
-        return torch.cat([y[..., : self.keep], thin], dim=-1) if self.keep else thin
+        return self._padded(self.linear(x))
+
+    def product(self) -> Tensor:
+        return self._padded(self.linear.weight.mT).mT
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.linear.bias
+        return None if bias is None else self._padded(bias)
+
+    def _padded(self, rows: Tensor) -> Tensor:
+        """(..., keep + heads · rank) → (..., keep + heads · width)"""
+        heads = rows[..., self.keep :].unflatten(-1, (self.heads, self.rank))
+        heads = F.pad(heads, (0, self.width - self.rank)).flatten(-2)
+        return torch.cat([rows[..., : self.keep], heads], dim=-1) if self.keep > 0 else heads
 
 
-class NarrowHeads(nn.Module):
-    """The output projection for :class:`PaddedHeads`: reads the first ``rank`` channels of each head, (..., heads · width) → (..., out)."""
+class NarrowHeads(StandsForLinear):
+    """The output projection for :class:`PaddedHeads`: reads the first ``rank`` channels of each head.
 
-    comcat_module = True
+    (..., heads · width) → (..., out)
+    """
 
     def __init__(
         self, heads: int, rank: int, width: int, out_features: int, *, bias: bool = True, device=None, dtype=None
@@ -193,15 +221,37 @@ class NarrowHeads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.unflatten(-1, (self.heads, self.width))[..., : self.rank].flatten(-2))
 
+    def product(self) -> Tensor:
+        heads = self.linear.weight.unflatten(-1, (self.heads, self.rank))
+        return F.pad(heads, (0, self.width - self.rank)).flatten(-2)
 
-class ConcatLinear(nn.Module):
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+
+class ConcatLinear(StandsForLinear):
     """Several linear layers on one input, side by side: a fused projection whose matrices are factorised apart."""
-
-    comcat_module = True
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers: Any = nn.ModuleList(layers)
+        linears: list[Any] = layers
+        self.in_features, self.out_features = linears[0].in_features, sum(layer.out_features for layer in linears)
+        self.biased = any(layer.bias is not None for layer in linears)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([layer(x) for layer in self.layers], dim=-1)
+
+    def product(self) -> Tensor:
+        return torch.cat([layer.weight for layer in self.layers])
+
+    @property
+    def bias(self) -> Tensor | None:
+        if not self.biased:
+            return None
+        return torch.cat([_or_zeros(layer.bias, layer.weight) for layer in self.layers])
+
+
+def _or_zeros(bias: Tensor | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros([weight.shape[0]]) if bias is None else bias

@@ -15,7 +15,7 @@ Decompositions need the extra ``comcat[baselines]`` (tensorly); the modules, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ComcatError, NumericsError, PlanError, nearest
+from .answers import StandsForLinear
 
 SWEEPS = 50
 """Most sweeps of a Tucker decomposition; it stops where the relative error changes by less than ``TOLERANCE``."""
@@ -38,7 +39,7 @@ def matrix_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return half[:, None] * vh[:rank], u[:, :rank] * half
 
 
-class TensorLinear(nn.Module):
+class TensorLinear(StandsForLinear):
     """``y = W x + b`` with the weight kept as a decomposed tensor; a form says of what parameters and how they apply.
 
     Parameters: those of the form, and ``bias`` (out).
@@ -50,9 +51,7 @@ class TensorLinear(nn.Module):
         PlanError: if the shape is malformed or does not fit the features.
     """
 
-    comcat_module = True
     form: ClassVar[str]
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class TensorLinear(nn.Module):
         super().__init__()
         check_shape(self.form, shape, in_features, out_features)
         self.in_features, self.out_features = in_features, out_features
-        self.out_modes, self.in_modes, self.ranks = (tuple(shape[key]) for key in ("out", "in", "ranks"))
+        self.out_modes, self.in_modes, self.ranks = (list(shape[key]) for key in ("out", "in", "ranks"))
 
         def empty(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, device=device, dtype=dtype))
@@ -98,11 +97,11 @@ class TensorLinear(nn.Module):
             self._decompose(tensor, tensorly)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self._apply_weight(x.reshape(-1, self.in_features))
-        return y.reshape(*x.shape[:-1], self.out_features)
+        y = self._apply_weight(x.reshape(-1, self.in_features), self.bias).reshape(-1, self.out_features)
+        return y.view(x.shape[:-1] + y.shape[1:])
 
     def extra_repr(self) -> str:
-        return f"in={self.in_modes}, out={self.out_modes}, ranks={self.ranks}"
+        return f"in={tuple(self.in_modes)}, out={tuple(self.out_modes)}, ranks={tuple(self.ranks)}"
 
     def _initialise(self) -> None:
         """Matrices that keep the variance of what they multiply; a zero bias."""
@@ -119,7 +118,7 @@ class TensorLinear(nn.Module):
         """Fill the parameters from the weight as a NumPy tensor (o_1, …, i_1, …)."""
         raise NotImplementedError
 
-    def _apply_weight(self, x: Tensor) -> Tensor:
+    def _apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``W x + b`` of rows: (rows, in) → (rows, out), in whatever shape holds them in this order."""
         raise NotImplementedError
 
@@ -160,9 +159,14 @@ class TuckerLinear(TensorLinear):
         for target, factor in zip(self.in_factors, factors[split:], strict=True):
             _fill(target, factor.T)
 
-    def _apply_weight(self, x: Tensor) -> Tensor:
-        z = _along_modes(x, list(self.in_factors))  # (rows, product of in ranks)
-        return _along_modes(F.linear(z, self.core), list(self.out_factors), self.bias)
+    def _apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        split = len(self.out_modes)
+        z = _along_modes(x, list(self.in_factors), self.ranks[split:])  # (rows, product of in ranks)
+        return _along_modes(F.linear(z, self.core), list(self.out_factors), self.out_modes, bias)
+
+    def product(self) -> Tensor:
+        inner = _along_modes(self.core, [f.mT for f in self.in_factors], self.in_modes)  # (product of out ranks, in)
+        return _along_modes(inner.mT, list(self.out_factors), self.out_modes).mT
 
 
 class TensorTrainLinear(TensorLinear):
@@ -189,13 +193,17 @@ class TensorTrainLinear(TensorLinear):
         for target, core in zip(self.cores, train.factors, strict=True):  # core (r_{k−1}, o_k, i_k, r_k)
             _fill(target, core.transpose(1, 3, 0, 2).reshape(target.shape))
 
-    def _apply_weight(self, x: Tensor) -> Tensor:
+    def _apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y, rest = x, self.in_features
-        for core, mode in zip(self.cores, self.in_modes, strict=True):
-            rest //= mode  # what of the input no core has met yet, innermost
+        for k, core in enumerate(self.cores):
+            rest = rest // self.in_modes[k]  # what of the input no core has met yet, innermost
             y = _apply(core, y, rest)  # (rows · o_1⋯o_{k−1}, o_k · r_k, rest)
         y = y.reshape(-1, self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def product(self) -> Tensor:
+        core = self.cores[0]
+        return self._apply_weight(torch.eye(self.in_features, dtype=core.dtype, device=core.device), None).mT
 
 
 def check_shape(form: str, shape: Any, in_features: int, out_features: int) -> None:
@@ -250,14 +258,17 @@ def _train_limits(shape: Mapping[str, Any]) -> list[int]:
     return [min(bonds[k] * sizes[k], bonds[k + 2] * sizes[k + 1]) for k in range(len(sizes) - 1)]
 
 
-def _along_modes(z: Tensor, matrices: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-    """Multiply each mode by its matrix (m_k, n_k), the last mode first: (rows, n_1 ⋯ n_d) → (rows, m_1 ⋯ m_d)."""
+def _along_modes(z: Tensor, matrices: list[Tensor], sizes: list[int], bias: Tensor | None = None) -> Tensor:
+    """Multiply each mode by its matrix (m_k, n_k), the last mode first: (rows, n_1 ⋯ n_d) → (rows, m_1 ⋯ m_d).
+
+    ``sizes`` are m_1 … m_d.
+    """
     if len(matrices) == 1:
         return F.linear(z, matrices[0], bias)
     suffix = 1
-    for matrix in reversed(matrices):
-        z = _apply(matrix, z, suffix)
-        suffix *= len(matrix)
+    for k in range(len(sizes) - 1, -1, -1):
+        z = _apply(matrices[k], z, suffix)
+        suffix = suffix * sizes[k]
     z = z.reshape(-1, suffix)
     return z if bias is None else z + bias.to(z.dtype)
 
