@@ -118,10 +118,12 @@ def test_features_are_numbered_as_view_does() -> None:
     x = torch.randn(7, 24)
     tucker = TuckerLinear(24, 36, {"out": [9, 4], "in": [6, 4], "ranks": [3, 2, 4, 3]})
     core = tucker.core.view(3, 2, 4, 3)
-    tensor = torch.einsum("abcd,ia,jb,ck,dl->ijkl", core, *tucker.out_factors, *tucker.in_factors)
+    tensor = torch.einsum(
+        "abcd,ia,jb,ck,dl->ijkl", core, *(f.weight for f in (*tucker.out_factors, *tucker.in_factors))
+    )
     torch.testing.assert_close(tucker(x), x @ tensor.reshape(36, 24).T, atol=1e-5, rtol=1e-5)
     train = TensorTrainLinear(24, 36, {"out": [2, 3, 6], "in": [4, 3, 2], "ranks": [5, 4]})
-    first, second, last = train.cores
+    first, second, last = (c.weight for c in train.cores)
     matrices = first.view(2, 5, 1, 4), second.view(3, 4, 5, 3), last.view(6, 1, 4, 2)  # (o, r, r', i)
     tensor = torch.einsum("aszi,btsj,cytk->abcijk", *matrices)
     torch.testing.assert_close(train(x), x @ tensor.reshape(36, 24).T, atol=1e-5, rtol=1e-5)

@@ -39,6 +39,24 @@ def matrix_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return half[:, None] * vh[:rank], u[:, :rank] * half
 
 
+class Mode(nn.Module):
+    """One matrix of a decomposition, ``weight`` (m, n), that multiplies one mode of what it is given."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, z: Tensor, suffix: int, bias: Tensor | None = None) -> Tensor:
+        """The middle of z seen as (rows, n, suffix): (rows, m, suffix), or (rows, m) for a suffix of 1.
+
+        ``bias`` (m) is added where the suffix is 1.
+        """
+        n = self.weight.shape[1]
+        if suffix == 1:
+            return F.linear(z.reshape(-1, n), self.weight, bias)
+        return self.weight @ z.reshape(-1, n, suffix)
+
+
 class TensorLinear(StandsForLinear):
     """``y = W x + b`` with the weight kept as a decomposed tensor; a form says of what parameters and how they apply.
 
@@ -100,6 +118,17 @@ class TensorLinear(StandsForLinear):
         y = self._apply_weight(x.reshape(-1, self.in_features), self.bias).reshape(-1, self.out_features)
         return y.view(x.shape[:-1] + y.shape[1:])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        self.upgrade_state_dict(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def upgrade_state_dict(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Read the matrices of the first saved models, ``cores.0``, as what they are called now, ``cores.0.weight``."""
+        for path, _ in list(self.named_parameters()):
+            old = prefix + path.removesuffix(".weight")
+            if old in state_dict:
+                state_dict[prefix + path] = state_dict.pop(old)
+
     def extra_repr(self) -> str:
         return f"in={tuple(self.in_modes)}, out={tuple(self.out_modes)}, ranks={tuple(self.ranks)}"
 
@@ -130,17 +159,20 @@ class TuckerLinear(TensorLinear):
     seen as a tensor (i_1, …), each of its modes is projected to its rank, the core maps these to the ranks of the out
     modes, and each of those is expanded.
 
-    Parameters: ``in_factors[k]`` (rank, i_k), ``core`` (product of out ranks, product of in ranks), ``out_factors[k]``
-    (o_k, rank), ``bias`` (out). The decomposition is higher-order orthogonal iteration (De Lathauwer et al. 2000).
+    Parameters: ``in_factors[k].weight`` (rank, i_k), ``core`` (product of out ranks, product of in ranks),
+    ``out_factors[k].weight`` (o_k, rank), ``bias`` (out). The decomposition is higher-order orthogonal iteration (De Lathauwer et al. 2000).
     """
 
     form = "tucker"
 
     def _add_parameters(self, empty: Callable[..., nn.Parameter]) -> None:
         out_ranks, in_ranks = self.ranks[: len(self.out_modes)], self.ranks[len(self.out_modes) :]
-        self.in_factors = nn.ParameterList([empty(r, n) for n, r in zip(self.in_modes, in_ranks, strict=True)])
-        self.core = empty(math.prod(out_ranks), math.prod(in_ranks))
-        self.out_factors = nn.ParameterList([empty(n, r) for n, r in zip(self.out_modes, out_ranks, strict=True)])
+        self.in_factors: Any = nn.ModuleList([Mode(empty(r, n)) for n, r in zip(self.in_modes, in_ranks, strict=True)])
+        self.inner = (math.prod(out_ranks), math.prod(in_ranks))
+        self.core = empty(*self.inner)
+        self.out_factors: Any = nn.ModuleList(
+            [Mode(empty(n, r)) for n, r in zip(self.out_modes, out_ranks, strict=True)]
+        )
 
     def _decompose(self, tensor: Any, tensorly: Any) -> None:
         if not tensor.any():  # the iteration divides by the norm
@@ -155,18 +187,27 @@ class TuckerLinear(TensorLinear):
         split = len(self.out_modes)
         _fill(self.core, core.reshape(self.core.shape))
         for target, factor in zip(self.out_factors, factors[:split], strict=True):
-            _fill(target, factor)
+            _fill(target.weight, factor)
         for target, factor in zip(self.in_factors, factors[split:], strict=True):
-            _fill(target, factor.T)
+            _fill(target.weight, factor.T)
 
     def _apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        split = len(self.out_modes)
-        z = _along_modes(x, list(self.in_factors), self.ranks[split:])  # (rows, product of in ranks)
-        return _along_modes(F.linear(z, self.core), list(self.out_factors), self.out_modes, bias)
+        y, rest, alone = x, self.in_features, len(self.out_modes) == 1
+        for k, factor in enumerate(self.in_factors):
+            rest = rest // self.in_modes[k]
+            y = factor(y, rest)  # (rows · r_1⋯r_{k−1}, r_k, rest)
+        rest = self.inner[0]
+        y = F.linear(y.reshape(-1, self.inner[1]), self.core)  # (rows, product of out ranks)
+        for k, factor in enumerate(self.out_factors):
+            rest = rest // self.ranks[k]
+            y = factor(y, rest, bias if alone else None)
+        if bias is None or alone:
+            return y
+        return y.reshape(-1, self.out_features) + bias.to(y.dtype)
 
     def product(self) -> Tensor:
-        inner = _along_modes(self.core, [f.mT for f in self.in_factors], self.in_modes)  # (product of out ranks, in)
-        return _along_modes(inner.mT, list(self.out_factors), self.out_modes).mT
+        eye = torch.eye(self.in_features, dtype=self.core.dtype, device=self.core.device)
+        return self._apply_weight(eye, None).reshape(-1, self.out_features).mT
 
 
 class TensorTrainLinear(TensorLinear):
@@ -177,7 +218,7 @@ class TensorTrainLinear(TensorLinear):
     ``o_1⋯o_k · r_{k−1} r_k · i_k⋯i_d`` multiply-accumulates a row and leaves ``o_1⋯o_k · r_k · i_{k+1}⋯i_d`` numbers: a
     train saves parameters long before it saves work or memory.
 
-    Parameters: ``cores[k]`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out). The decomposition is a sequence of truncated
+    Parameters: ``cores[k].weight`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out). The decomposition is a sequence of truncated
     SVDs (TT-SVD, Oseledets 2011).
     """
 
@@ -186,23 +227,23 @@ class TensorTrainLinear(TensorLinear):
     def _add_parameters(self, empty: Callable[..., nn.Parameter]) -> None:
         bonds = (1, *self.ranks, 1)
         pairs = zip(self.out_modes, self.in_modes, bonds, bonds[1:], strict=False)
-        self.cores = nn.ParameterList([empty(o * after, before * i) for o, i, before, after in pairs])
+        self.cores: Any = nn.ModuleList([Mode(empty(o * after, before * i)) for o, i, before, after in pairs])
 
     def _decompose(self, tensor: Any, tensorly: Any) -> None:
         train = tensorly.decomposition.tensor_train_matrix(tensor, rank=[1, *self.ranks, 1])
         for target, core in zip(self.cores, train.factors, strict=True):  # core (r_{k−1}, o_k, i_k, r_k)
-            _fill(target, core.transpose(1, 3, 0, 2).reshape(target.shape))
+            _fill(target.weight, core.transpose(1, 3, 0, 2).reshape(target.weight.shape))
 
     def _apply_weight(self, x: Tensor, bias: Tensor | None) -> Tensor:
         y, rest = x, self.in_features
         for k, core in enumerate(self.cores):
             rest = rest // self.in_modes[k]  # what of the input no core has met yet, innermost
-            y = _apply(core, y, rest)  # (rows · o_1⋯o_{k−1}, o_k · r_k, rest)
+            y = core(y, rest)  # (rows · o_1⋯o_{k−1}, o_k · r_k, rest)
         y = y.reshape(-1, self.out_features)
         return y if bias is None else y + bias.to(y.dtype)
 
     def product(self) -> Tensor:
-        core = self.cores[0]
+        core = self.cores[0].weight
         return self._apply_weight(torch.eye(self.in_features, dtype=core.dtype, device=core.device), None).mT
 
 
@@ -256,29 +297,6 @@ def _train_limits(shape: Mapping[str, Any]) -> list[int]:
     if len(bonds) != len(sizes) + 1:
         return sizes[1:]
     return [min(bonds[k] * sizes[k], bonds[k + 2] * sizes[k + 1]) for k in range(len(sizes) - 1)]
-
-
-def _along_modes(z: Tensor, matrices: list[Tensor], sizes: list[int], bias: Tensor | None = None) -> Tensor:
-    """Multiply each mode by its matrix (m_k, n_k), the last mode first: (rows, n_1 ⋯ n_d) → (rows, m_1 ⋯ m_d).
-
-    ``sizes`` are m_1 … m_d.
-    """
-    if len(matrices) == 1:
-        return F.linear(z, matrices[0], bias)
-    suffix = 1
-    for k in range(len(sizes) - 1, -1, -1):
-        z = _apply(matrices[k], z, suffix)
-        suffix = suffix * sizes[k]
-    z = z.reshape(-1, suffix)
-    return z if bias is None else z + bias.to(z.dtype)
-
-
-def _apply(matrix: Tensor, z: Tensor, suffix: int) -> Tensor:
-    """``matrix`` (m, n) on the middle of z seen as (rows, n, suffix): (rows, m, suffix), or (rows, m) for 1."""
-    n = matrix.shape[1]
-    if suffix == 1:
-        return F.linear(z.reshape(-1, n), matrix)
-    return matrix @ z.reshape(-1, n, suffix)
 
 
 def _float64(weight: Tensor) -> Any:

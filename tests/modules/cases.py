@@ -1,0 +1,144 @@
+"""Every module of ours, and what each is called with. A new module is tested by one line in ``CASES``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from comcat.hosts import find_sites
+from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
+from comcat.modules.relaxed import RelaxedLinear, SoftRank
+from comcat.modules.tensor import TensorTrainLinear, TuckerLinear
+from comcat.plan import Plan, SitePlan, apply_
+
+WIDTH = 12
+
+
+class Holder(nn.Module):
+    """A model around one module of ours, ``inner``, as a host has it: PEFT and quantisation exchange children."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.norm(x))
+
+
+class MaskedHolder(Holder):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.inner(self.norm(x), mask)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One module of ours.
+
+    Attributes:
+        build: makes the module, anew at every call. inputs: makes its arguments, (2, tokens, 12) and a mask if any.
+        layers: names of its linear layers, by which PEFT finds them. unasked: names of modules of the host that the
+            host itself reads and never calls. steady: False where it is made for the search alone, which no other
+            library meets.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], tuple[Tensor, ...]] = field(default=lambda: (torch.randn(2, 5, WIDTH),))
+    layers: tuple[str, ...] = ()
+    unasked: tuple[str, ...] = ()
+    steady: bool = True
+
+    def model(self) -> Holder:
+        """The module in a model, the same at every call, every parameter random, in evaluation mode."""
+        torch.manual_seed(0)
+        model = (MaskedHolder if len(self.inputs()) > 1 else Holder)(self.build()).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.copy_(torch.randn(p.shape) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3))
+        return model
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+
+def attention(**settings: Any) -> Callable[[], nn.Module]:
+    return lambda: LowRankAttention(WIDTH, WIDTH, 3, **{"rank_qk": 2, "rank_vo": 3, "scale": 0.5, **settings})
+
+
+def of_timm(module: str, name: str, **settings: Any) -> Callable[[], nn.Module]:
+    """One of timm's attention modules at low rank: what ``apply_`` puts in its place."""
+
+    def build() -> nn.Module:
+        import importlib
+
+        host = getattr(importlib.import_module(f"timm.models.{module}"), name)
+        model = nn.Sequential(host(WIDTH, num_heads=3, qkv_bias=True, **settings), nn.Linear(WIDTH, WIDTH))
+        sites = find_sites(model)
+        ranks = {"0:qk": 2, "0:vo": 3}
+        plan = {n: SitePlan(rank=r, full_rank=sites[n].full_rank) for n, r in ranks.items() if n in sites}
+        apply_(model, Plan(sites=plan))
+        return model[0]
+
+    return build
+
+
+def rel_pos(kind: str) -> Callable[[int], nn.Module]:
+    def build(num_heads: int, **factory: Any) -> nn.Module:
+        from timm import layers
+
+        return getattr(layers, kind)(window_size=(2, 3), num_heads=num_heads, **factory)
+
+    return build
+
+
+def tokens(count: int, *more: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(2, *more, count, WIDTH),)
+
+
+def masked(count: int, *shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    return lambda: (torch.randn(2, count, WIDTH), torch.randn(*shape))
+
+
+def tucker(out: list[int], into: list[int], ranks: list[int]) -> Callable[[], nn.Module]:
+    return lambda: TuckerLinear(WIDTH, 8, {"out": out, "in": into, "ranks": ranks})
+
+
+QKV, HEADS = ("qkv", "proj"), ("linear",)
+CASES = [
+    Case(name="linear", build=lambda: LowRankLinear(WIDTH, 8, 3), layers=("first", "last")),
+    Case(name="linear-no-bias", build=lambda: LowRankLinear(WIDTH, 8, 3, bias=False), layers=("first", "last")),
+    Case(name="attention", build=attention(), layers=QKV),
+    Case(name="attention-no-biases", build=attention(qkv_bias=False, out_bias=False), layers=QKV),
+    Case(name="attention-wide-queries", build=attention(rank_qk=4), layers=QKV),
+    Case(name="attention-equal-ranks", build=attention(rank_qk=3), layers=QKV),
+    Case(name="attention-unpadded", build=attention(pad=False), layers=QKV),
+    Case(name="attention-norm", build=lambda: attention(norm=nn.LayerNorm(9))(), layers=QKV),
+    Case(name="attention-gate", build=lambda: attention(gate=nn.Linear(WIDTH, 9))(), layers=(*QKV, "gate")),
+    Case(name="attention-dropout", build=attention(attention_dropout=0.5, projection_dropout=0.5), layers=QKV),
+    Case(name="attention-mask", build=attention(), inputs=masked(5, 5, 5), layers=QKV),
+    Case(name="attention-boolean-mask", build=attention(), layers=QKV,
+         inputs=lambda: (torch.randn(2, 5, WIDTH), torch.ones(5, 5, dtype=torch.bool).tril())),
+    Case(name="attention-on-a-grid", build=attention(), inputs=tokens(3, 2), layers=QKV),
+    Case(name="beit", build=of_timm("beit", "Attention", window_size=(2, 3)), inputs=tokens(7), layers=QKV),
+    Case(name="beit-shared", build=of_timm("beit", "Attention", window_size=(2, 3)), inputs=masked(7, 1, 3, 7, 7), layers=QKV),
+    Case(name="window", build=of_timm("swin_transformer", "WindowAttention", window_size=(2, 3)), inputs=tokens(6), layers=QKV),
+    Case(name="window-shifted", build=of_timm("swin_transformer", "WindowAttention", window_size=(2, 3)), inputs=masked(6, 2, 6, 6), layers=QKV),
+    Case(name="relative-bias", build=of_timm("vision_transformer_relpos", "RelPosAttention", rel_pos_cls=rel_pos("RelPosBias")), inputs=tokens(6), layers=QKV, unasked=("rel_pos",)),
+    Case(name="relative-mlp", build=of_timm("vision_transformer_relpos", "RelPosAttention", rel_pos_cls=rel_pos("RelPosMlp")), inputs=tokens(6), layers=QKV),
+    Case(name="relative-shared", build=of_timm("vision_transformer_relpos", "RelPosAttention"), inputs=masked(6, 1, 3, 6, 6), layers=QKV),
+    Case(name="padded-heads", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, bias=True), layers=HEADS),
+    Case(name="padded-values", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, keep=8, bias=True), layers=HEADS),
+    Case(name="narrow-heads", build=lambda: NarrowHeads(3, 2, 4, 8), layers=HEADS),
+    Case(name="concat", build=lambda: ConcatLinear([LowRankLinear(WIDTH, 4, 2), nn.Linear(WIDTH, 3, bias=False)]), layers=("first", "last")),
+    Case(name="tucker", build=tucker(out=[8], into=[WIDTH], ranks=[3, 3])),
+    Case(name="tucker-of-modes", build=tucker(out=[2, 4], into=[3, 4], ranks=[2, 3, 2, 3])),
+    Case(name="tensor-train", build=lambda: TensorTrainLinear(WIDTH, 8, {"out": [2, 4], "in": [3, 4], "ranks": [3]})),
+    Case(name="relaxed", build=lambda: RelaxedLinear(WIDTH, 8, SoftRank((2, 4), 8)), layers=("first", "last"), unasked=("soft",), steady=False),
+]  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
