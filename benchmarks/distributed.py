@@ -65,7 +65,7 @@ def one_run(arguments: Any) -> dict[str, Any]:
     """What each started process does: tune, and leave the weights behind."""
     import comcat
     from comcat.tensorfiles import write_tensors
-    from comcat.training.tuning import tune
+    from comcat.tuning.tune import tune
 
     torch.set_num_threads(1)
     plain = arguments.kind == "plain"

@@ -1,4 +1,4 @@
-"""Running a function in several processes at once, or in one that is killed."""
+"""Running a function in several processes at once, or in one that is killed or interrupted."""
 
 from __future__ import annotations
 
@@ -67,10 +67,39 @@ def killed(when: Callable[[], bool], work: Callable[..., Any], *arguments: Any) 
     """Run ``work`` in a process of its own, and kill it by SIGKILL as soon as ``when`` says so."""
     process = _context.Process(target=work, args=arguments)
     process.start()
-    end = time.monotonic() + 120
-    while not when():
-        assert process.is_alive() and time.monotonic() < end, "it ended before it could be killed"
-        time.sleep(0.002)
+    _wait(process, when)
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
+
+
+def interrupted(when: Callable[[], bool], work: Callable[..., Any], *arguments: Any) -> str:
+    """Run ``work`` in a process of its own and interrupt it, and all that it started, as Ctrl-C in a terminal does.
+
+    Returns what the KeyboardInterrupt says that it ends with.
+    """
+    said = _context.Queue()
+    process = _context.Process(target=_interruptible, args=(said, work, arguments))
+    process.start()
+    _wait(process, when)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 0, "it did not end by KeyboardInterrupt"
+    return said.get(timeout=5)
+
+
+def _interruptible(said: Any, work: Callable[..., Any], arguments: tuple) -> None:
+    os.setpgrp()
+    try:
+        work(*arguments)
+    except KeyboardInterrupt as interrupt:
+        said.put(str(interrupt))
+    else:
+        raise AssertionError("it was not interrupted")
+
+
+def _wait(process: Any, when: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not when():
+        assert process.is_alive() and time.monotonic() < end, "it ended before it could be stopped"
+        time.sleep(0.002)

@@ -47,7 +47,7 @@ def test_their_augmentation_works_at_its_strongest():
     from PIL import Image
 
     from comcat.data import Preprocess
-    from comcat.training.augmentation import Augment
+    from comcat.tuning.augmentation import Augment
 
     augment = Augment(Preprocess(size=(16, 16), mean=(0.5,), std=(0.5,)), parsed("deit-small-half").tune)
     for operation in augment.colours.ops:

@@ -617,7 +617,7 @@ def tuned_model(digits, plan=None, **settings):
     """A tiny model, the same compressed and tuned, and how that came about."""
     from comcat import batches, evaluate
     from comcat.methods.compress import CompressSettings, compress_
-    from comcat.training.tuning import tune
+    from comcat.tuning.tune import tune
 
     from .models import tiny_vit
 

@@ -33,9 +33,9 @@ from comcat.methods.search import SearchSettings, search_
 from comcat.plan import Plan
 from comcat.report import ReportData, write
 from comcat.report.collect import collect
-from comcat.training.leaks import check_apart, same_place
-from comcat.training.settings import TuneSettings
-from comcat.training.tuning import tune_
+from comcat.tuning.leaks import check_apart, same_place
+from comcat.tuning.settings import TuneSettings
+from comcat.tuning.tune import tune_
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 _OWN = {

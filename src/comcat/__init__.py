@@ -18,7 +18,7 @@ _WHERE = {
     "batches": "data", "calibrate": "calibration", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "models",
     "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
-    "search": "methods.search", "tune": "training.tuning", "ComcatError": "errors",
+    "search": "methods.search", "tune": "tuning.tune", "ComcatError": "errors",
 }  # fmt: skip
 
 _PARTS = ("diffusion", "scoring")
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from .store import load as load
     from .store import push_to_hub as push_to_hub
     from .store import save as save
-    from .training.tuning import tune as tune
+    from .tuning.tune import tune as tune
 
 
 def __getattr__(name: str) -> Any:

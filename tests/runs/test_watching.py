@@ -6,7 +6,7 @@ from torch import nn
 
 from comcat.errors import NumericsError
 from comcat.runs.watching import FACTOR, WINDOW, LossWatch, first_unsound, first_unsound_output
-from tests.training.material import model
+from tests.tuning.material import model
 
 
 def check(watch: LossWatch, loss: float, net: nn.Module | None = None, **keywords) -> None:

@@ -14,7 +14,7 @@ from ..methods.compress import CompressSettings
 from ..methods.search import SearchOptions, SearchSettings
 from ..settings import part_of
 from ..terminal import print_report
-from ..training.settings import TuneSettings
+from ..tuning.settings import TuneSettings
 from .common import (
     Common,
     Loader,
@@ -86,8 +86,8 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
     from ..plan import Plan
     from ..report.collect import collect
     from ..store import save
-    from ..training.leaks import check_apart, same_place
-    from ..training.tuning import tune_
+    from ..tuning.leaks import check_apart, same_place
+    from ..tuning.tune import tune_
     from .search import show as show_search
 
     started = time.monotonic()

@@ -45,7 +45,7 @@ def run(command: Search) -> int:
 def _run(command: Search, folder: Path, processes: Any) -> int:
     from ..data import open_pictures
     from ..methods.search import search_
-    from ..training.leaks import check_apart, same_place
+    from ..tuning.leaks import check_apart, same_place
 
     started = time.monotonic()
     note = None

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import DataError, SettingsError
 from ..settings import part_of
 from ..terminal import LABELS, number, table
-from ..training.settings import TuneSettings
+from ..tuning.settings import TuneSettings
 from .common import Common, Positional, check_out, command_line, in_processes, load, plain_settings, skip_notes
 
 
@@ -46,8 +46,8 @@ def run(command: Tune) -> int:
 def _run(command: Tune, out: Path, processes: Any) -> int:
     from ..data import open_pictures
     from ..store import save
-    from ..training.leaks import check_apart, same_place
-    from ..training.tuning import tune_
+    from ..tuning.leaks import check_apart, same_place
+    from ..tuning.tune import tune_
 
     note = None
     with processes.together():
@@ -88,7 +88,7 @@ def _run(command: Tune, out: Path, processes: Any) -> int:
 def _check_out(command: Tune, out: Path) -> None:
     """Raises where nobody says where to save, or something else is there; checkpoints to go on from are not."""
     from ..store.folder import check_replaceable
-    from ..training.stepping import CHECKPOINTS
+    from ..tuning.setup import CHECKPOINTS
 
     if command.out is None and not Path(command.student).expanduser().is_dir():
         raise SettingsError(

@@ -35,7 +35,7 @@ from ..runs.seeding import derive_seed
 from ..runs.state import fingerprint
 from ..runs.watching import LossWatch
 from ..settings import LARGEST_SEED, check_types, expect, from_keywords
-from ..training.loaders import Batch, TrainingData, check_labels, open_labelled
+from ..tuning.data import Batch, TrainingData, check_labels, open_labelled
 from .allocate import Budget, allocate
 from .candidates import Candidates, Grid, candidates_of, predicted_losses, settle, start_near
 from .compress import CompressSettings, Prepared, prepare

@@ -53,14 +53,17 @@ class Log:
         self.position += len(text)
 
     def sync(self) -> None:
-        """Make sure that all lines are on the disk."""
+        """Make sure that all lines are on the disk. Raises StoreError where that fails."""
         if self.path is None or not self.path.exists():
             return
-        descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise StoreError(f"the log {self.path} cannot be written: {error}") from error
 
 
 class Meter:

@@ -35,19 +35,23 @@ def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     set_model_state_dict(model, dict(state), options=_from_main())
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The optimizer's tensors, named ``exp_avg:blocks.0.mlp.fc1.weight``, and its groups, as :func:`model_state` gives them."""
-    state: Any = get_optimizer_state_dict(
-        model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    tensors = {f"{key}:{name}": value for name, kept in state.get("state", {}).items() for key, value in kept.items()}
-    return tensors, state.get("param_groups", [])
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors, named ``exp_avg:blocks.0.mlp.fc1.weight``, where :func:`model_state` gives a model's."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    return {f"{key}:{name}": value for name, kept in state.get("state", {}).items() for key, value in kept.items()}
+
+
+def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's settings, with the names of the parameters that they hold for: plain data. All must call it."""
+    state: Any = get_optimizer_state_dict(model, optimizer)  # each process's own part, which costs nothing
+    return state.get("param_groups", [])
 
 
 def restore_optimizer(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Give an optimizer what :func:`optimizer_state` gave; only the main process needs to have it. All must call it."""
+    """Give an optimizer what :func:`optimizer_tensors` and :func:`optimizer_groups` gave, the main process at least. All must call it."""
     state: dict[str, dict[str, Tensor]] = {}
     for label, value in tensors.items():
         key, _, name = label.partition(":")

@@ -1,6 +1,7 @@
 """``comcat tune`` as a user types it."""
 
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 import comcat
 from comcat.cli import main
 from comcat.plan import Plan
-from comcat.training import stepping
+from comcat.tuning.step import Training
 from tests.parallel import in_processes
 
 from .material import folder, model
@@ -77,17 +78,18 @@ def test_by_default_the_result_lies_beside_the_student(places, capsys):
 
 def test_an_interrupted_run_says_how_to_go_on_and_goes_on(places, tmp_path, capsys, monkeypatch):
     out = tmp_path / "tuned"
-    learn = stepping.Loop._learn
+    step = Training.step
 
-    def interrupted(self, batch, weight):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        learn(self, batch, weight)
+    def interrupted(self, number, watch):
+        if number == 4:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number, watch)
 
     with monkeypatch.context() as patched:
-        patched.setattr(stepping.Loop, "_learn", interrupted)
+        patched.setattr(Training, "step", interrupted)
         assert main(command(places, *ALL, out=str(out))) == 130
     assert f"the same command goes on from the last checkpoint in {out}" in capsys.readouterr().err
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000004", "step-00000005"]
     assert not (out / "config.json").exists()
     assert main(command(places, *ALL, "--lr", "2e-3", out=str(out))) == 1
     assert "lr was 0.001, now 0.002" in capsys.readouterr().err
@@ -102,11 +104,11 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(places, tmp_path, caps
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(places, tmp_path, monkeypatch):
     out = tmp_path / "tuned"
 
-    def interrupted(self, batch, weight):
+    def interrupted(self, number, watch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(stepping.Loop, "_learn", interrupted)
+        patched.setattr(Training, "step", interrupted)
         assert main(command(places, *ALL, out=str(out))) == 130
     assert not (out / "checkpoints").exists() and any(out.iterdir())
     assert main(command(places, *ALL, out=str(out))) == 0

@@ -7,6 +7,7 @@ augmented. So a run can go on in the middle of an epoch, and two processes see t
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..data import open_pictures
 from ..data.pictures import Pictures, Unreadable, attempt, whole_number
 from ..data.sources import Entry
-from ..errors import DataError, SettingsError
+from ..errors import ComcatError, DataError, SettingsError
 from ..models import in_classes_of
+from ..runs.processes import Processes
 from ..runs.seeding import derive_seed, seeded
 
 _HOPELESS = 100  # data whose first so many samples are all unreadable is read no further
@@ -127,6 +129,7 @@ class TrainingData:
                 num_workers=min(self.workers, self.steps() - start),
                 collate_fn=_same,
                 pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_ignore_interrupts,
                 generator=torch.Generator(),  # it would draw from the common one
             )
         skipped, seen = [], 0
@@ -219,6 +222,50 @@ class TrainingData:
             return self.transform(Image.new("RGB", (64, 64))).shape
 
 
+class Feed:
+    """The batches of a run by their number, epoch after epoch; what goes wrong with one in a process is raised in all.
+
+    Args:
+        classes: how many the model has, which labels must be among; None where nobody looks at labels.
+    """
+
+    def __init__(self, data: TrainingData, processes: Processes, classes: int | None = None) -> None:
+        self.data, self.processes, self.classes = data, processes, classes
+        self._next, self._open = -1, iter(())
+
+    def batch(self, number: int) -> tuple[Batch, float]:
+        """This process's part of a batch, and the number of samples that count in all parts. All processes must call it.
+
+        Batches in a row are read in one go, others from a new start. Raises DataError as :meth:`TrainingData.epoch` does, and
+        for labels that are no classes.
+        """
+        batch, caught = None, None
+        try:
+            batch = self._read(number)
+        except ComcatError as error:
+            caught = error
+        count, failed = self.processes.sums([0.0 if batch is None else float(batch.weights.sum()), caught is not None])
+        if failed:
+            self.processes.agree(caught)
+        assert batch is not None
+        return batch, count
+
+    def _read(self, number: int) -> Batch:
+        epoch, place = divmod(number, self.data.steps())
+        if place == 0 or number != self._next:
+            self.close()
+            self._open = self.data.epoch(epoch, start=place)
+        batch = next(self._open)
+        self._next = number + 1
+        if self.classes is not None:
+            check_labels(batch.labels, self.classes)
+        return batch
+
+    def close(self) -> None:
+        """Let go of what is open: files, and the processes that read ahead."""
+        self._next, self._open = -1, iter(())
+
+
 def open_labelled(model: nn.Module, source: Pictures | str | os.PathLike[str]) -> Pictures:
     """Pictures, or what :func:`comcat.open_pictures` takes, labelled as a model counts its classes; warns where that is not certain."""
     pictures, note = in_classes_of(model, source if isinstance(source, Pictures) else open_pictures(source))
@@ -246,6 +293,11 @@ class _Worker(IterableDataset):
             yield from self.data._batches(self.epoch, self.start + info.id, info.num_workers)
         except DataError as error:
             yield error  # else it would arrive with a traceback as its message
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that reads from this: its step may still end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _same(item: Any) -> Any:

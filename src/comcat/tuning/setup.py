@@ -18,16 +18,19 @@ from ..models import preprocess_of
 from ..runs.processes import Processes
 from ..runs.state import fingerprint
 from .augmentation import Augment
+from .data import TrainingData
 from .learner import freeze_but, freeze_unused
-from .loaders import TrainingData
 from .losses import Objective
 from .settings import TuneSettings
 from .stochastic_depth import set_stochastic_depth
 from .teachers import Features, Teacher, check_teacher, chosen_blocks
 
+CHECKPOINTS, LOG, TRACKERS = "checkpoints", "log.jsonl", "trackers"
+"""What a run puts into its folder."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
+class Setup:
     """What a run works with.
 
     Attributes:
@@ -50,8 +53,12 @@ class Run:
     evaluation: Pictures | None
     identity: dict[str, Any]
 
+    def place(self, name: str) -> Path | None:
+        """Where something lies in the run's folder, if it has one."""
+        return None if self.folder is None else self.folder / name
 
-def prepare(
+
+def set_up(
     student: nn.Module,
     data: Pictures,
     settings: TuneSettings,
@@ -61,7 +68,7 @@ def prepare(
     folder: Path | None,
     preprocess: Preprocess | None,
     processes: Processes,
-) -> Run:
+) -> Setup:
     """Check what a run is given and set it up. Raises what :func:`comcat.tune` raises for what does not fit."""
     _check_types(student)
     classifies = is_classifier(student)
@@ -102,7 +109,7 @@ def prepare(
         check_teacher(teacher, student, preprocess, classes, logits=distillation != "none")
         prepared = Teacher(teacher, preprocess, processes.device)
         _check_features(paths, features, _tried(prepared.model, preprocess, theirs)[1])
-    return Run(
+    return Setup(
         settings=settings,
         processes=processes,
         folder=folder,

@@ -10,7 +10,7 @@ import torch
 
 from comcat.data import open_pictures
 from comcat.errors import DataError, SettingsError
-from comcat.training.loaders import TrainingData, check_labels
+from comcat.tuning.data import TrainingData, check_labels
 
 from .material import folder, rows, shards
 

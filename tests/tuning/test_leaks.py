@@ -4,7 +4,7 @@ import pytest
 
 from comcat.data import open_pictures
 from comcat.errors import DataError
-from comcat.training.leaks import check_apart, same_place
+from comcat.tuning.leaks import check_apart, same_place
 
 from .material import folder, shards
 

@@ -13,11 +13,11 @@ from comcat.errors import ComcatError, DataError, SettingsError
 from comcat.measure import evaluate
 from comcat.models import preprocess_of
 from comcat.runs.processes import Processes
-from comcat.training import stepping
-from comcat.training.evaluating import evaluate_together
-from comcat.training.tuning import tune
+from comcat.tuning import step as step_module
+from comcat.tuning.evaluating import evaluate_together
+from comcat.tuning.tune import tune
 from tests.models import shake
-from tests.parallel import in_processes, killed
+from tests.parallel import in_processes, interrupted, killed
 
 from .material import folder, model, picture, shards
 
@@ -75,18 +75,18 @@ def _run_out(places, out, extra):
 
 def _gradients(places, step: int) -> dict:
     """The gradients, clipping apart, of one step of a run. Losses alone would not show their size: Adam divides by it."""
-    update, seen = stepping.Learner.update, {}
+    update, seen = step_module.Learner.update, {}
 
     def noting(self, now):
         if now == step:
             seen.update({name: p.grad.clone() for name, p in self.named_parameters()})
         update(self, now)
 
-    stepping.Learner.update = noting
+    step_module.Learner.update = noting
     try:
         run(places, clip=None, steps=step + 1, accumulate=2)
     finally:
-        stepping.Learner.update = update
+        step_module.Learner.update = update
     return seen
 
 
@@ -112,17 +112,17 @@ class _Killed(BaseException):
 
 
 def _killed_then_on(places, out, extra):
-    learn = stepping.Loop._learn
+    step = step_module.Training.step
 
-    def deadly(self, batch, weight):
-        if self.step == 11:
+    def deadly(self, number, watch):
+        if number == 11:
             raise _Killed
-        learn(self, batch, weight)
+        return step(self, number, watch)
 
-    stepping.Loop._learn = deadly
+    step_module.Training.step = deadly
     with pytest.raises(_Killed):
         run(places, out, **extra)
-    stepping.Loop._learn = learn
+    step_module.Training.step = step
     return run(places, out, **extra)
 
 
@@ -232,14 +232,14 @@ def _sharded(places, out, extra):
         )
         return accelerator
 
-    open_accelerator, stepping.open_accelerator = stepping.open_accelerator, opened
-    init = stepping.Learner.__init__
+    open_accelerator, step_module.open_accelerator = step_module.open_accelerator, opened
+    init = step_module.Learner.__init__
 
     def checked(self, *arguments):
         init(self, *arguments)
         assert all(type(p).__name__ == "DTensor" for p in self.model.parameters())
 
-    stepping.Learner.__init__ = checked
+    step_module.Learner.__init__ = checked
     first = run(places, out, **extra)
     checkpoints = sorted((out / "checkpoints").iterdir())
     if Processes(cpu=True).main:
@@ -292,3 +292,25 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(places, tmp_pat
     found, ours = run(places, tmp_path, **KILLED)
     assert same(ours, weights)
     assert found["curve"] == undisturbed["curve"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_interrupted_run_keeps_its_last_step(places, tmp_path, capfd, workers):
+    """The processes that read ahead hear Ctrl-C, too, and say nothing."""
+    settings = {
+        **KILLED,
+        "checkpoint_every": 1000,
+        "epoch_size": 26,
+        "steps": 200,
+        "workers": workers,
+        "progress": True,
+    }
+    log = tmp_path / "log.jsonl"
+
+    def begun() -> bool:
+        return log.exists() and len(log.read_bytes().splitlines()) >= 6
+
+    said = interrupted(begun, _run_out, places, tmp_path, settings)
+    steps = len(log.read_bytes().splitlines())
+    assert f"after step {steps} of 200; the last good checkpoint is " in said and said.endswith(f"step-{steps:08d}")
+    assert capfd.readouterr().err.count("interrupted: this step ends") == 1

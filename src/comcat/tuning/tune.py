@@ -15,13 +15,15 @@ from ..errors import ModelError
 from ..models import origin_of
 from ..plan import Plan
 from ..record import Record
+from ..runs.checkpoints import Checkpoints
+from ..runs.loop import carry_out, find_checkpoint
 from ..runs.processes import Processes
 from ..runs.state import whole_state
 from ..settings import from_keywords
-from .loaders import open_labelled
-from .preparing import prepare
+from .data import open_labelled
 from .settings import TuneSettings
-from .stepping import Loop
+from .setup import CHECKPOINTS, Setup, set_up
+from .step import Training
 
 
 def tune(
@@ -88,7 +90,7 @@ def tune_(
     """:func:`tune` with its settings in one piece."""
     processes = Processes(cpu=next(student.parameters()).device.type == "cpu")
     with processes.together():
-        run = prepare(
+        setup = set_up(
             student,
             open_labelled(student, data),
             settings,
@@ -98,16 +100,26 @@ def tune_(
             preprocess=preprocess,
             processes=processes,
         )
-    if run.steps:
-        loop = Loop(run, progress=progress)
-        loop.go_on(restart=restart)
-        loop.run()
-        student.load_state_dict(whole_state(loop.learner.judged))
-        result = loop.result()
+    if setup.steps:
+        result = _trained(student, setup, restart=restart, progress=progress)
     else:
         result = {"curve": [], "seconds": 0.0, "images_per_second": None}
     _note(student, {"settings": asdict(settings), "teacher": _name_of(teacher), **result})
     return student
+
+
+def _trained(student: nn.Module, setup: Setup, *, restart: bool, progress: bool) -> dict[str, Any]:
+    """Train, give the student the weights, and return what its record says of the run."""
+    training, place = Training(setup), setup.place(CHECKPOINTS)
+    checkpoints = None if place is None else Checkpoints(place, keep=setup.settings.keep)
+    found = find_checkpoint(checkpoints, training.identity, setup.processes, restart=restart)
+    if found is None:
+        training.journal.begin()
+    every = (setup.settings.checkpoint_every, setup.data.steps())
+    with training.ready():
+        carry_out(training, setup.processes, checkpoints=checkpoints, every=every, since=found, progress=progress)
+    student.load_state_dict(whole_state(training.learner.judged))
+    return training.journal.result()
 
 
 def _name_of(model: nn.Module | None) -> str | None:

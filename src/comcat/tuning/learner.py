@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import SettingsError, nearest
 from ..measure.running import unwrap
 from ..models.failures import required
-from ..runs.state import model_state, optimizer_state, restore_model, restore_optimizer
+from ..runs.state import model_state, optimizer_groups, optimizer_tensors, restore_model, restore_optimizer
 from .settings import TuneSettings
 
 _UNDECAYED = (
@@ -72,11 +72,6 @@ class Learner:
         return self.bare if self.ema is None else self.ema.module
 
     @property
-    def groups(self) -> tuple[str, ...]:
-        """The names of the groups of tensors in :meth:`state`."""
-        return ("model", "optimizer") if self.ema is None else ("model", "optimizer", "ema")
-
-    @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
@@ -104,17 +99,19 @@ class Learner:
         if self.ema is not None:
             self.ema.update(self.bare, step=step + 1)
 
-    def state(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Everything to go on with, in the main process: named groups of tensors, and plain data. All processes must call it."""
-        moments, groups = optimizer_state(self.bare, self.optimizer)
-        tensors = {"model": model_state(self.bare), "optimizer": moments}
-        if self.ema is not None:
-            tensors["ema"] = model_state(self.ema.module)
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors to go on with, in the main process, in named groups. All processes must call it."""
+        tensors = {"model": model_state(self.bare), "optimizer": optimizer_tensors(self.bare, self.optimizer)}
+        return tensors if self.ema is None else {**tensors, "ema": model_state(self.ema.module)}
+
+    def state(self) -> dict[str, Any]:
+        """The plain data to go on with. All processes must call it."""
         scaler = self.accelerator.scaler
-        return tensors, {"groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
+        groups = optimizer_groups(self.bare, self.optimizer)
+        return {"groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state` gave; the tensors need to be in the main process alone. All processes must call it."""
+        """Take up what :meth:`tensors` and :meth:`state` gave; the main process alone needs the tensors. All must call it."""
         restore_model(self.bare, tensors.get("model", {}))
         restore_optimizer(self.bare, self.optimizer, tensors.get("optimizer", {}), plain["groups"])
         if self.ema is not None:

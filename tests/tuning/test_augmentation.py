@@ -8,8 +8,8 @@ from PIL import Image
 from comcat.data import Preprocess
 from comcat.errors import SettingsError
 from comcat.runs.seeding import seeded
-from comcat.training.augmentation import Augment
-from comcat.training.settings import TuneSettings
+from comcat.tuning.augmentation import Augment
+from comcat.tuning.settings import TuneSettings
 
 COLOUR = Preprocess(size=(12, 16), mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), crop_pct=0.9)
 GREY = Preprocess(size=(8, 8), mean=(0.3,), std=(0.2,), channels=1)

@@ -4,7 +4,7 @@ import pytest
 
 from comcat.errors import SettingsError
 from comcat.settings import from_keywords
-from comcat.training.settings import TuneSettings
+from comcat.tuning.settings import TuneSettings
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from comcat.hosts import find_sites
 from comcat.measure import evaluate
 from comcat.models import preprocess_of
 from comcat.runs import checkpoints as checkpoints_module
-from comcat.training import stepping
-from comcat.training.loaders import TrainingData
-from comcat.training.tuning import tune
+from comcat.tuning.data import TrainingData
+from comcat.tuning.learner import Learner
+from comcat.tuning.step import Training
+from comcat.tuning.tune import tune
 from tests.models import shake
 
 from .material import CLASSES, folder, model, picture, shards
@@ -135,13 +136,13 @@ def test_accumulation_is_the_bigger_batch(data, teacher):
 def test_the_average_is_what_is_returned(data, evaluation, tmp_path, monkeypatch):
     """ModelEmaV3's recurrence with its warm-up, by hand, over the weights after each step."""
     seen = []
-    update = stepping.Learner.update
+    update = Learner.update
 
     def noting(self, step):
         update(self, step)
         seen.append({k: v.clone() for k, v in self.bare.state_dict().items()})
 
-    monkeypatch.setattr(stepping.Learner, "update", noting)
+    monkeypatch.setattr(Learner, "update", noting)
     net = model()
     expected = {k: v.clone() for k, v in net.state_dict().items()}
     tune(net, data, evaluation=evaluation, steps=5, ema=0.6, **QUICK)
@@ -493,15 +494,15 @@ def test_too_many_unreadable_pictures_stop_the_run_and_a_few_do_not(tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_step_place_and_checkpoint(data, tmp_path, monkeypatch):
-    learn = stepping.Loop._learn
+    step = Training.step
 
-    def poisoned(self, batch, weight):
-        if self.step == 5:
+    def poisoned(self, number, watch):
+        if number == 5:
             with torch.no_grad():
                 self.learner.bare.blocks[1].mlp.fc2.weight[0, 0] = float("nan")
-        learn(self, batch, weight)
+        return step(self, number, watch)
 
-    monkeypatch.setattr(stepping.Loop, "_learn", poisoned)
+    monkeypatch.setattr(Training, "step", poisoned)
     net = model()
     message = r"the loss is nan at step 5, first seen in blocks\.1\.mlp\.fc2\.weight; the last good checkpoint is .*step-00000004"
     with pytest.raises(NumericsError, match=message):
@@ -510,7 +511,7 @@ def test_a_loss_that_is_no_number_names_step_place_and_checkpoint(data, tmp_path
 
 
 def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path, monkeypatch):
-    update = stepping.Learner.update
+    update = Learner.update
 
     def poisoned(self, step):
         update(self, step)
@@ -518,7 +519,7 @@ def test_weights_that_are_no_numbers_are_not_saved(data, tmp_path, monkeypatch):
             with torch.no_grad():
                 self.bare.head.bias[1] = float("inf")
 
-    monkeypatch.setattr(stepping.Learner, "update", poisoned)
+    monkeypatch.setattr(Learner, "update", poisoned)
     with pytest.raises(
         NumericsError, match=r"head\.bias holds NaN or infinity after step 4; the last good .*step-00000002"
     ):
@@ -558,15 +559,15 @@ class Killed(BaseException):
 
 def killed_at(monkeypatch, step: int):
     """A context in which a run ends without warning at the start of a step."""
-    learn = stepping.Loop._learn
+    one_step = Training.step
 
-    def deadly(self, batch, weight):
-        if self.step == step:
+    def deadly(self, number, watch):
+        if number == step:
             raise Killed
-        learn(self, batch, weight)
+        return one_step(self, number, watch)
 
     patched = monkeypatch.context()
-    patched.__enter__().setattr(stepping.Loop, "_learn", deadly)
+    patched.__enter__().setattr(Training, "step", deadly)
     return patched
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from comcat.training.losses import (
+from comcat.tuning.losses import (
     Heads,
     Objective,
     feature_loss,
@@ -16,7 +16,7 @@ from comcat.training.losses import (
     soft_distillation,
     train_both_heads,
 )
-from comcat.training.settings import TuneSettings
+from comcat.tuning.settings import TuneSettings
 from tests.models import shake
 
 from .material import model
