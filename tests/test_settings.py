@@ -7,7 +7,6 @@ from typing import Literal, get_type_hints
 import numpy as np
 import pytest
 import torch
-from comcat.tuning.settings import TuneSettings
 
 import comcat
 from comcat.cli import VERBS, settings_of
@@ -17,6 +16,7 @@ from comcat.methods.compress import CompressSettings
 from comcat.methods.search import SearchOptions, SearchSettings
 from comcat.scoring.settings import ScoreSettings
 from comcat.settings import check_types, expect, expect_one_of, from_keywords, part_of
+from comcat.tuning.settings import TuneSettings
 
 from .models import pictures, tiny_vit
 

@@ -40,18 +40,19 @@ class Checkpoint:
 class Checkpoints:
     """The checkpoints in a folder, one sub-folder ``step-00000100`` each; only one process of a run writes.
 
-    A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk at any
-    moment leaves the earlier ones whole.
+    A checkpoint is written under a temporary name, flushed to the disk and renamed, so that a kill or a full disk at
+    any moment leaves the earlier ones whole.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
-        """Write ``NAME.safetensors`` for every named group of tensors, and ``state`` as JSON; forget all but the last few.
+        """Write ``NAME.safetensors`` for each group of tensors, and ``state`` as JSON; forget all but the last few.
 
         Raises:
-            StoreError: if it cannot be written, for example because the disk is full. Earlier checkpoints are unchanged.
+            StoreError: if it cannot be written, for example because the disk is full. Earlier checkpoints are
+                unchanged.
         """
         target = self.folder / f"step-{step:08d}"
         new = target.with_name(f".{target.name}.tmp")

@@ -14,7 +14,8 @@ from ..errors import StoreError
 class Log:
     """Lines of a run, appended to a file as they come; without a file they are in memory alone.
 
-    ``position`` is the file's length in bytes, which a checkpoint notes: a run that goes on from there cuts off what came after it.
+    ``position`` is the file's length in bytes, which a checkpoint notes: a run that goes on from there cuts off what
+    came after it.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -23,7 +24,10 @@ class Log:
         self.position = 0
 
     def begin(self, position: int = 0) -> None:
-        """Begin a new file, or go on after its first ``position`` bytes. Raises StoreError if it is shorter, damaged, or cannot be written."""
+        """Begin a new file, or go on after its first ``position`` bytes.
+
+        Raises StoreError if it is shorter, damaged, or cannot be written.
+        """
         if self.path is None:
             return
         try:

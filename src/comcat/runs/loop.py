@@ -42,12 +42,16 @@ class Run(Protocol):
     def step(self, number: int, watch: LossWatch) -> Mapping[str, Any]:
         """Do step ``number``, counted from 0, and return what the bar shows.
 
-        It shows its loss to ``watch`` before it changes anything. Whatever is random in it depends on ``number`` and the settings alone.
+        It shows its loss to ``watch`` before it changes anything. Whatever is random in it depends on ``number`` and
+        the settings alone.
         """
         ...
 
     def tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """All tensors to go on with, in named groups; the first group holds the weights. The main process alone needs to have them."""
+        """All tensors to go on with, in named groups; the first group holds the weights.
+
+        The main process alone needs to have them.
+        """
         ...
 
     def state(self) -> Mapping[str, Any]:
@@ -55,7 +59,10 @@ class Run(Protocol):
         ...
 
     def restore(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`tensors` and :meth:`state` gave after ``step`` steps. The main process alone is given tensors."""
+        """Take up what :meth:`tensors` and :meth:`state` gave after ``step`` steps.
+
+        The main process alone is given tensors.
+        """
         ...
 
     def after(self, done: int) -> None:
@@ -104,17 +111,19 @@ def carry_out(
 ) -> None:
     """Do all steps of a run that are left. All processes must call it.
 
-    With ``checkpoints``, Ctrl-C lets the step that is under way end and be kept, then raises KeyboardInterrupt, whose message names
-    the checkpoint: the same call goes on from there.
+    With ``checkpoints``, Ctrl-C lets the step that is under way end and be kept, then raises KeyboardInterrupt, whose
+    message names the checkpoint: the same call goes on from there.
 
     Args:
-        checkpoints: where to keep the run: after the last step, and after each whose number is a multiple of one in ``every``.
+        checkpoints: where to keep the run: after the last step, and after each whose number is a multiple of one in
+            ``every``.
         since: what :func:`find_checkpoint` found.
-        progress: whether to show a bar, in the main process. Its estimate is the mean over this call's steps, all that is done
-            between them included; steps of earlier calls do not count.
+        progress: whether to show a bar, in the main process. Its estimate is the mean over this call's steps, all that
+            is done between them included; steps of earlier calls do not count.
 
     Raises:
-        NumericsError: for a loss that is no number or explodes, or weights that are no numbers when they are to be kept.
+        NumericsError: for a loss that is no number or explodes, or weights that are no numbers when they are to be
+            kept.
         StoreError: where a checkpoint cannot be written, or ``since`` does not hold what the run needs.
     """
     from tqdm.auto import tqdm

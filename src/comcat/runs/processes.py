@@ -66,7 +66,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """A block whose errors, whichever process they are in, are raised in all at its end. It must not wait for other processes."""
+        """A block whose errors, whichever process they are in, are raised in all at its end.
+
+        It must not wait for other processes.
+        """
         caught = None
         try:
             yield

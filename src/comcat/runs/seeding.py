@@ -18,7 +18,10 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch on every device. Libraries draw from these generators (drop-path, mixup, augmentation)."""
+    """Seed Python, numpy and torch on every device.
+
+    Libraries draw from these generators (drop-path, mixup, augmentation).
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -26,7 +29,10 @@ def seed_all(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The CPU's generators seeded inside the block; afterwards they go on as if nothing had happened. Other devices' are left alone."""
+    """The CPU's generators seeded inside the block; afterwards they go on as if nothing had happened.
+
+    Other devices' are left alone.
+    """
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,4 +1,4 @@
-"""A model's and an optimizer's state as named tensors and plain data, whichever way the model is spread over processes."""
+"""A model's and an optimizer's state as named tensors and plain data, however the model is spread over processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give a model the state that :func:`model_state` gave; only the main process needs to have it. All must call it."""
+    """Give a model the state that :func:`model_state` gave; only the main process needs to have it.
+
+    All must call it.
+    """
     set_model_state_dict(model, dict(state), options=_from_main())
 
 
@@ -51,7 +54,10 @@ def optimizer_groups(model: nn.Module, optimizer: Optimizer) -> list[dict[str, A
 def restore_optimizer(
     model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor], groups: list[dict[str, Any]]
 ) -> None:
-    """Give an optimizer what :func:`optimizer_tensors` and :func:`optimizer_groups` gave, the main process at least. All must call it."""
+    """Give an optimizer what :func:`optimizer_tensors` and :func:`optimizer_groups` gave, the main process at least.
+
+    All must call it.
+    """
     state: dict[str, dict[str, Tensor]] = {}
     for label, value in tensors.items():
         key, _, name = label.partition(":")

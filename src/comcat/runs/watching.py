@@ -38,8 +38,9 @@ class LossWatch:
     ) -> None:
         """Raises NumericsError, in all processes, on NaN, infinity or an exploding loss.
 
-        The message names the step, where it was first seen, ``last_good``, and ``advice``. Where: the first parameter that is not
-        finite; else what ``replay`` finds (:func:`first_unsound_output`); else the first parameter whose gradient is not finite.
+        The message names the step, where it was first seen, ``last_good``, and ``advice``. Where: the first parameter
+        that is not finite; else what ``replay`` finds (:func:`first_unsound_output`); else the first parameter whose
+        gradient is not finite.
         """
         exploding = len(self._recent) == WINDOW and abs(loss) > FACTOR * max(map(abs, self._recent))
         if math.isfinite(loss) and not exploding:
@@ -61,7 +62,10 @@ class LossWatch:
 
 
 def first_unsound(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
-    """The first parameter that holds NaN or infinity; None if all are finite. Where models are sharded, all processes must call it."""
+    """The first parameter that holds NaN or infinity; None if all are finite.
+
+    Where models are sharded, all processes must call it.
+    """
     return next((name for name, parameter in parameters if not _finite(parameter)), None)
 
 
@@ -71,7 +75,7 @@ def _first_unsound_gradient(parameters: Iterable[tuple[str, nn.Parameter]]) -> s
 
 
 def first_unsound_output(model: nn.Module, images: Tensor) -> str | None:
-    """The first module within a model whose output on these pictures holds NaN or infinity, in the order of the computation."""
+    """The first module to compute within a model whose output on these pictures holds NaN or infinity."""
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:

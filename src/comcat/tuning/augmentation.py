@@ -16,10 +16,13 @@ from .settings import TuneSettings
 
 
 class Augment:
-    """From a picture to a training input (channels, height, width) float32: crop, mirror, RandAugment, normalise, erase.
+    """From a picture to a training input (channels, height, width) float32.
 
-    Size, interpolation and normalisation are the model's own (``preprocess``). Pictures are augmented in colour, and become grey
-    afterwards for a model of one channel. Everything random is drawn from the generators of Python, numpy and torch.
+    In this order: crop, mirror, RandAugment, normalise, erase.
+
+    Size, interpolation and normalisation are the model's own (``preprocess``). Pictures are augmented in colour, and
+    become grey afterwards for a model of one channel. Everything random is drawn from the generators of Python, numpy
+    and torch.
 
     Raises SettingsError where timm does not understand ``rand_augment``.
     """
@@ -74,5 +77,5 @@ def _rand_augment(words: str, preprocess: Preprocess) -> Any:
 
 
 def _bits(bits: Callable[..., tuple[int]], level: float, options: dict[str, Any]) -> tuple[int]:
-    """Bits that Posterize keeps: timm asks for none at its strongest, which makes a black picture and which Pillow 13 refuses."""
+    """Bits that Posterize keeps: one at least. timm's strongest asks for none: a black picture, an error in Pillow 13."""
     return (max(1, bits(level, options)[0]),)

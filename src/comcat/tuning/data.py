@@ -1,7 +1,7 @@
 """Training data whose order and augmentation depend on the seed and the epoch alone.
 
-Neither the number of processes or workers nor where a run was interrupted changes which samples a step sees, or how they are
-augmented. So a run can go on in the middle of an epoch, and two processes see the batches that one would.
+Neither the number of processes or workers nor where a run was interrupted changes which samples a step sees, or how
+they are augmented. So a run can go on in the middle of an epoch, and two processes see the batches that one would.
 """
 
 from __future__ import annotations
@@ -46,25 +46,27 @@ class TrainingData:
     """Batches of augmented pictures for one process of a run.
 
     An epoch is ``count`` samples (by default as many as there are pictures) in an order of its own, that of
-    :meth:`Pictures.read <comcat.data.Pictures.read>` with a seed made of ``seed`` and the epoch. Its global batch b holds the
-    samples at positions [b·G, (b+1)·G), G = ``batch_size`` × ``processes``, and process p has the p-th of its equal slices: each
-    sample is seen once an epoch over all processes. The last global batch is filled up with its own samples again, at weight 0,
-    so that all batches have one shape.
+    :meth:`Pictures.read <comcat.data.Pictures.read>` with a seed made of ``seed`` and the epoch. Its global batch b
+    holds the samples at positions [b·G, (b+1)·G), G = ``batch_size`` × ``processes``, and process p has the p-th of its
+    equal slices: each sample is seen once an epoch over all processes. The last global batch is filled up with its own
+    samples again, at weight 0, so that all batches have one shape.
 
-    With ``repeats`` R > 1, every picture takes R positions in a row, each augmented differently, and the epoch ends after
-    ``count`` samples all the same, so that it shows a different R-th of the pictures (repeated augmentation, Hoffer et al. 2020,
-    as DeiT samples it).
+    With ``repeats`` R > 1, every picture takes R positions in a row, each augmented differently, and the epoch ends
+    after ``count`` samples all the same, so that it shows a different R-th of the pictures (repeated augmentation,
+    Hoffer et al. 2020, as DeiT samples it).
 
-    ``transform`` makes a tensor of a picture of mode ``"L"`` or ``"RGB"``; it may draw from the generators of Python, numpy and
-    torch, which are seeded by the epoch and the position before each sample.
+    ``transform`` makes a tensor of a picture of mode ``"L"`` or ``"RGB"``; it may draw from the generators of Python,
+    numpy and torch, which are seeded by the epoch and the position before each sample.
 
-    Only a few batches are in memory at a time. Where pictures cannot be reached one by one (tar shards, parquet files, hub
-    data sets), every process, and every one of its worker processes, reads the whole stream and decodes its own samples alone.
+    Only a few batches are in memory at a time. Where pictures cannot be reached one by one (tar shards, parquet files,
+    hub data sets), every process, and every one of its worker processes, reads the whole stream and decodes its own
+    samples alone.
 
     Attributes:
         batch_size: samples of a batch of this process. process: this one's number, from 0, of ``processes``.
         workers: processes that decode ahead; 0: none, this one does.
-        count: samples an epoch; needed where the number of pictures is unknown, and at most that number where it is known.
+        count: samples an epoch; needed where the number of pictures is unknown, and at most that number where it is
+            known.
     """
 
     pictures: Pictures
@@ -89,7 +91,8 @@ class TrainingData:
             whole_number("count", self.count, least=1)
             if self.pictures.count is not None and self.count > self.pictures.count:
                 raise SettingsError(
-                    f"an epoch of {self.count} samples (--epoch-size): {self.pictures.name} has {self.pictures.count} pictures"
+                    f"an epoch of {self.count} samples (--epoch-size): "
+                    f"{self.pictures.name} has {self.pictures.count} pictures"
                 )
 
     @cached_property
@@ -98,7 +101,8 @@ class TrainingData:
         known = self.pictures.count if self.count is None else self.count
         if known is None:
             raise DataError(
-                f"{self.pictures.name} is a stream of unknown length: say how many pictures make an epoch, --epoch-size N"
+                f"{self.pictures.name} is a stream of unknown length: "
+                "say how many pictures make an epoch, --epoch-size N"
             )
         if not known:
             raise DataError(f"{self.pictures.name}: no pictures")
@@ -110,7 +114,10 @@ class TrainingData:
         return self.batch_size * self.processes
 
     def steps(self) -> int:
-        """Global batches an epoch. Raises DataError where the number of pictures is unknown and ``count`` does not say it."""
+        """Global batches an epoch.
+
+        Raises DataError where the number of pictures is unknown and ``count`` does not say it.
+        """
         return -(-self.samples // self.global_batch)
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
@@ -153,8 +160,9 @@ class TrainingData:
         limit, share = self.pictures.max_unreadable, -(-self.samples // self.processes)
         if len(skipped) > limit * share or len(skipped) == seen >= _HOPELESS:
             raise DataError(
-                f"{len(skipped)} of the first {seen} samples of {self.pictures.name} cannot be read, and at most {limit:.0%} may be "
-                f"unreadable (max_unreadable): {'; '.join(skipped[:3])}{'; …' if len(skipped) > 3 else ''}"
+                f"{len(skipped)} of the first {seen} samples of {self.pictures.name} cannot be read, "
+                f"and at most {limit:.0%} may be unreadable (max_unreadable): "
+                f"{'; '.join(skipped[:3])}{'; …' if len(skipped) > 3 else ''}"
             )
 
     def _batches(self, epoch: int, first: int, stride: int) -> Iterator[Batch]:
@@ -234,10 +242,11 @@ class Feed:
         self._next, self._open = -1, iter(())
 
     def batch(self, number: int) -> tuple[Batch, float]:
-        """This process's part of a batch, and the number of samples that count in all parts. All processes must call it.
+        """This process's part of a batch, and the number of samples that count in all parts.
 
-        Batches in a row are read in one go, others from a new start. Raises DataError as :meth:`TrainingData.epoch` does, and
-        for labels that are no classes.
+        All processes must call it.
+        Batches in a row are read in one go, others from a new start. Raises DataError as :meth:`TrainingData.epoch`
+        does, and for labels that are no classes.
         """
         batch, caught = None, None
         try:
@@ -267,7 +276,10 @@ class Feed:
 
 
 def open_labelled(model: nn.Module, source: Pictures | str | os.PathLike[str]) -> Pictures:
-    """Pictures, or what :func:`comcat.open_pictures` takes, labelled as a model counts its classes; warns where that is not certain."""
+    """Pictures, or what :func:`comcat.open_pictures` takes, labelled as a model counts its classes.
+
+    Warns where that is not certain.
+    """
     pictures, note = in_classes_of(model, source if isinstance(source, Pictures) else open_pictures(source))
     if note is not None:
         warnings.warn(note, stacklevel=3)
@@ -296,7 +308,7 @@ class _Worker(IterableDataset):
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to all processes, to the one that reads from this: its step may still end."""
+    """Leave Ctrl-C, which a terminal sends to all processes, to the one that reads from this: its step shall end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -28,9 +28,10 @@ def evaluate_together(
 ) -> Evaluation:
     """What :func:`comcat.measure.evaluate` says, with the pictures shared out among the processes; all must call it.
 
-    Each process takes its own pictures (:meth:`Pictures.share <comcat.data.Pictures.share>`) and the sums are added up, so the result
-    is that of one process up to the order of addition. The processes go forward in step, since the parameters of a sharded model
-    are gathered in each forward: one that has run out of pictures keeps company with an empty one.
+    Each process takes its own pictures (:meth:`Pictures.share <comcat.data.Pictures.share>`) and the sums are added up,
+    so the result is that of one process up to the order of addition. The processes go forward in step, since the
+    parameters of a sharded model are gathered in each forward: one that has run out of pictures keeps company with an
+    empty one.
 
     Raises what ``evaluate`` raises, in all processes.
     """

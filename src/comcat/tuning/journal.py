@@ -67,7 +67,7 @@ class Journal:
             tracker.finish()
 
     def add(self, sums: Mapping[str, float], samples: float, seconds: float) -> None:
-        """Note a step: what its losses add up to over the samples that count, how many these are, and how long it took."""
+        """Note a step: sums of its losses over the samples that count, how many these are, and how long it took."""
         self.meter.add({**sums, "samples": samples, "took": seconds})
         self.trained = {
             "samples": self.trained["samples"] + samples,

@@ -12,7 +12,8 @@ from ..data.pictures import default_workers
 from ..errors import DataError
 
 SAMPLE = 4096
-"""So many pictures of each set are compared. If a share f of the evaluation set is in the training set, f · SAMPLE² / (training pictures) are expected to be found."""
+"""So many pictures of each set are compared. If a share f of the evaluation set is in the training set, f · SAMPLE² /
+(training pictures) are expected to be found."""
 
 
 def same_place(a: str, b: str) -> bool:
@@ -21,7 +22,9 @@ def same_place(a: str, b: str) -> bool:
 
 
 def check_apart(training: Pictures, evaluation: Pictures, sample: int = SAMPLE) -> str:
-    """Raises DataError if pictures of both sets have the same pixels; returns a sentence that says how many were compared.
+    """Raises DataError if pictures of both sets have the same pixels.
+
+    Returns a sentence that says how many were compared.
 
     Of each set, a random sample of at most ``sample`` pictures is decoded and hashed (of a stream, as random as
     its shuffle buffer makes it), so that it takes seconds whatever the sets' size.
@@ -29,8 +32,8 @@ def check_apart(training: Pictures, evaluation: Pictures, sample: int = SAMPLE) 
     ours, theirs = _hashes(training, sample), _hashes(evaluation, sample)
     if shared := len(ours & theirs):
         raise DataError(
-            f"{shared} of {len(theirs)} pictures of the evaluation set {evaluation.name} are also among {len(ours)} of the training set "
-            f"{training.name}: accuracy there would not be honest"
+            f"{shared} of {len(theirs)} pictures of the evaluation set {evaluation.name} are also among {len(ours)} "
+            f"of the training set {training.name}: accuracy there would not be honest"
         )
     return (
         f"None of {len(theirs):,} evaluation pictures{_of(evaluation, sample)} is among {len(ours):,} training pictures"

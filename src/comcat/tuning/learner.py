@@ -27,10 +27,10 @@ _UNDECAYED = (
 
 
 class Learner:
-    """A model with its optimizer (AdamW), schedule (cosine) and moving average, spread over the processes as accelerate says."""
+    """A model with its optimizer (AdamW), schedule (cosine) and moving average, spread over processes by accelerate."""
 
     def __init__(self, model: nn.Module, settings: TuneSettings, steps: int, accelerator: Any) -> None:
-        """``model`` is trained itself; ``steps`` is the length of the run. Parameters without ``requires_grad`` stay as they are."""
+        """``model`` is trained itself, but for parameters without ``requires_grad``; ``steps`` are those of the run."""
         required("timm")
         from timm.optim import param_groups_weight_decay
         from timm.scheduler import CosineLRScheduler
@@ -87,7 +87,10 @@ class Learner:
         self.accelerator.backward(loss)
 
     def part(self, *, last: bool) -> AbstractContextManager:
-        """Where a part of a batch goes forward and backward: gradients are averaged over the processes after the last one alone."""
+        """Where a part of a batch goes forward and backward.
+
+        Gradients are averaged over the processes after the last part alone.
+        """
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def update(self, step: int) -> None:
@@ -111,7 +114,10 @@ class Learner:
         return {"groups": groups, "scaler": None if scaler is None else scaler.state_dict()}
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], plain: Mapping[str, Any]) -> None:
-        """Take up what :meth:`tensors` and :meth:`state` gave; the main process alone needs the tensors. All must call it."""
+        """Take up what :meth:`tensors` and :meth:`state` gave; the main process alone needs the tensors.
+
+        All must call it.
+        """
         restore_model(self.bare, tensors.get("model", {}))
         restore_optimizer(self.bare, self.optimizer, tensors.get("optimizer", {}), plain["groups"])
         if self.ema is not None:
@@ -121,8 +127,9 @@ class Learner:
 
 
 def freeze_but(model: nn.Module, words: Sequence[str]) -> None:
-    """Freeze all parameters but those with one of the words in their path: ``attn``, ``blocks.3``, ``head``. No words freeze none.
+    """Freeze all parameters but those with one of the words in their path: ``attn``, ``blocks.3``, ``head``.
 
+    No words freeze none.
     Raises SettingsError for a word that is in no path.
     """
     names = [name for name, _ in model.named_parameters()]
@@ -141,8 +148,9 @@ def _within(word: str, name: str) -> bool:
 
 
 def freeze_unused(model: nn.Module, outputs: Sequence[Tensor]) -> None:
-    """Freeze parameters that the outputs do not depend on: they would never change, and DDP would wait for their gradients.
+    """Freeze parameters that the outputs do not depend on.
 
+    They would never change, and DDP would wait for their gradients.
     Raises SettingsError where no parameter is left.
     """
     trained = [p for p in model.parameters() if p.requires_grad]

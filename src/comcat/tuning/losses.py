@@ -17,7 +17,7 @@ from .settings import TuneSettings
 
 @dataclass(frozen=True)
 class Heads:
-    """What a classifier in training says: logits (batch, classes), and those of a distillation token's head if it has one."""
+    """What a classifier in training says: logits (batch, classes), and those of a distillation token's head if any."""
 
     label: Tensor
     distilled: Tensor | None = None
@@ -29,7 +29,10 @@ class Heads:
 
 
 def heads_of(model: nn.Module, images: Tensor) -> Heads:
-    """One forward. Distilled DeiT of timm (once :func:`train_both_heads`) and of transformers have two heads, others one."""
+    """One forward.
+
+    Distilled DeiT of timm (once :func:`train_both_heads`) and of transformers have two heads, others one.
+    """
     if _has_two_heads(model):
         output = call(model, images)
         if isinstance(output, Mapping):
@@ -51,7 +54,10 @@ def _has_two_heads(model: nn.Module) -> bool:
 
 
 def label_loss(logits: Tensor, target: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy, (batch,). ``target``: classes (batch,), or distributions (batch, classes), which mixup has smoothed already."""
+    """Cross-entropy, (batch,).
+
+    ``target``: classes (batch,), or distributions (batch, classes), which mixup has smoothed already.
+    """
     return F.cross_entropy(logits, target, reduction="none", label_smoothing=0.0 if target.ndim == 2 else smoothing)
 
 
@@ -67,7 +73,10 @@ def soft_distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 def feature_loss(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
-    """‖f − f*‖² / ‖f*‖² a picture, averaged over blocks: (batch,). Features are (batch, …), the teacher's marked with a star."""
+    """‖f − f*‖² / ‖f*‖² a picture, averaged over blocks: (batch,).
+
+    Features are (batch, …), the teacher's marked with a star.
+    """
     ratios = []
     for mine, aim in zip(ours, theirs, strict=True):
         mine, aim = mine.float().flatten(1), aim.float().flatten(1)
@@ -79,8 +88,8 @@ def feature_loss(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
 class Objective:
     """The loss of a picture: (1 − α) labels + α distillation + λ features.
 
-    A model of two heads learns labels with the one and distillation with the other, as DeiT does (its Eq. 3); where there is but one
-    of these, both heads learn it.
+    A model of two heads learns labels with the one and distillation with the other, as DeiT does (its Eq. 3); where
+    there is but one of these, both heads learn it.
     """
 
     settings: TuneSettings

@@ -20,8 +20,8 @@ class TuneSettings:
     """How to tune; the command line and recipes are made from these fields.
 
     The defaults are for a short run on a model that compression has left nearly right: no regularisation beyond DeiT's
-    random crops and flips, and a soft teacher. A run of many epochs wants DeiT's: ``mixup=0.8, cutmix=1.0, smoothing=0.1,
-    rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3, weight_decay=0.05``.
+    random crops and flips, and a soft teacher. A run of many epochs wants DeiT's: ``mixup=0.8, cutmix=1.0,
+    smoothing=0.1, rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3, weight_decay=0.05``.
     """
 
     epochs: float | None = None
@@ -41,13 +41,15 @@ class TuneSettings:
     warmup: float = 0.05
     """Share of the run in which the learning rate rises linearly from min_lr."""
     weight_decay: float = 0.005
-    """Weight decay, but for biases, norms, tokens and position embeddings; the paper's for DeiT-small (DeiT's own, for base, is 0.05)."""
+    """Weight decay, but for biases, norms, tokens and position embeddings; the paper's for DeiT-small (DeiT's own, for
+    base, is 0.05)."""
     clip: float | None = 1.0
     """Largest norm of the gradient of all weights together; None does not clip."""
     precision: Precision = "fp32"
     """What to compute in; the weights and their updates stay in fp32."""
     distillation: Distillation | None = None
-    """What to learn of the teacher's logits: nothing, its most likely class (the paper, DeiT), or its distribution; by default soft with a teacher."""
+    """What to learn of the teacher's logits: nothing, its most likely class (the paper, DeiT), or its distribution; by
+    default soft with a teacher."""
     temperature: float = 1.0
     """Softens both distributions of soft distillation."""
     alpha: float = 0.5
@@ -69,11 +71,13 @@ class TuneSettings:
     erase: float = 0.0
     """Share of pictures with a random rectangle erased."""
     crop_scale: tuple[float, float] | None = (0.08, 1.0)
-    """Least and largest share of a picture's area that a random crop shows; None shows what evaluation does. Small pictures want more, such as 0.6 1."""
+    """Least and largest share of a picture's area that a random crop shows; None shows what evaluation does.
+    Small pictures want more, such as 0.6 1."""
     flip: float = 0.5
     """Share of pictures mirrored left to right."""
     drop_path: float | None = None
-    """Stochastic depth: the share of pictures for which the last block's branches are skipped, rising linearly from none at the first (DeiT: 0.1); None leaves the model as it was loaded."""
+    """Stochastic depth: the share of pictures for which the last block's branches are skipped, rising linearly from
+    none at the first (DeiT: 0.1); None leaves the model as it was loaded."""
     repeats: int = 1
     """Repeated augmentation: so many samples of a picture in a row (DeiT: 3)."""
     ema: float | None = None

@@ -35,7 +35,8 @@ class Setup:
 
     Attributes:
         folder: where its checkpoints and log go, if anywhere. model: what is trained, a copy of the student.
-        steps: updates in all. classes: the model's, or the width of its features. features: the student's and the teacher's.
+        steps: updates in all. classes: the model's, or the width of its features. features: the student's and the
+            teacher's.
         identity: what a checkpoint to go on from must agree with.
     """
 
@@ -137,7 +138,8 @@ def _check_types(student: nn.Module) -> None:
         if parameter.is_floating_point() and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise SettingsError(
-                f"{name} is in {kind}, too coarse for small updates: tune the model in float32 and compute in 16 bits by precision=bf16"
+                f"{name} is in {kind}, too coarse for small updates: "
+                "tune the model in float32 and compute in 16 bits by precision=bf16"
             )
 
 
@@ -208,6 +210,6 @@ def _check_features(paths: tuple[str, ...], ours: list[Tensor], theirs: list[Ten
     for path, mine, other in zip(paths, ours, theirs, strict=True):
         if mine.shape != other.shape:
             raise SettingsError(
-                f"features: {path} gives {tuple(mine.shape[1:])} a picture in the student, {tuple(other.shape[1:])} in the teacher; "
-                "expected the same"
+                f"features: {path} gives {tuple(mine.shape[1:])} a picture in the student, "
+                f"{tuple(other.shape[1:])} in the teacher; expected the same"
             )

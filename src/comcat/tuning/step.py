@@ -88,7 +88,10 @@ class Training(Run):
         return self.journal.note(number + 1)
 
     def _shown(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """On the device: images (batch, channels, height, width), mixed if they are to be, what they show if it is learnt, and weights (batch,)."""
+        """A batch on the device: images (batch, channels, height, width), what they show, and weights (batch,).
+
+        Images are mixed where mixup or cutmix is on. What they show is None where it is not learnt.
+        """
         device = self.accelerator.device
         images = batch.images.to(device, non_blocking=True)
         weights = batch.weights.to(device, non_blocking=True)
@@ -138,7 +141,7 @@ class Training(Run):
 
 
 class _Reading:
-    """Sums over all processes, on their way to the CPU while the accelerator works on: reading them at once would idle it."""
+    """Sums over all processes, on their way to the CPU: the accelerator would be idle if they were read at once."""
 
     def __init__(self, sums: Tensor, processes: int) -> None:
         if processes > 1:

@@ -1,4 +1,7 @@
-"""Stochastic depth (Huang et al. 2016): in training, a residual branch is skipped for some pictures, the deeper its block the more often."""
+"""Stochastic depth (Huang et al. 2016).
+
+In training, a residual branch is skipped for some pictures, the deeper its block the more often.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _NAMES = ("drop_path", "drop_path1", "drop_path2")  # what timm and transformers
 
 
 def set_stochastic_depth(model: nn.Module, rate: float) -> None:
-    """Give the residual branches of a model's blocks rates that rise linearly from 0 at the first block to ``rate`` at the last, as DeiT does.
+    """Give residual branches rates that rise from 0 in a model's first block to ``rate`` in the last, as DeiT does.
 
     Raises SettingsError where a model has no place for it.
     """
@@ -25,7 +28,8 @@ def set_stochastic_depth(model: nn.Module, rate: float) -> None:
     ]
     if not places:
         raise SettingsError(
-            f"drop_path={rate:g}: {type(model).__name__} has no place for stochastic depth (modules called {', '.join(_NAMES)})"
+            f"drop_path={rate:g}: {type(model).__name__} has no place for stochastic depth "
+            f"(modules called {', '.join(_NAMES)})"
         )
     for number, (block, names) in enumerate(places):
         for name in names:

@@ -36,7 +36,7 @@ class Teacher(nn.Module):
             self._rescale = std / aim_std, (mean - aim_mean) / aim_std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits or features (batch, classes or features) of the student's pictures (batch, channels, height, width)."""
+        """Logits (batch, classes) or features (batch, width) of pictures (batch, channels, height, width)."""
         if self._rescale is not None:
             scale, shift = self._rescale
             images = images * scale + shift
@@ -47,7 +47,8 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
     """Raise unless a teacher can teach a student of so many classes; ``logits``: whether these are to be learnt.
 
     Raises:
-        SettingsError: where it takes pictures of another size or tells other classes apart; the message says what each has.
+        SettingsError: where it takes pictures of another size or tells other classes apart; the message says what each
+            has.
     """
     own = preprocess_or_none(teacher)
     ours = f"{seen.size[0]}×{seen.size[1]}×{seen.channels}"
@@ -79,7 +80,8 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
     if names and others and names != others and sorted(names) == sorted(others):
         place = next(i for i, pair in enumerate(zip(names, others, strict=True)) if pair[0] != pair[1])
         raise SettingsError(
-            f"the teacher has the student's classes in another order: class {place} is {others[place]!r}, expected {names[place]!r}"
+            f"the teacher has the student's classes in another order: "
+            f"class {place} is {others[place]!r}, expected {names[place]!r}"
         )
 
 
@@ -139,7 +141,10 @@ class Features:
 
     @contextmanager
     def kept_from(self, model: nn.Module) -> Iterator[None]:
-        """While the block lasts, each forward of ``model`` leaves its features here. Raises SettingsError for a missing path."""
+        """While the block lasts, each forward of ``model`` leaves its features here.
+
+        Raises SettingsError for a missing path.
+        """
         modules = dict(model.named_modules())
         with ExitStack() as stack:
             for path in self.paths:

@@ -38,29 +38,34 @@ def tune(
     progress: bool = False,
     **settings: Any,
 ) -> nn.Module:
-    """Train a model on, in place, and return it; it is changed only at the end, so a run that fails leaves it as it was.
+    """Train a model on, in place, and return it. It is changed only at the end: a run that fails leaves it as it was.
 
-    Started by ``torchrun`` or ``accelerate launch``, the run spreads over all processes, and each gets the tuned model. The model
-    is tuned where it is: on the CPU, or on the accelerators.
+    Started by ``torchrun`` or ``accelerate launch``, the run spreads over all processes, and each gets the tuned model.
+    The model is tuned where it is: on the CPU, or on the accelerators.
 
-    With ``out``, the run can be killed at any moment: it keeps checkpoints in ``OUT/checkpoints``, and the same call goes on from the
-    last one. Everything random in a step is seeded by its number, so the result is bit for bit that of a run that was not
-    interrupted (on a CPU, with the same number of processes); no states of random generators need saving.
+    With ``out``, the run can be killed at any moment: it keeps checkpoints in ``OUT/checkpoints``, and the same call
+    goes on from the last one. Everything random in a step is seeded by its number, so the result is bit for bit that of
+    a run that was not interrupted (on a CPU, with the same number of processes); no states of random generators need
+    saving.
 
     Args:
-        data: training pictures, with labels or, given a teacher, without. teacher: what to distil: the model before compression, or another
-            with the same classes and picture size. evaluation: labelled pictures to follow the top-1 on; nothing is chosen by them.
-        out: folder for the checkpoints and ``log.jsonl``. preprocess: of models that do not say how they want their pictures.
+        data: training pictures, with labels or, given a teacher, without. teacher: what to distil: the model before
+            compression, or another with the same classes and picture size. evaluation: labelled pictures to follow the
+            top-1 on; nothing is chosen by them.
+        out: folder for the checkpoints and ``log.jsonl``. preprocess: of models that do not say how they want their
+            pictures.
         restart: forget the checkpoints in ``out`` and begin anew. settings: fields of :class:`TuneSettings`.
 
     Returns:
-        ``student``, with ``comcat_record.results["tuning"]``: settings, teacher, curve, seconds, images per second, and the evaluations before,
-        after, and at the best of the steps (which is for information: the last weights are what counts).
+        ``student``, with ``comcat_record.results["tuning"]``: settings, teacher, curve, seconds, images per second, and
+        the evaluations before, after, and at the best of the steps (which is for information: the last weights are what
+        counts).
 
     Raises:
-        SettingsError: for settings or a teacher that do not fit. DataError: for labels outside the model's classes, too many unreadable pictures,
-            or no labels and no teacher. NumericsError: for a loss that is not finite or explodes; it names the step, the place and the last
-            good checkpoint. StoreError: for checkpoints of another run, or where none can be written.
+        SettingsError: for settings or a teacher that do not fit. DataError: for labels outside the model's classes, too
+            many unreadable pictures, or no labels and no teacher. NumericsError: for a loss that is not finite or
+            explodes; it names the step, the place and the last good checkpoint. StoreError: for checkpoints of another
+            run, or where none can be written.
     """
     return tune_(
         student,
@@ -134,7 +139,7 @@ def _name_of(model: nn.Module | None) -> str | None:
 
 
 def _note(student: Any, result: dict[str, Any]) -> None:
-    """Write a run's result into the student's record; a model that was never compressed gets a record with an empty plan."""
+    """Write a run's result into the student's record, a new one with an empty plan where it was never compressed."""
     record = getattr(student, "comcat_record", None)
     if record is None:
         try:
