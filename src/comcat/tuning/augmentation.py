@@ -77,5 +77,5 @@ def _rand_augment(words: str, preprocess: Preprocess) -> Any:
 
 
 def _bits(bits: Callable[..., tuple[int]], level: float, options: dict[str, Any]) -> tuple[int]:
-    """Bits that Posterize keeps: one at least. timm's strongest asks for none: a black picture, an error in Pillow 13."""
+    """Bits that Posterize keeps: one at least. timm's strongest asks for none: black, an error in Pillow 13."""
     return (max(1, bits(level, options)[0]),)

@@ -41,15 +41,13 @@ class TuneSettings:
     warmup: float = 0.05
     """Share of the run in which the learning rate rises linearly from min_lr."""
     weight_decay: float = 0.005
-    """Weight decay, but for biases, norms, tokens and position embeddings; the paper's for DeiT-small (DeiT's own, for
-    base, is 0.05)."""
+    """Weight decay of matrices of weights, as in the paper for DeiT-small; DeiT's own, for base, is 0.05."""
     clip: float | None = 1.0
     """Largest norm of the gradient of all weights together; None does not clip."""
     precision: Precision = "fp32"
     """What to compute in; the weights and their updates stay in fp32."""
     distillation: Distillation | None = None
-    """What to learn of the teacher's logits: nothing, its most likely class (the paper, DeiT), or its distribution; by
-    default soft with a teacher."""
+    """What to learn of the teacher's logits: nothing, its likeliest class (DeiT), or its distribution, the default."""
     temperature: float = 1.0
     """Softens both distributions of soft distillation."""
     alpha: float = 0.5
@@ -76,8 +74,7 @@ class TuneSettings:
     flip: float = 0.5
     """Share of pictures mirrored left to right."""
     drop_path: float | None = None
-    """Stochastic depth: the share of pictures for which the last block's branches are skipped, rising linearly from
-    none at the first (DeiT: 0.1); None leaves the model as it was loaded."""
+    """Stochastic depth of the last block, rising linearly from none at the first (DeiT: 0.1); None: as it was loaded."""
     repeats: int = 1
     """Repeated augmentation: so many samples of a picture in a row (DeiT: 3)."""
     ema: float | None = None
