@@ -23,10 +23,10 @@ from typing import Any
 
 import common
 import torch
+from real.distil import distil
 from real.measure import Table, packed, paired, picture_error, resamples, summary
 from real.methods import METHODS, Shrinker, chosen_methods, unknown_settings
 from real.tasks import TASKS, Task, outputs
-from real.tuning import distil
 
 import comcat
 from comcat.errors import BudgetError, ComcatError

@@ -378,8 +378,8 @@ def test_rows_that_the_library_does_not_know_are_left_out(tiny_task, tmp_path, m
 
 
 def test_tuning_comes_nearer_to_the_dense_model(tiny_task, tmp_path):
+    from real.distil import distance, distil
     from real.tasks import outputs
-    from real.tuning import distance, distil
 
     dense, student = tiny_task.build(), comcat.compress(tiny_task.build(), reduce=0.5, statistic="weights")
     pixels = some_pixels(32)
