@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, SHARED, machine, parser, table, write, write_whole
+from common import RESULTS, SHARED, machine, parser, table, write
 from torch import nn
 
 from comcat import batches, load_model, open_pictures, preprocess_of
 from comcat.calibration import calibrate
 from comcat.factors import PaperCode, Statistic, Unilateral, Weights
+from comcat.files import write_json
 from comcat.hosts import find_sites
 from comcat.measure import count_parameters, evaluate
 from comcat.methods.allocate import allocate, spectra
@@ -216,7 +217,7 @@ class _Store:
     def get(self, key: str, compute: Callable[[], float]) -> float:
         if key not in self.values:
             self.values[key] = compute()
-            write_whole(self.path, self.values)
+            write_json(self.path, self.values)
         return self.values[key]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comcat.files import write_json
 from comcat.measure import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +43,7 @@ def write(name: str, result: dict[str, Any]) -> Path:
         "environment": environment(),
         **result,
     }
-    write_whole(path, content)
+    write_json(path, content)
     print(f"wrote {path}")
     return path
 
@@ -53,16 +54,8 @@ def kept_result(path: Path, settings: dict[str, Any], make: Callable[[], dict[st
     if path.is_file() and (kept := json.loads(path.read_text())).get("settings") == settings:
         return kept["result"]
     result = make()
-    write_whole(path, {"settings": settings, "result": result})
+    write_json(path, {"settings": settings, "result": result})
     return result
-
-
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """JSON in a file that is never half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:

@@ -64,7 +64,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 def one_run(arguments: Any) -> dict[str, Any]:
     """What each started process does: tune, and leave the weights behind."""
     import comcat
-    from comcat.tensorfiles import write_tensors
+    from comcat.files import write_tensors
     from comcat.tuning.tune import tune
 
     torch.set_num_threads(1)
@@ -86,7 +86,7 @@ def one_run(arguments: Any) -> dict[str, Any]:
         **(PLAIN if plain else RANDOM),
     )
     if os.environ.get("RANK", "0") == "0":
-        write_tensors(student.state_dict(), arguments.out / "weights.safetensors")
+        write_tensors(arguments.out / "weights.safetensors", student.state_dict())
     return {}
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import common
 import timm
 import torch
-from safetensors.torch import save_file
 
 import comcat
+from comcat.files import write_json, write_tensors
 
 NAME, ARCHITECTURE = "deit_tiny_cifar10", "vit_tiny_patch16_224"
 SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
@@ -77,16 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def save(model: Any, shape: dict[str, Any], classes: list[str], out: Path) -> None:
     """As timm's ``local-dir`` reads it, in float16; each file is written whole or not at all."""
-    out.mkdir(parents=True, exist_ok=True)
-    weights = out / ".model.safetensors.tmp"
-    save_file({k: v.detach().cpu().half().contiguous() for k, v in model.state_dict().items()}, weights)
+    write_tensors(out / "model.safetensors", {k: v.detach().half() for k, v in model.state_dict().items()})
     content = {
         "architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": SHAPE["embed_dim"], "global_pool": "token",
         "model_args": shape, "label_names": classes,
         "pretrained_cfg": {**INPUT, "num_classes": len(classes), "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head"},
     }  # fmt: skip
-    weights.replace(out / "model.safetensors")
-    common.write_whole(out / "config.json", content)
+    write_json(out / "config.json", content)
 
 
 if __name__ == "__main__":

@@ -861,10 +861,10 @@ def test_write_is_atomic(tmp_path, monkeypatch):
 
 
 def test_write_to_a_folder_is_refused(tmp_path):
-    with pytest.raises(StoreError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot be written"):
         write(empty(), tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot be written"):
         write(empty(), tmp_path / "file" / "report.html")
     with pytest.raises(StoreError, match="expected the name of a file"):
         write(empty(), "")

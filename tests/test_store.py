@@ -19,8 +19,10 @@ from PIL import Image
 from torch import nn
 
 import comcat
+from comcat import files
 from comcat.data import Preprocess
 from comcat.errors import ModelError, SettingsError, StoreError
+from comcat.files import read_tensors
 from comcat.hosts import find_sites
 from comcat.models import Origin, load_model, origin_of
 from comcat.plan import Plan, SitePlan, apply_
@@ -29,7 +31,6 @@ from comcat.report import ReportData
 from comcat.store import folder as folders
 from comcat.store import import_paper, load, push_to_hub, save, saving
 from comcat.store.processor import processor_config
-from comcat.tensorfiles import read_tensors, write_tensors
 
 DEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -183,18 +184,6 @@ def test_shared_and_scattered_tensors(saved, tmp_path):
     assert not weight.is_contiguous()
     loaded = load(save(model, tmp_path / "small"))
     assert torch.equal(output(loaded), output(model))
-
-
-def test_tensor_files_hold_views_once_and_whole(tmp_path):
-    base = torch.arange(12.0)
-    state = {"a": base[:6].view(2, 3), "b": base[6:], "c": base[:6].view(2, 3), "d": base[:6], "e": torch.zeros(0)}
-    write_tensors(state, tmp_path / "t.safetensors")
-    again = read_tensors(tmp_path / "t.safetensors")
-    assert set(again) == set(state) and all(torch.equal(again[k], v) for k, v in state.items())
-    assert again["a"] is again["c"] and again["d"].data_ptr() != again["a"].data_ptr()
-    for bad, reason in ((torch.zeros(2, device="meta"), "meta"), (torch.eye(2).to_sparse(), "sparse"), (3, "int")):
-        with pytest.raises(StoreError, match=rf"x cannot be saved.*{reason}"):
-            write_tensors({"x": bad}, tmp_path / "x")
 
 
 def test_a_wrapped_model_is_saved_without_its_wrapper(saved, tmp_path):
@@ -430,7 +419,8 @@ def test_a_failed_save_leaves_the_old_model_whole(quick, tmp_path, monkeypatch, 
         if where == "a full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
         else:
-            monkeypatch.setattr(folders if where.startswith("_") else saving, where, fail)
+            module = {"_sync": files, "_swap": files, "_carry_over": folders}.get(where, saving)
+            monkeypatch.setattr(module, where, fail)
         with pytest.raises(StoreError, match=r"cannot.*unchanged"):
             save(marked(quick, 2), folder)
         with pytest.raises(StoreError):
@@ -465,7 +455,7 @@ def test_killed_at_any_moment_the_old_or_the_new_model_is_there(quick, tmp_path)
 
 
 def test_without_an_atomic_exchange_two_renames_do(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_exchange", lambda a, b: False)
+    monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     folder = save(marked(quick, 1), tmp_path / "small")
     save(marked(quick, 2), folder)
     assert mark(folder) == 2 and not leftovers(folder)
@@ -481,24 +471,11 @@ def test_without_an_atomic_exchange_two_renames_do(quick, tmp_path, monkeypatch)
             raise OSError(5, "no luck" if before.exists() else "Directory not empty") from None
         rename(source, target)
 
-    monkeypatch.setattr(folders.os, "rename", fail)
+    monkeypatch.setattr(files.os, "rename", fail)
     with pytest.raises(StoreError, match="unchanged"):
         save(marked(quick, 3), folder)
     monkeypatch.undo()
     assert mark(folder) == 2
-
-
-def test_leftovers_go_unless_somebody_writes_to_them(quick, tmp_path):
-    folder = tmp_path / "s[m]all"
-    dead, alive = (tmp_path / f".s[m]all.comcat-{name}.tmp" for name in ("dead", "alive"))
-    for path in (dead, alive):
-        path.mkdir()
-    lock = folders._lock(alive, wait=False)
-    save(quick, folder)
-    assert not dead.exists() and alive.exists()
-    os.close(lock)
-    save(quick, folder)
-    assert not leftovers(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- the card

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .data import batches, open_pictures
 from .errors import ModelError
+from .files import read_tensors, write_tensors
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 ARGUMENTS: dict[str, Any] = {
@@ -37,22 +38,18 @@ def digits_model(cache: Path, *, epochs: int = 40, seed: int = 0, progress: bool
         import timm
     except ImportError:
         raise ModelError("the demo needs timm: install comcat[timm]") from None
-    from safetensors.torch import load_file, save_file
 
     torch.manual_seed(seed)
     model = timm.create_model(ARCHITECTURE, pretrained=False, pretrained_cfg_overlay=DATA_CONFIG, **ARGUMENTS)
     if cache.is_file():
-        model.load_state_dict(load_file(cache))
+        model.load_state_dict(read_tensors(cache))
         return model.eval()
     from .models import preprocess_of
 
     loader = batches(open_pictures("digits:train"), preprocess_of(model), batch_size=256)
     images, labels = (torch.cat(t) for t in zip(*loader, strict=True))
     train(model, images, labels, epochs=epochs, seed=seed, progress=progress)
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cache.with_name(f".{cache.name}.tmp")
-    save_file(model.state_dict(), temporary)
-    temporary.replace(cache)
+    write_tensors(cache, model.state_dict())
     return model
 
 

@@ -57,3 +57,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not matches:
         return ""
     return "; did you mean " + " or ".join(repr(m) for m in matches) + "?"
+
+
+def listed(phrases: list[str], most: int = 4) -> str:
+    """The first few phrases, and how many more there are."""
+    more = f"; and {len(phrases) - most} more" if len(phrases) > most else ""
+    return "; ".join(phrases[:most]) + more

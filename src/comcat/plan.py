@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import PlanError, nearest
 from .factors import Statistic, Weights
+from .files import write_text
 from .hosts import find_sites, host_of
 from .hosts.mounting import exchange
 from .linalg import Factorization
@@ -106,10 +107,7 @@ class Plan:
             raise PlanError(f"not a plan: {error.msg} in line {error.lineno}") from None
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_json())
-        temporary.replace(path)
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

@@ -68,12 +68,12 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, place)
     def fail(*arguments, **keywords):
         raise full
 
-    def fail_second(group, path):
+    def fail_second(path, group):
         calls.append(path)
         if len(calls) == 2:
             path.write_bytes(b"half")
             raise StoreError("the weights cannot be written: No space left on device")
-        return write_tensors(group, path)
+        return write_tensors(path, group)
 
     write_tensors = module.write_tensors
     with monkeypatch.context() as patched:
@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_the_earlier_ones_whole(tmp_path, monkeypatch, place)
         elif place == "second tensors":
             patched.setattr(module, "write_tensors", fail_second)
         elif place == "state":
-            patched.setattr(Path, "write_text", fail)
+            patched.setattr(Path, "write_bytes", fail)
         elif place == "sync":
             patched.setattr(os, "fsync", fail)
         else:

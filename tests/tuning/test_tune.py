@@ -532,11 +532,11 @@ def test_a_disk_that_fills_stops_the_run_and_it_goes_on_when_there_is_room(data,
     tune(undisturbed, data, epochs=2, **QUICK)
     write, calls = checkpoints_module.write_tensors, []
 
-    def full(group, path):
+    def full(path, group):
         calls.append(path)
         if len(calls) > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(group, path)
+        write(path, group)
 
     net = model()
     with monkeypatch.context() as patched:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import tyro
 
 from ..errors import ComcatError, SettingsError
-from ..writable import check_writable
+from ..files import check_writable
 
 Positional = tyro.conf.Positional
 

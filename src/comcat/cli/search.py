@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, SettingsError
+from ..files import check_writable
 from ..methods.search import SearchSettings
 from ..settings import part_of
 from ..terminal import table
-from ..writable import check_writable
 from .common import Common, Positional, in_processes, load, skip_notes
 
 

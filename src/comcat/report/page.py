@@ -2,15 +2,14 @@
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comcat.errors import ComcatError, StoreError
+from comcat.errors import ComcatError
+from comcat.files import write_text
 from comcat.report import units
 from comcat.report.data import ReportData, SiteRow
 from comcat.report.figures import (
@@ -62,20 +61,7 @@ def write(data: ReportData, path: str | os.PathLike[str]) -> None:
 
     Raises what ``render`` raises, and StoreError if the file cannot be written.
     """
-    page = render(data)
-    path = Path(path)
-    if not path.name:
-        raise StoreError(f"cannot write the report to {str(path)!r}: expected the name of a file")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(page.encode("utf-8", errors="replace"))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot write the report to {str(path)!r}: {error}") from error
+    write_text(path, render(data))
 
 
 def _tiles(data: ReportData) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import StoreError
-from ..tensorfiles import read_tensors, write_tensors
+from ..files import read_tensors, whole_folder, write_json, write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
@@ -55,23 +55,13 @@ class Checkpoints:
                 unchanged.
         """
         target = self.folder / f"step-{step:08d}"
-        new = target.with_name(f".{target.name}.tmp")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".step-*.tmp"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            new.mkdir()
-            for name, group in tensors.items():
-                write_tensors(group, new / f"{name}.safetensors")
-            (new / _STATE).write_text(json.dumps(dict(state), indent=1) + "\n", encoding="utf-8")
-            for path in [*new.iterdir(), new]:
-                _sync(path)
-            if target.exists():  # a run that went on from an earlier checkpoint comes by again
-                _forget(target)
-            os.rename(new, target)
-            _sync(self.folder)
+            self._clear_leftovers()
+            with whole_folder(target) as new:
+                for name, group in tensors.items():
+                    write_tensors(new / f"{name}.safetensors", group)
+                write_json(new / _STATE, dict(state))
         except (OSError, StoreError) as error:
-            shutil.rmtree(new, ignore_errors=True)
             last = self.latest()
             kept = "there is no earlier one" if last is None else f"the last good one is {last.path}"
             raise StoreError(f"checkpoint {target} cannot be written: {error}; {kept}") from error
@@ -101,6 +91,9 @@ class Checkpoints:
         """Forget all checkpoints, to begin anew."""
         for folder in reversed(self._folders()):  # killed half-way, the oldest are left, which a restart forgets again
             _forget(folder)
+        self._clear_leftovers()
+
+    def _clear_leftovers(self) -> None:
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -137,11 +130,3 @@ def check_settings(checkpoint: Checkpoint, now: Mapping[str, Any]) -> None:
             f"{checkpoint.path} was made with other settings: {'; '.join(found)}. "
             "Repeat the command as it was to go on, or begin anew with --restart"
         )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

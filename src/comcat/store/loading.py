@@ -13,13 +13,13 @@ from torch import nn
 
 from .._version import __version__
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
+from ..files import read_tensors, surviving
 from ..models import Origin
 from ..plan import Plan
 from ..record import Record
-from ..tensorfiles import fill, read_tensors
-from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256, surviving
+from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256
 from .hub import download, looks_like_repo
-from .rebuilding import rebuild
+from .rebuilding import fill, rebuild
 
 _log = logging.getLogger(__name__)
 

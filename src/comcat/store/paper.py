@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite
+from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, listed
 from ..hosts import find_sites
 from ..models import class_names_of, load_model, origin_of, preprocess_of
 from ..models.failures import first_line
@@ -30,7 +30,7 @@ from ..modules.lowrank import LowRankAttention, LowRankLinear
 from ..plan import Plan, SitePlan, apply_
 from ..record import Record
 from ..sites import Attention, Sites
-from ..tensorfiles import fill, listed
+from .rebuilding import fill
 
 _LAYER = "selected_rank_layer"
 _DENSE = ("w_qs", "w_ks", "w_vs")

@@ -1,13 +1,15 @@
-"""A model's structure again, from its origin and its plan."""
+"""A model's structure again, from its origin and its plan, and its weights put into it."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite
+from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, listed
 from ..hosts import find_sites
 from ..models import Origin
 from ..plan import Plan, apply_
@@ -37,3 +39,38 @@ def rebuild(origin: Origin, plan: Plan) -> Rebuilt:
         except (PlanError, UnknownSite, UnsupportedSite) as error:
             raise StoreError(f"the plan does not fit {origin.name}: {error}") from error
     return Rebuilt(model=model.eval(), sites=sites, parameters=parameters)
+
+
+def unlike(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """How two state dicts differ in names and shapes, a phrase each."""
+    found = [f"{k} is missing" for k in expected if k not in state]
+    found += [f"{k} is unexpected" for k in state if k not in expected]
+    pairs = ((k, tuple(state[k].shape), tuple(v.shape)) for k, v in expected.items() if k in state)
+    return found + [f"{k} is {got}, expected {want}" for k, got, want in pairs if got != want]
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load a state dict strictly, in the dtypes it has. Raises StoreError if it does not fit."""
+    tensors = _upgraded(model, tensors)
+    if found := unlike(tensors, model.state_dict()):
+        raise StoreError(f"the weights do not fit: {listed(found)}")
+    floating = Counter[torch.dtype]()
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            floating[tensor.dtype] += tensor.numel()
+    if floating:
+        model.to(floating.most_common(1)[0][0])  # buffers that are not in the file go with the rest
+    with torch.no_grad():
+        for name, own in model.state_dict(keep_vars=True).items():
+            if own.dtype != tensors[name].dtype:
+                own.data = own.data.to(tensors[name].dtype)
+    model.load_state_dict(dict(tensors), strict=True)
+
+
+def _upgraded(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict under the names that our modules have today; each knows what it was called before."""
+    state = dict(tensors)
+    for path, module in model.named_modules():
+        if getattr(module, "comcat_module", False) and hasattr(module, "upgrade_state_dict"):
+            module.upgrade_state_dict(state, f"{path}." if path else "")  # type: ignore[operator]
+    return state

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..errors import ModelError, SettingsError, StoreError
+from ..errors import ModelError, SettingsError, StoreError, listed
+from ..files import write_tensors
 from ..models import Origin, class_names_of, origin_of, preprocess_of
 from ..models.origins import remembered_origin, unwrapped
 from ..plan import Plan
 from ..record import Record
-from ..tensorfiles import listed, unlike, write_tensors
 from .card import model_card
 from .folder import (
     CARD,
@@ -34,7 +34,7 @@ from .folder import (
     replacing,
     write_config,
 )
-from .rebuilding import Rebuilt, rebuild
+from .rebuilding import Rebuilt, rebuild, unlike
 from .stock import write_stock
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def save(
         if stock:
             config |= {"stock": write_stock(model, origin, record, rebuilt.sites, new)}
         else:
-            write_tensors(model.state_dict(), new / WEIGHTS)
+            write_tensors(new / WEIGHTS, model.state_dict())
         (new / PLAN).write_text(plan_text, encoding="utf-8")
         (new / CARD).write_text(
             model_card(config, record.plan, name=Path(os.path.abspath(target)).name), encoding="utf-8"

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Preprocess
-from ..errors import StoreError
+from ..errors import StoreError, listed
 from ..hosts import find_sites
 from ..models import Origin
 from ..models.failures import first_line, required
 from ..plan import Plan
 from ..record import Record
 from ..sites import Attention, Sites
-from ..tensorfiles import listed, unlike
 from .processor import processor_config
+from .rebuilding import unlike
 from .translation import translated
 
 TOLERANCE = 1e-4  # of outputs in float32, relative to the largest

@@ -7,10 +7,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ...errors import ModelError, SettingsError, UnsupportedSite, nearest
+from ...errors import ModelError, SettingsError, UnsupportedSite, listed, nearest
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
 from ...settings import expect_one_of
-from ...tensorfiles import listed
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
 from .hosts import AdaptableAttention, RefusedAttention, host_of
 from .places import Place, find_places, place_at

@@ -8,9 +8,7 @@ module's ``.alpha``. Embeddings of learned tokens are ``<component>.token_embedd
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..._version import __version__
-from ...errors import SettingsError, StoreError
+from ...errors import SettingsError, StoreError, listed
+from ...files import write_tensors
 from ...modules.adapters import CONTEXT, SIDES
-from ...tensorfiles import listed
 from ..pipeline.components import TEXT_ENCODERS
 from .attach import unknown
 from .records import Record, adapters, remember
@@ -125,11 +123,10 @@ def save(
     known = {"identifier": record.identifier, "prompt": record.prompt, "base": record.base}
     text = {k: v for k, v in known.items() if v is not None}
     versions = {_MARK: FORMAT, "comcat_version": __version__, "torch_version": torch.__version__, "format": "pt"}
-    written = _write(
-        Path(path).expanduser(), tensors, {**record.metadata, **text, **versions, "rank": str(adapter.rank)}
-    )
+    path = Path(path).expanduser()
+    write_tensors(path, tensors, {**record.metadata, **text, **versions, "rank": str(adapter.rank)})
     remember(target, name, record)
-    return written
+    return path
 
 
 def read(path: str | os.PathLike[str]) -> AdapterFile:
@@ -269,20 +266,3 @@ def _held_in(dtype: torch.dtype, key: str, value: Tensor) -> Tensor:
             f"{key} holds {f'what {dtype} cannot; choose dtype=torch.float32' if whole else 'NaN or infinity'}"
         )
     return held
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        os.replace(temporary, path)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise StoreError(f"cannot save to {path}: {error}; what was there is unchanged") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    return path

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import SettingsError, UnsupportedSite
+from ...errors import SettingsError, UnsupportedSite, listed
 from ...hosts.mounting import exchange
 from ...modules.adapters import padded_width
-from ...tensorfiles import listed
 from ..pipeline.components import components_of
 from .places import Fused, Place
 from .records import adapters, check_unfused, check_whole, located, records

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SettingsError, StoreError
+from ...errors import SettingsError, StoreError, listed
 from ...modules.adapters import PRODUCTS, SIDES, LowRankTerms
-from ...tensorfiles import listed
 from ..pipeline.components import components_of, denoiser_of
 from .attach import check_new, install
 from .files import AdapterFile, read

@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import NumericsError, SettingsError, UnsupportedSite
+from ...errors import NumericsError, SettingsError, UnsupportedSite, listed
 from ...linalg import product_singular_values
-from ...tensorfiles import listed
 from ..pipeline.components import components_of
 from .attach import unknown, unload
 from .fuse import not_plain, plain_linear

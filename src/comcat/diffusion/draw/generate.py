@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from ...errors import ModelError, SettingsError
+from ...files import check_writable
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
-from ...writable import check_writable
 from ..pipeline.families import Flux, check_multiple, family_of
 from ..pipeline.shortage import shortage_explained
 from .pictures import already_made, file_name, save_picture

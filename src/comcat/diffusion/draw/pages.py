@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -13,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...errors import StoreError
+from ...files import write_text
 
 
 @dataclass(frozen=True)
@@ -48,17 +47,7 @@ def write_page(page: Page, path: Path) -> Path:
     Raises:
         StoreError: if it cannot be written.
     """
-    text = render_page(page)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
+    write_text(path, render_page(page))
     return path
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from ...errors import StoreError
+from ...files import whole_file
 from ...runs.checkpoints import differences
 
 MADE = "comcat"
@@ -39,16 +39,8 @@ def save_picture(image: Image.Image, path: Path, made: Mapping[str, Any]) -> Non
     about = PngImagePlugin.PngInfo()
     about.add_itxt("prompt", str(made["prompt"]))
     about.add_itxt(MADE, json.dumps(dict(made), ensure_ascii=False, sort_keys=True))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            image.save(temporary, format="PNG", pnginfo=about)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error}") from error
+    with whole_file(path) as new:
+        image.save(new, format="PNG", pnginfo=about)
 
 
 def read_made(path: Path) -> dict[str, Any] | None:

@@ -15,11 +15,11 @@ import torch
 
 from ..._version import __version__
 from ...errors import SettingsError, StoreError
+from ...files import check_writable
 from ...runs.checkpoints import Checkpoints, check_settings
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
-from ...writable import check_writable
 from ..adapter.attach import attach, unload
 from ..adapter.files import save
 from ..adapter.records import Adapter, answering, records, remember
