@@ -24,12 +24,12 @@ from comcat.data import Preprocess
 from comcat.errors import ModelError, SettingsError, StoreError
 from comcat.files import read_tensors
 from comcat.hosts import find_sites
-from comcat.models import Origin, load_model, origin_of
+from comcat.models import Origin, origin_of
 from comcat.plan import Plan, SitePlan, apply_
 from comcat.record import Record
 from comcat.report import ReportData
 from comcat.store import folder as folders
-from comcat.store import import_paper, load, push_to_hub, save, saving
+from comcat.store import import_paper, load, load_model, push_to_hub, save, saving
 from comcat.store.processor import processor_config
 
 DEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -158,8 +158,38 @@ def test_transformers_models_go_round(tmp_path):
     assert torch.equal(output(load(save(model, tmp_path / "small")), 16), output(model, 16))
 
 
-def test_load_model_takes_a_saved_folder(saved):
-    assert torch.equal(output(load_model(str(saved[1]))), output(saved[0]))
+@pytest.mark.parametrize("spec", ["{}", "timm:{}", "hf:{}", "timm:local-dir:{}"])
+def test_load_model_takes_a_saved_folder(saved, spec):
+    assert torch.equal(output(load_model(spec.format(saved[1]))), output(saved[0]))
+
+
+def test_load_model_gives_a_saved_folder_in_the_type_asked_for_and_nothing_else(saved):
+    model, folder = saved
+    assert {p.dtype for p in load_model(folder, dtype=torch.float16).parameters()} == {torch.float16}
+    assert {p.dtype for p in load_model(save(copy.deepcopy(model).half(), folder.parent / "half")).parameters()} == {
+        torch.float32
+    }
+    with pytest.raises(ModelError, match="just as it was saved; got num_classes"):
+        load_model(folder, num_classes=3)
+    with pytest.raises(ModelError, match="got pretrained=False"):
+        load_model(folder, pretrained=False)
+
+
+def test_load_model_finds_what_a_killed_save_left(saved):
+    folder = saved[1]
+    folder.rename(folder.with_name(f".{folder.name}.comcat-before"))
+    try:
+        assert torch.equal(output(load_model(folder)), output(saved[0]))
+    finally:
+        folder.with_name(f".{folder.name}.comcat-before").rename(folder)
+
+
+def test_load_model_hands_names_of_others_down():
+    with pytest.raises(ModelError, match="got '', expected"):
+        load_model("")
+    with pytest.raises(ModelError, match="did you mean 'timm'"):
+        load_model("tim:deit_small_patch16_224")
+    assert comcat.load_model("timm:vit_tiny_patch16_224", pretrained=False, **DEIT).num_classes == DEIT["num_classes"]
 
 
 def test_dtypes_are_kept_or_changed_on_request(saved, tmp_path):

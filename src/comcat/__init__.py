@@ -16,7 +16,7 @@ from ._version import __version__
 _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "calibration", "allocate": "methods.allocate", "apply_": "plan",
     "batches": "data", "calibrate": "calibration", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
-    "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "models",
+    "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
     "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
     "search": "methods.search", "tune": "tuning.tune", "ComcatError": "errors",
 }  # fmt: skip
@@ -42,13 +42,13 @@ if TYPE_CHECKING:
     from .methods.compress import compress as compress
     from .methods.search import search as search
     from .models import Origin as Origin
-    from .models import load_model as load_model
     from .models import preprocess_of as preprocess_of
     from .plan import Plan as Plan
     from .plan import SitePlan as SitePlan
     from .plan import apply_ as apply_
     from .store import import_paper as import_paper
     from .store import load as load
+    from .store import load_model as load_model
     from .store import push_to_hub as push_to_hub
     from .store import save as save
     from .tuning.tune import tune as tune

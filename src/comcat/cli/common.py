@@ -56,7 +56,7 @@ class Loader:
 def load(command: Common, spec: str) -> Any:
     import torch
 
-    from ..models import load_model
+    from ..store import load_model
 
     torch.manual_seed(command.seed)
     return load_model(

@@ -32,7 +32,7 @@ def load_model(
 
     spec: ``timm:NAME`` (an architecture of timm, with a tag or without; weights from the hub),
         ``timm:hf-hub:OWNER/NAME``, ``hf:OWNER/NAME`` (a transformers model; of CLIP and SigLIP the vision tower), or a
-        folder that timm (its ``local-dir`` layout), transformers (``save_pretrained``) or comcat has saved.
+        folder that timm (its ``local-dir`` layout) or transformers (``save_pretrained``) has saved.
     pretrained: with False, random weights instead of the checkpoint's.
     model_args: passed on, to ``timm.create_model`` (``num_classes=10``) or to the transformers config and class
         (``num_labels=10``, ``attn_implementation="eager"``; ``revision`` and ``cache_dir`` to the hub).
@@ -55,10 +55,10 @@ def load_model(
 def _load(text: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[str, Any]) -> nn.Module:
     options = (text, pretrained, dtype, model_args)
     library, colon, name = text.partition(":")
-    known = bool(colon) and library in ("timm", "hf")
+    known = _has_library(text)
     if not text or (known and not name):
         raise ModelError(f"got {text!r}, {_EXPECTED}")
-    place = Path(name.removeprefix("local-dir:") if known else text).expanduser()
+    place = place_of(text)
     if place.is_dir():
         return _load_folder(place, *options)
     if known and (name.startswith((".", "/", "~", "local-dir:"))):
@@ -68,6 +68,16 @@ def _load(text: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[s
     if colon and library.isidentifier() and len(library) > 1:
         raise ModelError(f"got {text!r}, {_EXPECTED}{nearest(library, ['timm', 'hf'])}")
     raise _no_folder(place)
+
+
+def place_of(spec: str | os.PathLike[str]) -> Path:
+    """The folder that the name of a model means, where it means one: ``timm:./vit`` and ``./vit`` are the same."""
+    text = os.fspath(spec)
+    return Path(text.partition(":")[2].removeprefix("local-dir:") if _has_library(text) else text).expanduser()
+
+
+def _has_library(text: str) -> bool:
+    return text.partition(":")[0] in ("timm", "hf") and ":" in text
 
 
 def _no_folder(place: Path) -> ModelError:
@@ -87,12 +97,7 @@ def _load_folder(
 ) -> nn.Module:
     config = _read_config(folder)
     if "comcat_version" in config:
-        if not pretrained or model_args:
-            got = ", ".join(model_args) or "pretrained=False"
-            raise ModelError(f"{folder} holds a compressed model, which loads just as it was saved; got {got}")
-        from .. import store
-
-        return store.load(folder).to(dtype)
+        raise ModelError(f"{folder} holds a model that comcat saved: load it with comcat.load_model or comcat.load")
     if "model_type" in config:
         return load_transformers(str(folder), spec, pretrained, dtype, model_args)
     if "architecture" in config:

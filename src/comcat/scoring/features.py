@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ..data import Pictures
 from ..errors import ModelError
-from ..models import load_model, preprocess_of
+from ..models import preprocess_of
+from ..store import load_model
 
 PICKLED = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".jit")
 

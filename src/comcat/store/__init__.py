@@ -8,8 +8,8 @@ model = comcat.import_paper("checkpoint.pth", "ranks.txt", "timm:deit_small_patc
 """
 
 from .hub import push_to_hub
-from .loading import load
+from .loading import load, load_model
 from .paper import import_paper
 from .saving import save
 
-__all__ = ["import_paper", "load", "push_to_hub", "save"]
+__all__ = ["import_paper", "load", "load_model", "push_to_hub", "save"]

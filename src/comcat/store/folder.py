@@ -44,14 +44,21 @@ def write_config(folder: Path, name: str, config: Mapping[str, Any]) -> None:
 
 def own_config(folder: Path) -> dict[str, Any] | None:
     """The config of a folder that comcat has written, stock exports included, or None for any other."""
-    for name in (STOCK_CONFIG, CONFIG):
-        try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(config, dict) and "comcat_version" in config:
-            return config
-    return None
+    found = (_config_of(folder / name) for name in (STOCK_CONFIG, CONFIG))
+    return next((config for config in found if config is not None), None)
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether comcat has saved a model to a folder, stock exports excluded, which are the other library's."""
+    return _config_of(folder / CONFIG) is not None
+
+
+def _config_of(path: Path) -> dict[str, Any] | None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and "comcat_version" in config else None
 
 
 def check_replaceable(folder: Path, overwrite: bool) -> None:

@@ -11,13 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import models
 from .._version import __version__
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
 from ..files import read_tensors, surviving
 from ..models import Origin
+from ..models.loading import place_of
 from ..plan import Plan
 from ..record import Record
-from .folder import CARD, CONFIG, FORMAT, PLAN, REPORT, STOCK_CONFIG, WEIGHTS, own_hash, sha256
+from .folder import (
+    CARD,
+    CONFIG,
+    FORMAT,
+    PLAN,
+    REPORT,
+    STOCK_CONFIG,
+    WEIGHTS,
+    is_saved_model,
+    own_hash,
+    sha256,
+)
 from .hub import download, looks_like_repo
 from .rebuilding import fill, rebuild
 
@@ -56,6 +69,40 @@ def load(
         raise StoreError(f"{folder}: {error}") from error
     model.comcat_record = record  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype).eval()
+
+
+def load_model(
+    spec: str | os.PathLike[str],
+    *,
+    pretrained: bool = True,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    **model_args: Any,
+) -> nn.Module:
+    """A vision model by name or folder, in eval mode on ``device`` and in ``dtype``.
+
+    Args:
+        spec: ``timm:NAME`` (an architecture of timm, with a tag or without; weights from the hub), ``timm:hf-hub:OWNER/NAME``,
+            ``hf:OWNER/NAME`` (a transformers model; of CLIP and SigLIP the vision tower), or a folder that comcat, timm (its
+            ``local-dir`` layout) or transformers (``save_pretrained``) has saved.
+        pretrained: with False, random weights instead of the checkpoint's.
+        model_args: passed on, to ``timm.create_model`` (``num_classes=10``) or to the transformers config and class
+            (``num_labels=10``, ``attn_implementation="eager"``; ``revision`` and ``cache_dir`` to the hub).
+
+    The model remembers where it came from. Weights of transformers are read from safetensors only.
+
+    Raises:
+        ModelError: if there is no such model, its weights are missing or do not fit, the hub cannot be reached, or the
+            architecture does not take pictures; for ``pretrained`` and ``model_args`` that a compressed model cannot follow.
+        StoreError: for a folder of comcat's that is damaged. SettingsError: for a device or dtype that cannot be used.
+    """
+    folder = surviving(place_of(spec)) if os.fspath(spec) else None
+    if folder is None or not is_saved_model(folder):
+        return models.load_model(spec, pretrained=pretrained, device=device, dtype=dtype, **model_args)
+    if not pretrained or model_args:
+        got = ", ".join(model_args) or "pretrained=False"
+        raise ModelError(f"{folder} holds a compressed model, which loads just as it was saved; got {got}")
+    return load(folder, device=device, dtype=dtype)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
