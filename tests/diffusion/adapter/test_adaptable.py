@@ -100,10 +100,6 @@ def unknown(model: Any) -> None:
             ip_adapter,
             r"an IP-Adapter computes this attention \(IPAdapterAttnProcessor2_0\); unload_ip_adapter\(\) first",
         ),
-        (
-            lambda m: m.fuse_qkv_projections(),
-            r"one layer since fuse_qkv_projections\(\); call unfuse_qkv_projections\(\) first",
-        ),
         (custom_diffusion, "Custom Diffusion's own weights compute this attention"),
         (unknown, "its processor is a Strange, expected one of AttnProcessor, AttnProcessor2_0"),
     ],

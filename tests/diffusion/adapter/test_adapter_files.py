@@ -148,9 +148,12 @@ def test_a_model_of_another_shape(dog: Path) -> None:
 
 
 def test_a_refused_attention_says_why(dog: Path) -> None:
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
     model = UNET.model()
-    model.fuse_qkv_projections()
-    with pytest.raises(StoreError, match=r"attn2: its q, k and v are one layer since fuse_qkv_projections\(\)"):
+    other = CustomDiffusionAttnProcessor2_0(hidden_size=8, cross_attention_dim=12)
+    model.set_attn_processor(dict.fromkeys(model.attn_processors, other))
+    with pytest.raises(StoreError, match="attn2: Custom Diffusion's own weights compute this attention"):
         diffusion.load(model, dog)
 
 

@@ -74,7 +74,13 @@ class ToyHost:
     def unmount(self, attention: Any) -> None:
         attention.mounted = False
 
-    def displaced(self, attention: Any) -> str | None:
+    def why_not(self, attention: Any) -> str | None:
+        return None
+
+    def reclaim(self, attention: Any) -> str | None:
+        return None
+
+    def copied(self, attention: Any) -> str | None:
         return None
 
     def sweep(self, model: nn.Module) -> None: ...
@@ -143,14 +149,15 @@ def test_mounting_tells_the_same_anatomy_and_is_taken_back_whole(kind: str, tmp_
     for one in found:
         attention: Any = model.get_submodule(one.path)
         paths = host.projections(attention)
-        assert set(paths) >= set(one.widths) and host.displaced(attention) is not None
+        assert set(paths) >= set(one.widths)
         channels = ExtraChannels()
         channels.add("dog", LowRankTerms(one.widths, one.heads, 2))
         attention.add_module(CHANNELS, channels)
         before = {path: host.frozen(attention, path) for path in paths.values()}
         host.mount(attention)
         host.refresh(attention)
-        assert host.projections(attention) == paths and host.displaced(attention) is None
+        assert host.projections(attention) == paths
+        assert host.why_not(attention) is None
         assert all(host.frozen(attention, path) is module for path, module in before.items())
     assert find_in(model).adaptable == found
     for one in found:
@@ -171,6 +178,6 @@ def test_a_host_keeps_nothing_outside_the_attention(kind: str, tmp_path: Path) -
     host.mount(attention)
     host.refresh(attention)
     for copied in (copy.deepcopy(attention), pickle.loads(pickle.dumps(attention))):
-        assert getattr(copied, CHANNELS) is not channels and host.displaced(copied) is None
+        assert getattr(copied, CHANNELS) is not channels and host.why_not(copied) is None
         host.unmount(copied)
-    assert host.displaced(attention) is None
+    assert getattr(attention, CHANNELS) is channels

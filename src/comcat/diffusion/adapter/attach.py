@@ -11,6 +11,7 @@ from ...errors import ModelError, SettingsError, UnsupportedSite, listed, neares
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
 from ...settings import expect_one_of
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
+from .guard import refresh_guard
 from .hosts import AdaptableAttention, RefusedAttention, host_of
 from .places import Place, find_places, place_at
 from .records import Adapter, Record, adapters, check_unfused, check_whole, forget, located, records, remember
@@ -94,6 +95,7 @@ def unload(target: Any, name: str | None = None) -> None:
         if (host := host_of(component.model)) is not None:
             host.sweep(component.model)
     refresh_tokens(target)
+    refresh_guard(target)
 
 
 def install(target: Any, name: str, terms: Mapping[str, LowRankTerms], record: Record) -> Adapter:
@@ -107,6 +109,7 @@ def install(target: Any, name: str, terms: Mapping[str, LowRankTerms], record: R
         channels.add(name, terms[place.path])
         place.refresh()
     remember(target, name, record)
+    refresh_guard(target)
     return adapters(target)[name]
 
 

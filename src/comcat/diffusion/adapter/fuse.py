@@ -1,7 +1,7 @@
 """Writing adapters into wider projections, so that stock processors run them.
 
-Extra channels of a head are extra rows of W_Q, W_K, W_V and extra columns of W_O. Heads become wider, k + r, and √((k +
-r)/k) goes into W_Q where the processor takes its scale from the width.
+Extra channels of a head are extra rows of W_Q, W_K, W_V and extra columns of W_O. Heads become wider, k + r. Where the
+processor takes its scale from the width, √((k + r)/k) goes into W_Q.
 """
 
 from __future__ import annotations
@@ -45,11 +45,15 @@ def unfuse(target: Any) -> None:
     them as before.
 
     Raises:
-        SettingsError: if nothing is fused.
+        SettingsError: if nothing is fused. UnsupportedSite: if the wider projections hold something that has come since,
+            as a LoRA, which would be lost with them. Then nothing has changed.
     """
     fused = [(place, place.fused) for place in _places(target) if place.fused is not None]
     if not fused:
         raise SettingsError("there is no fused adapter")
+    reasons = [f"{place.path} ({reason})" for place, state in fused if (reason := _why_not_back(place, state))]
+    if reasons:
+        raise UnsupportedSite(f"cannot unfuse {len(reasons)} of {len(fused)} attentions: {listed(reasons)}")
     for place, state in fused:
         _unfuse(place, state)
 
@@ -73,7 +77,7 @@ def not_plain(place: Place) -> str | None:
             return f"{path} is a {type(module).__name__}, expected a plain linear layer"
         if linear.weight.is_meta:
             return f"the weights of {path} are not there: offloaded, or on the meta device"
-    return None
+    return place.host.copied(place.attention)
 
 
 def _places(target: Any) -> Iterator[Place]:
@@ -94,31 +98,22 @@ def _why_not(place: Place) -> str | None:
     return not_plain(place)
 
 
-@torch.no_grad()
 def _fuse(place: Place) -> None:
     attention, channels = place.attention, place.mounted
     assert channels is not None, "adapters() has found them"
-    factors, own = place.host.projections(attention), place.projections()
-    linears: dict[str, Any] = {path: plain_linear(module) for path, module in own.items()}
-    query = linears[factors["q_up"]]
-    heads = channels.heads
-    head_dim = query.out_features // heads
-    width = padded_width(head_dim + max(channels.ranks("qk"), channels.ranks("vo")), query.weight)
+    own = place.projections()
+    query: Any = plain_linear(own[place.host.projections(attention)["q_up"]])
+    width = query.out_features // channels.heads + max(channels.ranks("qk"), channels.ranks("vo"))
+    width = padded_width(width, query.weight)
     fold, attributes = place.host.widened(attention, width)
-    wider: dict[str, nn.Module] = {}
-    for factor, path in factors.items():
-        rows = channels.factor(factor)
-        if factor.endswith("out_up"):
-            wider[path] = _wide_output(linears[path], rows, heads, width)
-        else:
-            wider[path] = _wide_input(linears[path], rows, heads, width, fold if factor.endswith("q_up") else 1.0)
+    state = Fused(own, {name: getattr(attention, name) for name in attributes}, channels, width, fold)
+    wider = _wider(place, state)
     place.unmount()
-    before = {name: getattr(attention, name) for name in attributes}
     for path, module in wider.items():
         exchange(attention, path, module)
     for name, value in attributes.items():
         setattr(attention, name, value)
-    place.set_fused(Fused(own, before, channels))
+    place.set_fused(state)
 
 
 def _unfuse(place: Place, state: Fused) -> None:
@@ -131,6 +126,39 @@ def _unfuse(place: Place, state: Fused) -> None:
     place.set_fused(None)
     place.mount(state.channels)
     place.refresh()
+
+
+def _why_not_back(place: Place, state: Fused) -> str | None:
+    """What would be lost with the wider projections of an attention, or None."""
+    if (copied := place.host.copied(place.attention)) is not None:
+        return f"{copied}; undo that first"
+    for path, module in _wider(place, state).items():
+        now = place.attention.get_submodule(path)
+        if type(now) is not nn.Linear:
+            return f"{path} has become a {type(now).__name__}, as a LoRA makes it; unload that first"
+        if not all(map(_same, now.parameters(), module.parameters())):
+            return f"{path} has changed, as by fuse_lora(); take that back first"
+    return None
+
+
+def _same(now: Tensor, written: Tensor) -> bool:
+    """Whether a weight is what was written, moved and cast as it may be, to 16 bit and back too."""
+    kinds = (now.dtype, torch.float16, torch.bfloat16)
+    return now.shape == written.shape and any(now.equal(written.to(now.device, k).to(now.dtype)) for k in kinds)
+
+
+@torch.no_grad()
+def _wider(place: Place, state: Fused) -> dict[str, nn.Linear]:
+    """The wider projections by path."""
+    channels, width, wider = state.channels, state.width, {}
+    for factor, path in place.host.projections(place.attention).items():
+        linear, rows = plain_linear(state.modules[path]), channels.factor(factor)
+        if factor.endswith("out_up"):
+            wider[path] = _wide_output(linear, rows, channels.heads, width)
+        else:
+            fold = state.fold if factor.endswith("q_up") else 1.0
+            wider[path] = _wide_input(linear, rows, channels.heads, width, fold)
+    return wider
 
 
 def _wide_input(linear: Any, rows: Tensor | None, heads: int, width: int, fold: float) -> nn.Linear:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ...errors import ModelError
 from ...modules.adapters import ExtraChannels
 from ..pipeline.components import Component
 from .hosts import CHANNELS, AdapterHost, Found, find_in, host_of
@@ -25,6 +26,10 @@ class Fused:
     modules: Mapping[str, nn.Module]
     attributes: Mapping[str, Any]
     channels: ExtraChannels
+    width: int
+    """Of the wider heads."""
+    fold: float
+    """What W_Q was multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class Place:
     @property
     def fused(self) -> Fused | None:
         """What has been fused into the attention's weights, or None."""
-        return getattr(self.attention, _FUSED, (None,))[0]
+        return vars(self.attention).get(_FUSED, (None,))[0]
 
     def set_fused(self, state: Fused | None) -> None:
         if state is None:
@@ -51,12 +56,13 @@ class Place:
     @property
     def mounted(self) -> ExtraChannels | None:
         """The extra channels that the attention computes with, or None."""
-        return getattr(self.attention, CHANNELS, None)
+        return self.attention._modules.get(CHANNELS)
 
     @property
     def channels(self) -> ExtraChannels | None:
         """The extra channels, whether the attention computes with them or they are fused into its weights, or None."""
-        return self.mounted if self.fused is None else self.fused.channels
+        fused = self.fused
+        return self.mounted if fused is None else fused.channels
 
     def mount(self, channels: ExtraChannels) -> None:
         self.attention.add_module(CHANNELS, channels.train(self.attention.training))
@@ -100,10 +106,25 @@ def find_places(component: Component) -> Found:
     )
 
 
+def places_at(component: Component, paths: Iterable[str]) -> Iterator[Place]:
+    """The places of a component whose paths :func:`find_places` has told. Paths of other components are passed over."""
+    host = host_of(component.model)
+    for path in paths:
+        name, _, inner = path.partition(".")
+        if name == component.name:
+            assert host is not None, f"{path} was found by a host"
+            yield Place(path, _submodule(component.model, inner), host)
+
+
+def _submodule(model: Any, path: str) -> Any:
+    """``get_submodule`` without its checks, since this is asked before every call of a model."""
+    part = model
+    for name in path.split("."):
+        if (part := part._modules.get(name)) is None:
+            raise ModelError(f"{type(model).__name__} has no {path} any more, where an adapter acts")
+    return part
+
+
 def place_at(components: Mapping[str, Component], path: str) -> Place:
-    """The place of a path that :func:`find_places` has told."""
-    name, _, inner = path.partition(".")
-    model = components[name].model
-    host = host_of(model)
-    assert host is not None, f"{path} was found by a host"
-    return Place(path, model.get_submodule(inner), host)
+    """The place of one such path."""
+    return next(places_at(components[path.partition(".")[0]], [path]))

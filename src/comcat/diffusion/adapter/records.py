@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import ModelError, SettingsError
 from ...modules.adapters import LowRankTerms
 from ..pipeline.components import Component, components_of, denoiser_of
-from .places import Place, place_at
+from .places import Place, places_at
 
 _RECORDS = "comcat_adapters"
 
@@ -93,7 +93,7 @@ def adapters(target: Any) -> dict[str, Adapter]:
     came.
 
     Raises:
-        ModelError: if something has put another processor in an adapter's place meanwhile, so that it no longer acts.
+        ModelError: if something else computes an adapter's attention meanwhile, so that it cannot act.
         SettingsError: if ``target`` is a model alone, and an adapter acts in other parts of its pipeline as well.
     """
     components = components_of(target)
@@ -145,18 +145,31 @@ def check_unfused(target: Any) -> None:
 
 def located(components: Mapping[str, Component], record: Record) -> Iterator[Place]:
     """Every place of an adapter that lies in these components."""
-    return (place_at(components, path) for path in record.paths if path.partition(".")[0] in components)
+    for component in components.values():
+        yield from places_at(component, record.paths)
+
+
+def settle(place: Place) -> None:
+    """See to it that the adapters of a place act.
+
+    Raises:
+        ModelError: if something else computes its attention now, so that they cannot.
+    """
+    channels = place.channels
+    if channels is None:
+        raise ModelError(f"the adapters at {place.path} are gone: the attention there is another since they came")
+    ask = place.host.reclaim if place.fused is None else place.host.why_not
+    if (reason := ask(place.attention)) is not None:
+        names = " and ".join(map(repr, channels.names))
+        raise ModelError(f"adapter {names} cannot act at {place.path}: {reason}, or unload() the adapter")
 
 
 def _terms(components: Mapping[str, Component], name: str, record: Record) -> dict[str, LowRankTerms]:
     found: dict[str, LowRankTerms] = {}
     for place in located(components, record):
+        settle(place)
         terms = None if place.channels is None else place.channels.named(name)
-        other = None if place.fused is not None else place.host.displaced(place.attention)
-        if terms is None or other is not None:
-            raise ModelError(
-                f"adapter {name!r} no longer acts at {place.path}: a {other or type(place.attention).__name__} has "
-                "taken its place since; unload() the adapter, undo that, and load it again"
-            )
+        if terms is None:
+            raise ModelError(f"adapter {name!r} is gone from {place.path}; unload() it, and load it again")
         found[place.path] = terms
     return found

@@ -49,9 +49,18 @@ class ClipHost:
         for name in (*_PROJECTIONS, "out_proj"):
             setattr(attention, name, self.frozen(attention, name))
 
-    def displaced(self, attention: Any) -> str | None:
-        now = (getattr(attention, name) for name in (*_PROJECTIONS, "out_proj"))
-        return next((type(m).__name__ for m in now if not isinstance(m, WideProjection | WideOutput)), None)
+    def why_not(self, attention: Any) -> str | None:
+        if getattr(attention, CHANNELS, None) is None:
+            return None
+        now = ((name, getattr(attention, name)) for name in (*_PROJECTIONS, "out_proj"))
+        gone = next(((n, type(m).__name__) for n, m in now if not isinstance(m, WideProjection | WideOutput)), None)
+        return None if gone is None else f"a {gone[1]} has taken the place of its {gone[0]}"
+
+    def reclaim(self, attention: Any) -> str | None:
+        return self.why_not(attention)  # what takes the place of a projection computes something else
+
+    def copied(self, attention: Any) -> str | None:
+        return None
 
     def sweep(self, model: nn.Module) -> None:
         """Nothing to do: transformers sets no attention aside."""

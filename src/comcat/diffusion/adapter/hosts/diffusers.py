@@ -17,9 +17,14 @@ from torch import nn
 from .processors import AdapterProcessor, FluxProcessor, JointProcessor, PlainProcessor
 from .protocol import CHANNELS, AdaptableAttention, Found, RefusedAttention, Where, Widened
 
+_COPYING = ("FusedAttnProcessor2_0", "FusedJointAttnProcessor2_0")
+"""Those that read copies of q, k and v in one layer (``fuse_qkv_projections``). Ours read the projections themselves."""
 _KINDS: tuple[tuple[type[AdapterProcessor], tuple[str, ...]], ...] = (
-    (PlainProcessor, ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor")),
-    (JointProcessor, ("JointAttnProcessor2_0", "XFormersJointAttnProcessor")),
+    (
+        PlainProcessor,
+        ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", _COPYING[0]),
+    ),
+    (JointProcessor, ("JointAttnProcessor2_0", "XFormersJointAttnProcessor", _COPYING[1])),
     (FluxProcessor, ("FluxAttnProcessor",)),
 )
 
@@ -64,9 +69,22 @@ class DiffusersHost:
         if isinstance(attention.processor, AdapterProcessor):  # else another has taken the place: leave it alone
             attention.set_processor(_own_processor(attention))
 
-    def displaced(self, attention: Any) -> str | None:
-        processor = attention.processor
-        return None if isinstance(processor, AdapterProcessor) else type(processor).__name__
+    def why_not(self, attention: Any) -> str | None:
+        return _why_not(attention)
+
+    def reclaim(self, attention: Any) -> str | None:
+        if isinstance(attention.processor, AdapterProcessor):
+            return None
+        if (reason := _why_not(attention)) is None:
+            self.mount(attention)
+        return reason
+
+    def copied(self, attention: Any) -> str | None:
+        if hasattr(attention, "unfuse_projections"):  # such attention has one processor for both
+            fused = getattr(attention, "fused_projections", False)
+        else:  # the older kind keeps its flag when it is unfused
+            fused = type(_own_processor(attention)).__name__ in _COPYING
+        return "fuse_qkv_projections() has copied its q, k and v into one layer" if fused else None
 
     def sweep(self, model: nn.Module) -> None:
         """``fuse_qkv_projections`` sets processors aside for ``unfuse_qkv_projections`` to bring back."""
@@ -152,8 +170,6 @@ def _why_not(attention: Any) -> str | None:
     name = type(processor).__name__
     if "IPAdapter" in name:
         return f"an IP-Adapter computes this attention ({name}); unload_ip_adapter() first"
-    if "Fused" in name or getattr(attention, "fused_projections", False):
-        return "its q, k and v are one layer since fuse_qkv_projections(); call unfuse_qkv_projections() first"
     if "CustomDiffusion" in name:
         return f"Custom Diffusion's own weights compute this attention ({name})"
     if "AddedKV" in name:

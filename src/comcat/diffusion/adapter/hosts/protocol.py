@@ -117,8 +117,20 @@ class AdapterHost(Protocol):
         """Give back what :meth:`mount` has exchanged: the very objects, so that outputs are bit for bit as before."""
         ...
 
-    def displaced(self, attention: Any) -> str | None:
-        """The name of what computes this attention in place of what :meth:`mount` has put there, None if nothing
+    def why_not(self, attention: Any) -> str | None:
+        """Why an attention cannot carry terms as it stands, or None if it can. Other libraries may change it any time."""
+        ...
+
+    def reclaim(self, attention: Any) -> str | None:
+        """Mount again where something has displaced what :meth:`mount` put there and computes the same; it then counts
+        as what stood before. Where it computes something else, the reason why that is in the way.
+
+        This is asked before every call of a model, so it must cost next to nothing where all is well.
+        """
+        ...
+
+    def copied(self, attention: Any) -> str | None:
+        """What computes with copies of the projections, so that writing to these would change nothing; None if nothing
         does.
         """
         ...
