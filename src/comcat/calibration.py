@@ -22,6 +22,7 @@ from .factors import Weights
 from .hosts import find_sites, host_of
 from .linalg import match_trace, shrinkage_weight
 from .measure import is_classifier, model_output
+from .measure.running import evaluating
 from .sites import Attention, Projection, Site, Sites
 
 StatisticName = Literal["weights", "activation", "loss"]
@@ -202,15 +203,15 @@ def calibrate(
     if statistic == "weights":
         raise SettingsError("statistic 'weights' needs no calibration: leave the statistics out")
     device = next(model.parameters()).device if device is None else torch.device(device)
-    training, wanted = model.training, [(p, p.requires_grad) for p in model.parameters()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
     generator = torch.Generator().manual_seed(seed)
     recorder = _Recorder(sites, gradients=statistic == "loss", device=device)
     seen = 0
-    model.eval().to(device)
+    model.to(device)
     for p in model.parameters():
         p.requires_grad_(False)
     try:
-        with recorder.attached(model):
+        with evaluating(model), recorder.attached(model):
             for images in _images(batches, limit, progress):
                 images = images.to(device=device, dtype=next(model.parameters()).dtype)
                 recorder.pictures = len(images)
@@ -223,7 +224,6 @@ def calibrate(
                         model_output(model, images)
                 recorder.check()
     finally:
-        model.train(training)
         for p, flag in wanted:
             p.requires_grad_(flag)
     if seen == 0:

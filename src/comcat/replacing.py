@@ -85,6 +85,7 @@ class Builder:
             attention_dropout=getattr(getattr(host, "attn_drop", None), "p", 0.0), projection_dropout=getattr(getattr(host, "proj_drop", None), "p", 0.0),
             norm=norm, gate=gate, **_factory(out),
         )  # fmt: skip
+        module.qkv.to(**_factory(part(self.model, a.q.path)))
         if self.weights:
             products, values = self.products(a, qk), self.values(a, vo)
             _fill(module.qkv.weight, torch.cat([t.flatten(0, 1) for t in (products.q, products.k, values.v)]))
@@ -106,8 +107,8 @@ class Builder:
         value_bias = a.v.bias_or_none(self.model) is not None and (dense_vo or not a.folds_value_bias)
         out_bias = out.bias is not None or not dense_vo
         q, k, v = (
-            _heads_linear(a, rank, width, bias, factory)
-            for rank, bias in ((rank_qk, query_bias), (rank_qk, False), (rank_vo, value_bias))
+            _heads_linear(a, rank, width, bias, _factory(part(self.model, p.path)))
+            for p, rank, bias in ((a.q, rank_qk, query_bias), (a.k, rank_qk, False), (a.v, rank_vo, value_bias))
         )
         o = (
             nn.Linear(a.heads * width, a.out_features, bias=out_bias, **factory)
@@ -144,7 +145,7 @@ class Builder:
             a.width,
             keep=keep,
             bias=kept_bias is not None or (value_bias and not apart),
-            **factory,
+            **_factory(host),
         )
         out = NarrowHeads(a.heads, plan.rank, a.width, a.out_features, **factory)
         if self.weights:

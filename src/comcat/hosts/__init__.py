@@ -143,16 +143,22 @@ def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refu
     return replace(anatomy, path=move(anatomy.path), q=q, k=k, v=v, out=move(anatomy.out))
 
 
-def _uses(model: nn.Module) -> Counter[int]:
-    """How often each module and each parameter stands in the model, by id: tied weights count as shared."""
-    counts: Counter[int] = Counter()
+def _uses(model: nn.Module) -> Counter[int | str]:
+    """How often each module and each parameter stands in the model: tied weights count as shared."""
+    counts: Counter[int | str] = Counter()
     for _, module in model.named_modules(remove_duplicate=False):
-        counts.update([id(module), *(id(p) for p in module._parameters.values() if p is not None)])
+        counts.update([id(module), *(_place(p) for p in module._parameters.values() if p is not None)])
     return counts
 
 
-def _shared(module: nn.Module, uses: Counter[int]) -> bool:
-    return any(uses[id(part)] > 1 for part in (module, *module.parameters(recurse=False)))
+def _place(parameter: nn.Parameter) -> int | str:
+    """Where a parameter's values are: two parameters may share memory without being one object."""
+    address = parameter.data_ptr()
+    return f"{parameter.device}:{address}" if address else id(parameter)
+
+
+def _shared(module: nn.Module, uses: Counter[int | str]) -> bool:
+    return any(uses[use] > 1 for use in (id(module), *map(_place, module.parameters(recurse=False))))
 
 
 def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[Site, str | None]]:

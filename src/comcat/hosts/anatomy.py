@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Attention, Host, Projection, part
+from .mounting import drop_hooks
 
 TOLERANCE = 1e-5
 """Relative. A broken symmetry moves the output by its own size; some hosts take the softmax in float32 whatever comes in."""
@@ -106,9 +107,22 @@ def probe(
     return Symmetry(qk, vo, sums, plain)
 
 
+def read_past(host: Host, module: nn.Module, attention: Attention, tokens: int) -> str | None:
+    """The first projection that a forward does not call, if any: then it computes with weights that it reads itself."""
+    generator = torch.Generator().manual_seed(0)
+    copied, called = random_copy(module, generator), set[str]()
+    paths = dict.fromkeys((attention.q.path, attention.k.path, attention.v.path, attention.out))
+    for path in paths:
+        copied.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: called.add(path))
+    with torch.no_grad():
+        host.probe(copied, attention, torch.randn(2, tokens, attention.in_features, dtype=torch.float64))
+    return next((path for path in paths if path not in called), None)
+
+
 def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy in evaluation mode with random weights in float64, on the CPU."""
+    """A copy in evaluation mode with random weights in float64, on the CPU, that calls no one's hooks."""
     copied = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    drop_hooks(copied)
     with torch.no_grad():
         for p in copied.parameters():
             p.copy_(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedSite
 from ..sites import Attention, Projection, Refusal, Replacement, Undo
-from .anatomy import Trial, attention_dropout, norm_and_gate, probe, trial_failed
+from .anatomy import Trial, attention_dropout, norm_and_gate, probe, read_past, trial_failed
 from .biased import BY_SIGNATURE, own_bias, stand_in
 from .mounting import all_of, drop_parameter, exchange, set_attribute
 
@@ -64,6 +64,7 @@ class TimmHost:
         try:
             tokens, bias = _probe_tokens(module), own_bias if local.signature in BY_SIGNATURE else None
             found = probe(self, module, local, tokens, bias, _trials(module, parameters, heads, tokens))
+            past = read_past(self, module, local, tokens)
         except Exception as error:
             return Refusal(path, f"attention of no known shape: {trial_failed(error)}")
         finally:
@@ -82,6 +83,8 @@ class TimmHost:
             vo_reason = "attention dropout forbids to fold the value bias, which stands apart from its projection"
         if qk_reason is not None and vo_reason is not None:
             return Refusal(path, f"attention of no known shape: {qk_reason}; {vo_reason}")
+        if qk_reason is not None and past is not None:  # the forward stays, and would put thin weights together again
+            return Refusal(path, f"its forward computes with the weights of {past} and does not call the layer")
         return Attention(
             path=path, host=self.name, mount="values" if qk_reason else "whole", signature=local.signature, heads=heads, width=width,
             in_features=in_features, out_features=out.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{path}.proj" if path else "proj",
@@ -106,9 +109,10 @@ class TimmHost:
     def mount(self, model: nn.Module, attention: Attention, replacement: Replacement) -> Undo:
         if replacement.whole is not None:
             module, whole = model.get_submodule(attention.path), replacement.whole
-            if (ours := BY_SIGNATURE.get(attention.signature)) is not None:
-                whole = stand_in(ours, module, whole)
-            return exchange(model, attention.path, whole)
+            qkv, proj = _parameters(model, attention)
+            if (ours := BY_SIGNATURE.get(attention.signature)) is None:
+                return exchange(model, attention.path, whole, {"qkv": qkv, "proj": proj})
+            return exchange(model, attention.path, stand_in(ours, module, whole), {"core.qkv": qkv, "core.proj": proj})
         if replacement.width is not None:
             raise UnsupportedSite(f"{attention.path}: heads of another width need the whole module exchanged")
         module = model.get_submodule(attention.path)
@@ -117,6 +121,15 @@ class TimmHost:
         if replacement.without_value_bias and attention.v.bias is not None:
             undos.append(drop_parameter(module, attention.v.bias.rpartition(".")[2]))
         return all_of(undos)
+
+
+def _parameters(model: nn.Module, attention: Attention) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of the projections of q, k and v, biases that stand apart included, and of the output's."""
+    projections = (attention.q, attention.k, attention.v)
+    found = [p for projection in projections for p in model.get_submodule(projection.path).parameters()]
+    apart = [p.bias_or_none(model) for p in projections if p.bias is not None]
+    found += [b for b in apart if isinstance(b, nn.Parameter)]  # BEiT's key bias is a buffer
+    return found, list(model.get_submodule(attention.out).parameters())
 
 
 def _projections(module: nn.Module, path: str) -> tuple[Projection, Projection, Projection] | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Attention, Projection, Refusal, Replacement, Undo, part
-from .anatomy import TOLERANCE, attention_dropout, probe, random_copy, trial_failed
+from .anatomy import TOLERANCE, attention_dropout, probe, random_copy, read_past, trial_failed
 from .mounting import all_of, exchange, set_attribute
 from .timm import _heads, _qk_reason, _relative
 
@@ -63,6 +63,7 @@ class TransformersHost:
         try:
             found = probe(self, module, local, tokens)
             widens = found.qk and _widens(self, module, local, tokens)
+            past = read_past(self, module, local, tokens)
         except Exception as error:
             return Refusal(path, f"attention of no known shape: {trial_failed(error)}")
         qk_reason = None if found.qk else _qk_reason(holder, parameters)
@@ -71,6 +72,8 @@ class TransformersHost:
             qk_reason = "a QK product exists, but its forward does not read the width of a head from head_dim"
         if qk_reason is not None and vo_reason is not None:
             return Refusal(path, f"attention of no known shape: {qk_reason}; {vo_reason}")
+        if past is not None:  # thin weights would be put together again
+            return Refusal(path, f"its forward computes with the weights of {past} and does not call the layer")
         return Attention(
             path=path, host=self.name, mount="values" if qk_reason else "parts", signature=local.signature, heads=heads, width=width,
             in_features=local.in_features, out_features=local.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{prefix}{out}",

@@ -117,10 +117,9 @@ def compress(
         An ordinary module with ``comcat_record``, ready for :func:`comcat.save`.
     """
     chosen = from_keywords(CompressSettings, settings)
-    training = model.training
-    small = copy.deepcopy(model).eval()
+    small = copy.deepcopy(model)
     compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
-    return small.train(training)
+    return small
 
 
 def compress_(

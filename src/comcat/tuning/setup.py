@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..data import Pictures, Preprocess
 from ..errors import DataError, SettingsError
 from ..measure import is_classifier, model_output
+from ..measure.running import evaluating
 from ..models import preprocess_of
 from ..runs.processes import Processes
 from ..runs.state import fingerprint
@@ -196,14 +197,11 @@ def _batch_size(settings: TuneSettings, processes: int) -> int:
 
 def _tried(model: nn.Module, preprocess: Preprocess, features: Features) -> tuple[Tensor, list[Tensor]]:
     """What a model says of one blank picture, with gradients, and its features there."""
-    training, home = model.training, next(model.parameters())
+    home = next(model.parameters())
     blank = torch.zeros(1, preprocess.channels, *preprocess.size, device=home.device, dtype=home.dtype)
-    try:
-        with features.kept_from(model), torch.enable_grad():
-            output = model_output(model.eval(), blank)
-            return output, features.take()
-    finally:
-        model.train(training)
+    with features.kept_from(model), torch.enable_grad(), evaluating(model):
+        output = model_output(model, blank)
+        return output, features.take()
 
 
 def _check_features(paths: tuple[str, ...], ours: list[Tensor], theirs: list[Tensor]) -> None:

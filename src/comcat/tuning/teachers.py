@@ -15,6 +15,7 @@ from ..data import Preprocess
 from ..errors import ComcatError, DataError, ModelError, SettingsError, nearest
 from ..hosts import find_sites
 from ..measure.outputs import is_classifier, model_output
+from ..measure.running import evaluating
 from ..models import class_names_of, preprocess_of
 from ..sites import block_of
 
@@ -55,14 +56,11 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
     parameter = next(teacher.parameters())
     blank = torch.zeros(1, seen.channels, *seen.size, device=parameter.device, dtype=parameter.dtype)
     failed = None
-    was = teacher.training
     try:
-        with torch.no_grad():
-            width = model_output(teacher.eval(), blank).shape[1]
+        with torch.no_grad(), evaluating(teacher):
+            width = model_output(teacher, blank).shape[1]
     except ModelError as error:
         failed, width = error, 0
-    finally:
-        teacher.train(was)
     if own is not None and (own.size, own.channels) != (seen.size, seen.channels):
         theirs = f"{own.size[0]}×{own.size[1]}×{own.channels}"
         able = "" if failed else "; it can take the student's as well: load it for them (img_size=…, image_size=…)"
