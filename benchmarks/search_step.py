@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from comcat.factors import Weights
 from comcat.hosts import find_sites
 from comcat.measure.memory import LiveBytes
-from comcat.methods.candidates import candidates_of
+from comcat.methods.search.candidates import candidates_of
 from comcat.relaxing import Relaxation, relax_
 
 WAYS = ("dense", "search ranks", "search weights", "naive")

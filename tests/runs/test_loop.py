@@ -1,4 +1,4 @@
-"""The loop of a long run: it goes on bit for bit, keeps what an interrupted step did, and refuses what is not its own."""
+"""The loop of a long run goes on bit for bit, keeps an interrupted step, and refuses what is not its own."""
 
 import json
 import signal

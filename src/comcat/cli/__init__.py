@@ -42,8 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ComcatError as error:
         print(f"comcat: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("comcat: interrupted; nothing was left half-written", file=sys.stderr)
+    except KeyboardInterrupt as error:  # a long run says how far it came
+        how = f" {error}; the same command goes on from there" if str(error) else "; nothing was left half-written"
+        print(f"comcat: interrupted{how}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         with suppress(Exception):

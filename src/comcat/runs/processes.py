@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import ComcatError, SettingsError
 
@@ -43,6 +44,16 @@ class Processes:
         added = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(added, group=self._group)
         return added.tolist()
+
+    def add_(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its sum over the processes, in place, by one reduction for all of them."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([t.detach().flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors])
+        dist.all_reduce(flat)
+        with torch.no_grad():
+            for tensor, added in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(added.view_as(tensor))
 
     def share(self, value: Any) -> Any:
         """The main process's value, in all."""

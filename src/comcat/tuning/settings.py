@@ -74,7 +74,7 @@ class TuneSettings:
     flip: float = 0.5
     """Share of pictures mirrored left to right."""
     drop_path: float | None = None
-    """Stochastic depth of the last block, rising linearly from none at the first (DeiT: 0.1); None: as it was loaded."""
+    """Stochastic depth of the last block, rising linearly from none at the first (DeiT: 0.1); None: as loaded."""
     repeats: int = 1
     """Repeated augmentation: so many samples of a picture in a row (DeiT: 3)."""
     ema: float | None = None

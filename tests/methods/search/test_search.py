@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +12,15 @@ import torch
 from comcat.data import Pictures, Preprocess, open_pictures
 from comcat.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, StoreError
 from comcat.measure import count_parameters
-from comcat.methods import search as searching
-from comcat.methods.search import SearchSettings, _Search, search
+from comcat.methods.search import SearchOptions, SearchSettings, search, search_
+from comcat.methods.search.run import Search
+from comcat.methods.search.schedule import Schedule
 from comcat.plan import apply_
-
-from .models import tiny_vit
+from comcat.runs.seeding import derive_seed
+from comcat.runs.watching import LossWatch
+from tests.models import tiny_vit
+from tests.parallel import in_processes
+from tests.tuning.material import shards
 
 PREPROCESS = Preprocess(size=(32, 32), mean=(0.3,), std=(0.4,))
 FAST = {"rounds": 2, "rank_steps": 3, "weight_steps": 2, "batch_size": 8, "pictures": 16, "statistic": "activation"}
@@ -38,12 +39,11 @@ def run(pictures: Pictures, **settings):
     return search(model_of_digits(), pictures, preprocess=PREPROCESS, **{**FAST, **settings})
 
 
-def start(pictures: Pictures, **settings) -> _Search:
+def start(pictures: Pictures, **settings) -> Search:
     """A search that has prepared all and not yet made a step."""
-    made = _Search(model_of_digits(), pictures, SearchSettings(**{**FAST, **settings}), PREPROCESS, None)
-    made._prepare(False)
-    made.relaxation = made._relax(made.prepared)
-    made._start()
+    made = Search(model_of_digits(), pictures, SearchSettings(**{**FAST, **settings}), PREPROCESS)
+    made.prepare()
+    made.begin()
     return made
 
 
@@ -84,40 +84,42 @@ def test_the_curve_says_what_happened(pictures: Pictures) -> None:
 def test_eq_6(pictures: Pictures) -> None:
     """The loss is cross-entropy times (expected cost / ε)^β, its gradient what autograd finds for that product."""
     made = start(pictures, beta=1.5, start="blind")
-    batch = next(made._stream("ranks", 0))
-    p = {n: s.probabilities() for n, s in made.relaxation.soft.items()}
+    mixture, objective = made.mixture, made.objective
+    batch, count = made.feeds["ranks"].batch(0)
+    p = mixture.probabilities()
     dense = count_parameters(model_of_digits())
     cost = dense - sum(s.parameters() for s in made.prepared.sites.values())
     for name, site in made.prepared.sites.items():
-        for probability, rank in zip(p[name], made.candidates[name].ranks, strict=True):
+        for probability, rank in zip(p[name], made.space.candidates[name].ranks, strict=True):
             kept = rank < site.full_rank or site.parameters(rank) < site.parameters()
             cost = cost + probability * site.parameters(rank if kept else None)
-    assert made.expected_cost().item() == pytest.approx(cost.item(), rel=1e-5)
-    assert made.penalty(cost).item() == pytest.approx((cost.item() / (0.5 * dense)) ** 1.5, rel=1e-5)
+    assert made.space.expected_cost(p).item() == pytest.approx(cost.item(), rel=1e-5)
+    assert objective.penalty(cost).item() == pytest.approx((cost.item() / (0.5 * dense)) ** 1.5, rel=1e-5)
     seen: dict[str, torch.Tensor] = {}
-    made.rank_optimizer.step = lambda: seen.update({n: q.grad.clone() for n, q in made.relaxation.logits()})  # type: ignore[method-assign]
-    point = made._one_step("ranks", batch)
-    made.relaxation.sample(made.temperature(), torch.Generator().manual_seed(searching.derive_seed(0, "gumbel", 0)))
-    whole = made._cross_entropy(batch) * made.penalty(made.expected_cost())
-    assert point["loss"] == pytest.approx(whole.item(), rel=1e-5)
-    for name, q in made.relaxation.logits():
+    mixture.rank_optimizer.step = lambda: seen.update({n: q.grad.clone() for n, q in mixture.relaxation.logits()})  # type: ignore[method-assign]
+    made.step(0, LossWatch())
+    noise = torch.Generator().manual_seed(derive_seed(0, "gumbel", 0))
+    mixture.relaxation.sample(made.schedule.temperature(0), noise)
+    penalty = objective.penalty(made.space.expected_cost(mixture.probabilities()))
+    whole = objective.cross_entropy(made.model, batch, count) * penalty
+    assert made.curve[0]["loss"] == pytest.approx(whole.item(), rel=1e-5)
+    for name, q in mixture.relaxation.logits():
         (expected,) = torch.autograd.grad(whole, q, retain_graph=True)
         assert torch.allclose(seen[name], expected, rtol=1e-3, atol=1e-7), name
 
 
 def test_penalty_above_the_budget_alone(pictures: Pictures) -> None:
     made = start(pictures, penalty="above", beta=2.0)
-    assert made.penalty(torch.tensor(0.5 * made.goal)).item() == 1.0
-    assert made.penalty(torch.tensor(2.0 * made.goal)).item() == pytest.approx(4.0)
+    assert made.objective.penalty(torch.tensor(0.5 * made.space.goal)).item() == 1.0
+    assert made.objective.penalty(torch.tensor(2.0 * made.space.goal)).item() == pytest.approx(4.0)
 
 
 def test_probabilities_and_weights_learn_from_different_pictures(pictures: Pictures) -> None:
     made = start(pictures)
-    ranks, weights = ({s.key for s in part} for part in (made.ranks_part, made.weights_part))
+    ranks, weights = ({s.key for s in made.parts[phase]} for phase in ("ranks", "weights"))
     assert ranks and weights and not ranks & weights and len(ranks | weights) == 60
-    for phase, part in (("ranks", made.ranks_part), ("weights", made.weights_part)):
-        stream = made._stream(phase, 0)
-        shown = [image for _ in range(2) for image in next(stream).images]
+    for phase, part in made.parts.items():
+        shown = [image for number in range(2) for image in made.feeds[phase].batch(number)[0].images]
         own = [PREPROCESS(s.image) for s in part]
         assert all(any(image.equal(o) for o in own) for image in shown)
 
@@ -127,30 +129,34 @@ def test_phases_move_what_they_should(pictures: Pictures) -> None:
 
     def state() -> tuple[dict, dict]:
         return (
-            {n: p.detach().clone() for n, p in made.relaxation.logits()},
-            {n: p.detach().clone() for n, p in made.relaxation.weights()},
+            {n: p.detach().clone() for n, p in made.mixture.relaxation.logits()},
+            {n: p.detach().clone() for n, p in made.mixture.relaxation.weights()},
         )
 
     alphas, weights = state()
-    made._one_step("ranks", next(made._stream("ranks", 0)))
+    made.step(0, LossWatch())
     moved_alphas, same_weights = state()
     assert all(not moved_alphas[n].equal(alphas[n]) for n in alphas)
     assert all(same_weights[n].equal(weights[n]) for n in weights)
-    made.step = 3
-    made._enter(0, "weights")
-    made._one_step("weights", next(made._stream("weights", 0)))
+    assert made.schedule.at(3) == (0, "weights", 0)
+    made.step(3, LossWatch())
     same_alphas, moved_weights = state()
     assert all(same_alphas[n].equal(moved_alphas[n]) for n in alphas)
     assert sum(not moved_weights[n].equal(weights[n]) for n in weights) > 0.9 * len(weights)
 
 
-def test_temperature_falls_geometrically(pictures: Pictures) -> None:
-    made = start(pictures, rounds=3, rank_steps=3, weight_steps=2)
-    at = []
-    for step in range(13):
-        made.step = step
-        if made.position(step)[1] == "ranks":
-            at.append(made.temperature())
+def test_the_schedule_counts_what_each_phase_has_seen() -> None:
+    schedule = Schedule(SearchOptions(rounds=2, rank_steps=3, weight_steps=2))
+    assert schedule.steps == 8
+    moments = [schedule.at(step) for step in range(8)]
+    assert [m.phase[0] for m in moments] == list("rrrwwrrr") and [m.round for m in moments] == [0] * 5 + [1] * 3
+    assert [schedule.seen(step) for step in range(8)] == [0, 1, 2, 0, 1, 3, 4, 5]
+    assert Schedule(SearchOptions(rounds=3, rank_steps=2, weight_steps=0)).steps == 6
+
+
+def test_temperature_falls_geometrically() -> None:
+    schedule = Schedule(SearchOptions(rounds=3, rank_steps=3, weight_steps=2))
+    at = [schedule.temperature(step) for step in range(13) if schedule.at(step).phase == "ranks"]
     assert at[0] == 5.0 and at[-1] == pytest.approx(0.1)
     ratios = [b / a for a, b in itertools.pairwise(at)]
     assert all(r == pytest.approx(ratios[0]) for r in ratios)
@@ -180,18 +186,18 @@ class Killed(BaseException):
 @pytest.mark.parametrize("steps", [(4,), (1, 6), (5, 7)])
 def test_a_killed_search_goes_on_bit_for_bit(pictures: Pictures, tmp_path, monkeypatch, steps: tuple[int, ...]) -> None:
     undisturbed = run(pictures, checkpoint_every=1)
-    original = _Search._one_step
+    original = Search._learn
     for kill in steps:
 
-        def dies(self: _Search, phase, batch, kill=kill):
-            if self.step == kill:
+        def dies(self: Search, number, *more, kill=kill):
+            if number == kill:
                 raise Killed
-            return original(self, phase, batch)
+            return original(self, number, *more)
 
-        monkeypatch.setattr(_Search, "_one_step", dies)
+        monkeypatch.setattr(Search, "_learn", dies)
         with pytest.raises(Killed):
             run(pictures, checkpoint_every=1, out=tmp_path)
-    monkeypatch.setattr(_Search, "_one_step", original)
+    monkeypatch.setattr(Search, "_learn", original)
     assert run(pictures, checkpoint_every=1, out=tmp_path).to_json() == undisturbed.to_json()
     assert run(pictures, checkpoint_every=1, out=tmp_path).to_json() == undisturbed.to_json(), (
         "a finished one is read back"
@@ -213,7 +219,7 @@ def test_without_labels_the_model_labels(tmp_path) -> None:
     assert run(found).made_by["saved"] >= 0.5
 
 
-def test_bad_settings_and_data(pictures: Pictures) -> None:
+def test_bad_settings_and_data(pictures: Pictures, tmp_path) -> None:
     with pytest.raises(BudgetError, match="at most 0"):
         run(pictures, reduce=0.98)
     with pytest.raises(SettingsError, match="unknown setting 'betta'; did you mean 'beta'"):
@@ -222,6 +228,9 @@ def test_bad_settings_and_data(pictures: Pictures) -> None:
         run(pictures, reduce=1.2)
     with pytest.raises(DataError, match="falls on the part that"):
         run(pictures.take(2, 0), held_out=0.01)
+    stream = shards(tmp_path, 20)
+    with pytest.raises(DataError, match="a stream of unknown length: a search needs pictures that can be counted"):
+        run(open_pictures(stream))
     with pytest.raises(DataError, match="has 10 classes, the model 4"):
         search(tiny_vit(num_classes=4), pictures, preprocess=PREPROCESS, **FAST)
     with pytest.raises(ModelError, match="no classes"):
@@ -229,15 +238,15 @@ def test_bad_settings_and_data(pictures: Pictures) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_place(pictures: Pictures, tmp_path, monkeypatch) -> None:
-    original = _Search._one_step
+    original = Search._learn
 
-    def poisoned(self: _Search, phase, batch):
-        if self.step == 4:
+    def poisoned(self: Search, number, *more):
+        if number == 4:
             with torch.no_grad():
                 self.model.get_submodule("blocks.1.mlp").fc1.last.weight[0, 0] = float("nan")
-        return original(self, phase, batch)
+        return original(self, number, *more)
 
-    monkeypatch.setattr(_Search, "_one_step", poisoned)
+    monkeypatch.setattr(Search, "_learn", poisoned)
     with pytest.raises(NumericsError, match=r"step 5.*blocks.1.mlp.fc1.last.weight.*step-00000004"):
         run(pictures, out=tmp_path, checkpoint_every=2)
 
@@ -252,37 +261,92 @@ def test_one_class_and_batches_of_one(pictures: Pictures, tmp_path) -> None:
     assert run(one).made_by["saved"] >= 0.5
 
 
-@pytest.mark.timeout(600)
+# ---------------------------------------------------------------- several processes
+
+TOGETHER = {**FAST, "rank_steps": 6, "weight_steps": 8, "weight_lr": 1e-3}
+
+
+def _searched(out=None, **settings) -> dict:
+    plan = search(
+        model_of_digits(), open_pictures("digits:train").take(70, 0), preprocess=PREPROCESS, out=out,
+        **{**TOGETHER, **settings},
+    )  # fmt: skip
+    return plan.to_dict()
+
+
+def _killed_then_on(out) -> dict:
+    learn = Search._learn
+
+    def dies(self: Search, number, *more):
+        if number == 9:
+            raise Killed
+        return learn(self, number, *more)
+
+    Search._learn = dies
+    with pytest.raises(Killed):
+        _searched(out, checkpoint_every=4)
+    Search._learn = learn
+    return _searched(out, checkpoint_every=4)
+
+
 def test_two_processes_search_as_one(tmp_path) -> None:
-    """The same global batches and the same noise: the same losses over 20 steps, and the same plan."""
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    found = []
-    for count in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-        out = tmp_path / f"{count}.json"
-        command = [sys.executable, *launcher, "-m", "tests.search_run", str(out)]
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(out.read_text()))
-    one, two = (f["made_by"]["search"]["curve"] for f in found)
-    assert len(one) == len(two) == 20
-    assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-4) for a, b in zip(one, two, strict=True))
-    assert found[0]["sites"] == found[1]["sites"]
+    """The same global batches and the same noise: the same losses over 20 steps, and the same plan; killed or not."""
+    one = _searched()
+    (two, same), (killed, _) = (in_processes(2, work, *a) for work, *a in ((_searched,), (_killed_then_on, tmp_path)))
+    assert two == same
+    for found in (two, killed):
+        curves = [f["made_by"]["search"]["curve"] for f in (one, found)]
+        assert len(curves[0]) == len(curves[1]) == 20
+        assert all(a["loss"] == pytest.approx(b["loss"], abs=1e-4) for a, b in zip(*curves, strict=True))
+        assert one["sites"] == found["sites"]
+    two["made_by"]["search"]["settings"]["checkpoint_every"] = 4
+    assert killed == two  # bit for bit
+
+
+def _told(path) -> tuple:
+    try:
+        search(
+            model_of_digits(),
+            open_pictures(path),
+            preprocess=PREPROCESS,
+            **{**FAST, "statistic": "weights", "weight_steps": 4},
+        )
+    except DataError as error:
+        return str(error), error.everywhere
+    return ()
+
+
+def test_a_label_that_one_process_meets_stops_all(tmp_path) -> None:
+    """They would wait for it for ever."""
+    import pyarrow
+    from pyarrow import parquet
+
+    encoded = []
+    for sample in open_pictures("digits:train").take(24, 1):
+        buffer = io.BytesIO()
+        sample.image.save(buffer, "png")
+        encoded.append({"bytes": buffer.getvalue(), "path": f"{len(encoded)}.png"})
+    labels = [10 if number == 9 else 1 for number in range(24)]
+    parquet.write_table(pyarrow.table({"image": encoded, "label": labels}), tmp_path / "bad.parquet")
+    told = in_processes(2, _told, str(tmp_path / "bad.parquet"))
+    assert told == [("got the label 10, expected 0 to 9: the model has 10 classes", True)] * 2
 
 
 def test_labels_count_as_the_model_counts_them(tmp_path, monkeypatch):
     from PIL import Image
-
-    from comcat.methods import search as searching
 
     for name in ("ship", "truck"):
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32)).save(tmp_path / name / "0.png")
     model = tiny_vit(num_classes=3)
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["car", "ship", "truck"]}
-    monkeypatch.setattr(
-        searching._Search, "__init__", lambda self, model, pictures, *_: setattr(self, "pictures", pictures)
-    )
-    monkeypatch.setattr(searching._Search, "go", lambda self, **_: [sample.label for sample in self.pictures])
-    assert searching.search(model, tmp_path, reduce=0.5) == [1, 2]
+
+    class Seen(Exception):
+        pass
+
+    def prepare(self: Search, **_):
+        raise Seen([sample.label for sample in self.pictures])
+
+    monkeypatch.setattr(Search, "prepare", prepare)
+    with pytest.raises(Seen, match=r"\[1, 2\]"):
+        search_(model, tmp_path, SearchSettings(reduce=0.5), preprocess=PREPROCESS)

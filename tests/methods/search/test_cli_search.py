@@ -1,14 +1,15 @@
 """``comcat search``, and ``compress`` that searches and tunes, as a user types them."""
 
 import json
+import signal
 
 import pytest
 from safetensors.torch import save_file
 
 import comcat
 from comcat.cli import main
-
-from .models import tiny_vit
+from comcat.methods.search.run import Search
+from tests.models import tiny_vit
 
 FAST = ["--rounds", "2", "--rank-steps", "2", "--weight-steps", "1", "--batch-size", "8", "--pictures", "16", "--statistic", "activation"]  # fmt: skip
 
@@ -37,10 +38,22 @@ def test_search_writes_a_plan_that_compress_applies(folder, tmp_path, capsys):
     assert "Search of ranks" in (out / "report.html").read_text()
 
 
-def test_compress_searches_and_tunes_in_one_go(folder, tmp_path):
+def test_compress_searches_and_tunes_in_one_go_or_two(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "small"
     command = ["compress", folder, "--data", "digits:train", "--eval", "digits:test", "--eval-limit", "40", "--reduce", "0.5", "--ranks", "search", "--pictures", "16",
                "--search.rounds", "1", "--search.rank-steps", "2", "--search.batch-size", "8", "--tune.steps", "2", "--tune.batch-size", "8", "--no-bench", "--out", str(out)]  # fmt: skip
+    learn = Search._learn
+
+    def interrupted(self, number, *more):
+        signal.raise_signal(signal.SIGINT)
+        return learn(self, number, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Search, "_learn", interrupted)
+        assert main(command) == 130
+    said = capsys.readouterr().err
+    assert "comcat: interrupted after step 1 of 2; the last good checkpoint is " in said
+    assert "step-00000001; the same command goes on from there" in said and not out.exists()
     assert main(command) == 0
     small = comcat.load(out)
     assert small.comcat_record.plan.made_by["rule"] == "search"

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from comcat.errors import BudgetError, SettingsError
 from comcat.hosts import find_sites
-from comcat.methods.candidates import Candidates, candidates_of, settle, start_near
+from comcat.methods.search.candidates import Candidates, candidates_of, settle, start_near
 from comcat.sites import Site
-
-from .models import tiny_vit
+from tests.models import tiny_vit
 
 SITES = find_sites(tiny_vit())
 

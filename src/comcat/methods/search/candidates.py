@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..errors import BudgetError, SettingsError
-from ..linalg import Factorization
-from ..sites import Site, Sites
-from .allocate import tail_loss
+from ...errors import BudgetError, SettingsError
+from ...linalg import Factorization
+from ...sites import Site, Sites
+from ..allocate import tail_loss
 
 Grid = Literal["near", "even", "paper"]
 
@@ -23,7 +23,10 @@ PAPER = {192: range(32, 161, 32), 384: range(64, 321, 64), 768: range(128, 513, 
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidate ranks of one site, rising; ``costs`` is C(r) of Eq. 6. The last may be the full rank: the site as it is."""
+    """The candidate ranks of one site, rising; ``costs`` is C(r) of Eq. 6. The last may be the full rank.
+
+    At the full rank the site stays as it is.
+    """
 
     site: Site
     ranks: tuple[int, ...]
@@ -44,9 +47,11 @@ def candidates_of(
 
     Args:
         cost: of a site at a rank, or as it is (None).
-        grid: ``"near"``: ``size`` ranks in equal ratios from a quarter of the rank in ``near`` to four times it, and the site as it is;
-            ``"even"``: in equal steps up to the largest that saves, and the site as it is; ``"paper"``: the sets of COMCAT's code, by the width of the site.
-        totals: instead, ranks summed over the heads of a layer, as the paper states them. multiple: ranks are multiples of it, or the smallest there is.
+        grid: ``"near"``: ``size`` ranks in equal ratios from a quarter of the rank in ``near`` to four times it, and
+            the site as it is; ``"even"``: in equal steps up to the largest that saves, and the site as it is;
+            ``"paper"``: the sets of COMCAT's code, by the width of the site.
+        totals: instead, ranks summed over the heads of a layer, as the paper states them. multiple: ranks are multiples
+            of it, or the smallest there is.
     """
     if size < 1:
         raise SettingsError(f"got a grid of {size} ranks, expected at least 1")
@@ -95,10 +100,12 @@ def predicted_losses(
 def settle(
     candidates: Mapping[str, Candidates], losses: Mapping[str, Sequence[float]], budget: float
 ) -> dict[str, int]:
-    """One candidate a site, by position: least total loss among the choices that a price can reach, spending as much of ``budget`` as it lets.
+    """One candidate a site, by position: of the choices that a price can reach, the one that loses least.
 
-    At a price λ each site takes the candidate of least ``loss + λ · cost`` (Everett 1963). The price may be negative: where the best
-    choices together cost less than the budget, what is left goes where it hurts least.
+    It spends as much of ``budget`` as prices let it.
+
+    At a price λ each site takes the candidate of least ``loss + λ · cost`` (Everett 1963). The price may be negative:
+    where the best choices together cost less than the budget, what is left goes where it hurts least.
 
     Raises:
         BudgetError: if the cheapest candidates cost more than the budget.

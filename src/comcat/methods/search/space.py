@@ -1,0 +1,111 @@
+"""What a search chooses from: candidates for every site, what they cost, and the plan that a choice makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import BudgetError
+from ...plan import SitePlan
+from ...sites import Site
+from ..allocate import allocate
+from ..compress import Prepared
+from .candidates import Candidates, candidates_of, predicted_losses, settle
+from .settings import SearchSettings
+
+Choice = Mapping[str, int]
+"""A candidate for every site, by its position."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """The candidates of every site, and what they may cost together.
+
+    Attributes:
+        losses: what every candidate is predicted to lose. dense: what every site costs as it is.
+        fixed: what all that is no site costs. total: what the whole model costs. goal: what it may cost in the end.
+    """
+
+    candidates: Mapping[str, Candidates]
+    losses: Mapping[str, tuple[float, ...]]
+    dense: Mapping[str, float]
+    fixed: float
+    total: float
+    goal: float
+
+    def ranks(self) -> dict[str, tuple[int, ...]]:
+        """The candidate ranks of every site, rising."""
+        return {name: c.ranks for name, c in self.candidates.items()}
+
+    def ranks_of(self, choice: Choice) -> dict[str, int]:
+        """The ranks that a choice stands for."""
+        return {name: c.ranks[choice[name]] for name, c in self.candidates.items()}
+
+    def cost(self, choice: Choice) -> float:
+        """What the whole model costs by a choice."""
+        return self.fixed + sum(c.costs[choice[name]] for name, c in self.candidates.items())
+
+    def expected_cost(self, probabilities: Mapping[str, Tensor]) -> Tensor:
+        """``Σ_sites Σ_a p_a C(r_a)`` and what does not change, (): Eq. 6. ``probabilities``: (candidates,) a site."""
+        device = next(iter(probabilities.values())).device
+        total = torch.tensor(float(self.fixed), device=device)
+        for name, p in probabilities.items():
+            total = total + p @ torch.tensor(self.candidates[name].costs, dtype=torch.float32, device=device)
+        return total
+
+    def best(self, losses: Mapping[str, Sequence[float]]) -> dict[str, int]:
+        """The choice that loses least within the goal. ``losses``: of every candidate."""
+        return settle(self.candidates, losses, self.goal - self.fixed)
+
+    def entries(self, choice: Choice) -> dict[str, SitePlan]:
+        """What a plan says of a choice; sites that stay as they are, are not named."""
+        return {
+            name: SitePlan(rank=c.ranks[choice[name]], full_rank=c.site.full_rank)
+            for name, c in self.candidates.items()
+            if c.costs[choice[name]] < self.dense[name]
+        }
+
+    def predicted_loss(self, choice: Choice) -> float:
+        """What a choice is predicted to lose, in nats a picture where the statistic is that of the loss."""
+        return sum(self.losses[name][i] for name, i in choice.items())
+
+
+def space_of(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> Space:
+    """The candidates of a model's sites by the settings. Raises BudgetError if even the smallest cost too much."""
+
+    def cost(site: Site, rank: int | None) -> float:
+        return float(site.parameters(rank)) if prepared.macs is None else prepared.macs(site, rank)
+
+    near = _closed_form(model, prepared, settings) if settings.grid == "near" and not settings.candidates else None
+    candidates = candidates_of(
+        prepared.sites, cost, grid=settings.grid, size=settings.grid_size, near=near, totals=settings.candidates,
+        multiple=settings.multiple,
+    )  # fmt: skip
+    dense = {name: cost(site, None) for name, site in prepared.sites.items()}
+    fixed, goal = prepared.total - sum(dense.values()), (1 - settings.reduce) * prepared.total
+    least = fixed + sum(min(c.costs) for c in candidates.values())
+    if least > goal:
+        raise BudgetError(
+            f"got reduce={settings.reduce:g}, but the smallest candidates save at most "
+            f"{1 - least / prepared.total:.4g} of the model's {settings.budget}"
+        )
+    return Space(
+        candidates=candidates,
+        losses=predicted_losses(candidates, prepared.factorizations, relative=settings.statistic != "loss"),
+        dense=dense,
+        fixed=fixed,
+        total=prepared.total,
+        goal=goal,
+    )
+
+
+def _closed_form(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> dict[str, int]:
+    """The ranks of the water-filled plan; sites that it leaves as they are, are not named."""
+    plan = allocate(
+        model, prepared.statistic, reduce=settings.reduce, budget=settings.budget, sites=prepared.sites,
+        factorizations=prepared.factorizations, multiple=settings.multiple, total=prepared.total, macs=prepared.macs,
+    )  # fmt: skip
+    return {name: entry.rank for name, entry in plan.sites.items()}
