@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model.half().float()  # what is measured is what is stored
     found = comcat.evaluate(model, comcat.batches(judged, comcat.preprocess_of(model), batch_size=100))
     save(model, shape, classes, a.out)
-    tuning = model.comcat_record.results["tuning"]
+    tuning = model.comcat_record.results.tuning
     print(
         f"top-1 {found.top1:.2f} % of {judged.count} validation pictures after {a.epochs:g} epochs; weights in {a.out}"
     )

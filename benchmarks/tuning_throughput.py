@@ -65,7 +65,7 @@ def tuning(student: nn.Module, teacher: nn.Module | None, a: Any, train: Any, st
         model, train, teacher=teacher, steps=steps, batch_size=a.batch_size, precision=a.precision, workers=a.workers,
         crop_scale=(0.6, 1.0),
     )  # fmt: skip
-    return model.comcat_record.results["tuning"]["images_per_second"]  # type: ignore[union-attr]
+    return model.comcat_record.results.tuning["images_per_second"]  # type: ignore[union-attr]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -660,7 +660,7 @@ def test_a_searched_and_tuned_model_is_reported_on(digits):
     assert later.before["parameters"] == report.after["parameters"] and later.between == {}
     assert later.before["top1"] == compressed.top1 and later.after["top1"] == pytest.approx(last.top1)
     assert list(later.curves) == ["Search of ranks", "Tuning"]
-    results = {**small.comcat_record.results, "before": report.before, "after": report.after}
+    results = dataclasses.replace(small.comcat_record.results, before=report.before, after=report.after)
     small.comcat_record = dataclasses.replace(small.comcat_record, results=results)
     whole = collect_tuning(small, **told, example=torch.zeros(1, 3, 32, 32))
     assert whole.after["macs"] == report.after["macs"]

@@ -26,7 +26,7 @@ from comcat.files import read_tensors
 from comcat.hosts import find_sites
 from comcat.models import Origin, origin_of
 from comcat.plan import Plan, SitePlan, apply_
-from comcat.record import Record
+from comcat.record import Record, Results
 from comcat.report import ReportData
 from comcat.store import folder as folders
 from comcat.store import import_paper, load, load_model, push_to_hub, save, saving
@@ -132,7 +132,7 @@ def test_a_saved_model_loads_with_the_same_outputs_and_record(saved):
     assert torch.equal(output(loaded), output(model)) and not loaded.training
     record = loaded.comcat_record
     assert record.plan.to_dict() == model.comcat_record.plan.to_dict()
-    assert record.settings == {"reduce": 0.5, "only": []} and record.results == {"before": {"top1": 80.0}}
+    assert record.settings == {"reduce": 0.5, "only": []} and record.results == Results(before={"top1": 80.0})
     assert Origin.from_dict(record.origin) == origin_of(model)
     assert Preprocess.from_dict(record.preprocess).size == (32, 32)
 
@@ -277,7 +277,7 @@ def test_a_head_exchanged_after_compression_is_noticed(tmp_path):
 def test_settings_must_be_plain_data(saved, tmp_path):
     model = copy.deepcopy(saved[0])
     model.comcat_record = replace(model.comcat_record, results={"nan": float("nan"), "n": torch.tensor(3)})
-    assert load(save(model, tmp_path / "small")).comcat_record.results == {"nan": "nan", "n": 3}
+    assert load(save(model, tmp_path / "small")).comcat_record.results.others == {"nan": "nan", "n": 3}
     model.comcat_record = replace(model.comcat_record, settings={"deep": {"teacher": nn.Linear(1, 1)}})
     with pytest.raises(StoreError, match=r"settings\.deep\.teacher of the model's record is a Linear"):
         save(model, tmp_path / "small")
@@ -522,7 +522,10 @@ def test_the_card_says_what_was_done(saved, tmp_path):
     results = {
         "before": {"top1": 79.8, "latency_s": 0.002},
         "after": {"top1": 79.25, "latency_s": None},
-        "agreement": {"cosine": 0.5},
+        "agreement": {"agreement": 98.5, "cosine": 0.5, "count": 360.0},
+        "judged_on": "360 pictures of digits:test",
+        "measured_loss": 0.0125,
+        "mine": {"note": "x"},
     }
     model.comcat_record = replace(model.comcat_record, results=results)
     card = front_matter(save(model, tmp_path / "small", origin=origin))
@@ -532,9 +535,12 @@ def test_the_card_says_what_was_done(saved, tmp_path):
     before = sum(p.numel() for p in deit().parameters())
     assert f"{parameters:,} parameters instead of {before:,}" in card["text"]
     assert "| Top-1 accuracy | 79.80\N{NO-BREAK SPACE}% | 79.25\N{NO-BREAK SPACE}% |" in card["text"]
-    assert "| QK products | 2 | 5 | 8 |" in card["text"] and "agreement.cosine | 0.5 |" in card["text"]
+    assert "| QK products | 2 | 5 | 8 |" in card["text"] and "| mine.note | x |" in card["text"]
     assert 'comcat.load("small")' in card["text"] and "| reduce | 0.5 |" in card["text"]
-    assert "not measured" not in card["text"]
+    assert "| Same top-1 prediction | 98.50\N{NO-BREAK SPACE}% |" in card["text"]
+    assert "| Rise of the loss by compression, measured | 0.0125 nats |" in card["text"]
+    assert "Accuracy was measured on 360 pictures of digits:test." in card["text"]
+    assert "not measured" not in card["text"] and "agreement." not in card["text"]
 
 
 def test_a_card_without_numbers_says_so(tmp_path):

@@ -137,7 +137,7 @@ class Run:
             settings=self.settings(), evaluations=(self.dense, self.judge(small)), compressed=compressed,
         )  # fmt: skip
         write(report, self.out / f"{label}.html")
-        return report, small.comcat_record.results["tuning"]  # type: ignore[union-attr]
+        return report, small.comcat_record.results.tuning  # type: ignore[union-attr]
 
     def settings(self) -> dict[str, Any]:
         return {"search": asdict(self.search), "tune": asdict(self.tune)}

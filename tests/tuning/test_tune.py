@@ -53,7 +53,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 def result(net) -> dict:
-    return net.comcat_record.results["tuning"]
+    return net.comcat_record.results.tuning
 
 
 def says(net, pictures):

@@ -56,7 +56,7 @@ def test_it_saves_a_tuned_model_and_says_what_it_did(places, tmp_path, capsys):
     assert "None of 13 evaluation pictures is among 26 training pictures" in said
     tuned, small = comcat.load(out), comcat.load(places / "small")
     assert tuned.comcat_record.plan == small.comcat_record.plan
-    found = tuned.comcat_record.results["tuning"]
+    found = tuned.comcat_record.results.tuning
     assert found["steps"] == 6 and found["curve"][-1]["top1"] == found["after"]["top1"]
     assert found["teacher"] is not None and found["settings"]["features"] == ["all"]
     assert not torch.equal(tuned.patch_embed.proj.weight, small.patch_embed.proj.weight)
@@ -69,7 +69,7 @@ def test_it_saves_a_tuned_model_and_says_what_it_did(places, tmp_path, capsys):
 def test_by_default_the_result_lies_beside_the_student(places, capsys):
     assert main(command(places, "--epochs", "0")) == 0
     beside = places / "small-tuned"
-    assert comcat.load(beside).comcat_record.results["tuning"]["curve"] == []
+    assert comcat.load(beside).comcat_record.results.tuning["curve"] == []
     assert main(command(places, "--epochs", "0")) == 1
     assert "small-tuned' is not empty; say --overwrite" in capsys.readouterr().err
     assert main(command(places, "--epochs", "0", "--overwrite")) == 0
@@ -98,7 +98,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_goes_on(places, tmp_path, caps
     states = [comcat.load(path).state_dict().values() for path in (out, tmp_path / "undisturbed")]
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
     assert main(command(places, *ALL, "--lr", "2e-3", "--restart", out=str(out))) == 0
-    assert comcat.load(out).comcat_record.results["tuning"]["settings"]["lr"] == 2e-3
+    assert comcat.load(out).comcat_record.results.tuning["settings"]["lr"] == 2e-3
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(places, tmp_path, monkeypatch):
@@ -127,17 +127,17 @@ def test_a_tuned_model_says_nothing_that_was_true_before(places, tmp_path):
         more = ["--steps", steps] if steps != "0" else ["--epochs", "0"]
         assert main(command(places, *more, student=tmp_path / "told", out=str(out))) == 0
         found = comcat.load(out).comcat_record.results
-        assert ("top1" in found["after"]) == ("agreement" in found) == ("measured_loss" in found) == kept
-        assert found["after"]["parameters"] == 5 and found["before"] == results["before"]
+        assert ("top1" in found.after) == bool(found.agreement) == (found.measured_loss is not None) == kept
+        assert found.after["parameters"] == 5 and found.before == results["before"]
         if not kept:
-            assert found["untuned"] == {
+            assert found.untuned == {
                 "top1": 81.5,
                 "loss": 0.5,
                 "agreement": {"agreement": 98.5},
                 "measured_loss": 0.1,
             }
             card = (out / "README.md").read_text()
-            assert "81.5" not in card.split("untuned")[0]
+            assert "81.5" not in card.split("Before tuning: Top-1 accuracy")[0] and "agreement." not in card
 
 
 def test_options_come_from_a_recipe(places, tmp_path):
@@ -145,7 +145,7 @@ def test_options_come_from_a_recipe(places, tmp_path):
     recipe.write_text("steps: 1\ncrop_scale: [0.6, 1.0]\nonly: [attn, head]\nema: 0.9\nbatch_size: 4\n")
     out = tmp_path / "tuned"
     assert main(command(places, "--recipe", str(recipe), out=str(out))) == 0
-    settings = comcat.load(out).comcat_record.results["tuning"]["settings"]
+    settings = comcat.load(out).comcat_record.results.tuning["settings"]
     assert settings["crop_scale"] == [0.6, 1.0] and settings["only"] == ["attn", "head"] and settings["ema"] == 0.9
     assert settings["batch_size"] == 8  # the command line wins
 
@@ -181,7 +181,7 @@ def test_the_main_process_alone_saves_and_speaks(places, tmp_path):
     first, second = in_processes(2, _said, command(places, *ALL, "--eval", str(places / "eval"), out=str(out)))
     assert first["status"] == second["status"] == 0
     assert "Saved to" in first["out"] and second["out"] == ""
-    assert comcat.load(out).comcat_record.results["tuning"]["processes"] == 2
+    assert comcat.load(out).comcat_record.results.tuning["processes"] == 2
     first, second = in_processes(2, _said, command(places, *ALL, "--only", "nothing", out=str(tmp_path / "wrong")))
     assert first["status"] == second["status"] == 1
     assert first["err"].count("comcat: only: no weight lies in 'nothing'") == 1 and second["err"] == ""
@@ -211,5 +211,5 @@ def test_launchers_start_it(places, tmp_path, launcher, processes):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved to") == 1
-    assert comcat.load(out).comcat_record.results["tuning"]["processes"] == processes
+    assert comcat.load(out).comcat_record.results.tuning["processes"] == processes
     assert (out / "log.jsonl").read_text().count('"step": 6') == 1

@@ -39,7 +39,7 @@ def run(places, out=None, **settings):
     net, teacher = model(drop_path_rate=settings.pop("drop_path_rate", 0.0)), model()
     shake(teacher, 0.3)
     tune(net, places[0], evaluation=places[1], teacher=teacher, out=out, **{**SETTINGS, **settings})
-    return net.comcat_record.results["tuning"], {name: value.clone() for name, value in net.state_dict().items()}
+    return net.comcat_record.results.tuning, {name: value.clone() for name, value in net.state_dict().items()}
 
 
 def losses(record) -> list[float]:

@@ -183,14 +183,8 @@ def _search_settings(command: Compress) -> SearchSettings:
 
 
 def _with_results(record: Any, report: Any) -> Any:
-    return replace(
-        record,
-        results={
-            **record.results,
-            "before": report.before,
-            "after": report.after,
-            "agreement": report.agreement,
-            "predicted_loss": report.predicted_loss,
-            "measured_loss": report.measured_loss,
-        },
-    )
+    results = replace(
+        record.results, before=report.before, after=report.after, agreement=report.agreement,
+        predicted_loss=report.predicted_loss, measured_loss=report.measured_loss,
+    )  # fmt: skip
+    return replace(record, results=results)

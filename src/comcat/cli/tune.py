@@ -78,7 +78,7 @@ def _run(command: Tune, out: Path, processes: Any) -> int:
     with processes.together():
         if processes.main:
             notes = [*([note] if note else []), *skip_notes(pictures)]
-            result = student.comcat_record.results["tuning"]
+            result = student.comcat_record.results.tuning
             save(student, out, report=_report(command, student, notes) if result["curve"] else None)
             _say(result, notes)
             print(f"\nSaved to {out}; report: {(out / 'report.html').resolve()}; every step is in {out / 'log.jsonl'}")

@@ -16,6 +16,7 @@ from ..measure import Evaluation, Timing, count_macs, count_parameters, environm
 from ..methods.allocate import tail_loss
 from ..methods.compress import Compressed
 from ..plan import Plan, planned_parameters
+from ..record import Results
 from ..sites import Attention, Kind, Site, Sites
 from . import units
 from .data import ReportData, SiteRow, Spectrum
@@ -100,7 +101,7 @@ def collect_tuning(
         raise SettingsError("the model has no record of a tuning run: give one that comcat.tune returned")
     costs = _metrics(tuned, example, None, None, None, "after")
     student = _structure(costs) | _accuracy(tuning.get("before"))
-    original = _structure(record.results.get("before") or {})
+    original = _structure(record.results.before)
     curves, facts = _history(record.plan, tuning)
     return ReportData(
         title=title, model=model, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command,
@@ -229,7 +230,7 @@ def _plan_settings(plan: Plan) -> dict[str, Any]:
 def _tuning_of(model: nn.Module) -> Mapping[str, Any] | None:
     """The result of the tuning that a model carries with it, if it made a step."""
     record = getattr(model, "comcat_record", None)
-    result = None if record is None else record.results.get("tuning")
+    result = None if record is None else record.results.tuning
     return result if result and result["curve"] else None
 
 
@@ -246,10 +247,9 @@ def _history(
     return curves, facts
 
 
-def _compression_note(results: Mapping[str, Any]) -> tuple[str, ...]:
+def _compression_note(results: Results) -> tuple[str, ...]:
     """Accuracy around compression, which may have been measured on other pictures and so has no place in the table."""
-    compressed = "untuned" if "untuned" in results else "after"
-    old, new = ((results.get(when) or {}).get("top1") for when in ("before", compressed))
+    old, new = results.before.get("top1"), (results.untuned or results.after).get("top1")
     if old is None or new is None:
         return ()
     return (

@@ -43,7 +43,7 @@ def tuning_series(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Learning curves: losses, top-1 on training and evaluation pictures, the learning rate, all over epochs.
 
     Args:
-        result: ``model.comcat_record.results["tuning"]``.
+        result: ``model.comcat_record.results.tuning``.
     """
     curve = result["curve"]
     parts = {key: name for key, name in _LOSSES.items() if any(key in p for p in curve)}
@@ -66,7 +66,7 @@ def progress_series(
     """COMCAT's Figure 6: top-1 and parameters over all epochs spent, those of the search before those of tuning.
 
     Args:
-        made_by: the plan's, within a budget of parameters. tuning: ``results["tuning"]``, with evaluations.
+        made_by: the plan's, within a budget of parameters. tuning: ``results.tuning``, with evaluations.
         parameters: of the model before. pictures: training pictures of an epoch.
     """
     accuracy, size = "top-1, %", "parameters, millions"
@@ -105,7 +105,7 @@ def search_facts(made_by: Mapping[str, Any]) -> dict[str, str]:
 
 
 def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
-    """A tuning run in words. ``result`` is ``results["tuning"]`` of a record."""
+    """A tuning run in words. ``result`` is ``results.tuning`` of a record."""
     s, last = result["settings"], result["curve"][-1]
     learned = [f"{s['distillation'] or 'soft'} distillation"] if "distillation_loss" in last else []
     learned += ["features of its blocks"] if "feature_loss" in last else []

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from ..plan import Plan
-from ..report.units import cell, metric, share
+from ..record import Results
+from ..report.units import AGREEMENT, cell, metric, share
 
 _KINDS = {"qk": "QK products", "vo": "VO products", "linear": "linear layers"}
 
@@ -34,7 +35,7 @@ def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
         "factors; `plan.json` holds the rank of each. The method follows COMCAT (Xiao et al., ICML 2023).",
         _table(("what", "how many", "rank", "full rank"), _ranks(plan)),
         *_section("How the ranks were found", _table(("setting", "value"), _settings(config, plan))),
-        *_section("Numbers", _numbers(config["results"])),
+        *_section("Numbers", _numbers(Results.from_dict(config["results"]))),
         "## Limitations",
         _limitations(config),
     ]
@@ -128,20 +129,41 @@ def _settings(config: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, str]
             yield key, _shown(value)
 
 
-def _numbers(results: Mapping[str, Any]) -> str:
-    before, after = results.get("before"), results.get("after")
-    parts = []
-    if isinstance(before, Mapping) and isinstance(after, Mapping):
-        keys = [k for k in {**before, **after} if before.get(k) is not None or after.get(k) is not None]
-        parts.append(
-            _table(
-                ("", "before", "after"),
-                ((metric(k).label, *(cell(side.get(k), metric(k)) for side in (before, after))) for k in keys),
-            )
-        )
-        results = {k: v for k, v in results.items() if k not in ("before", "after")}
-    parts.append(_table(("what", "value"), _flat(results)))
+def _numbers(results: Results) -> str:
+    before, after = results.before, results.after
+    keys = [k for k in {**before, **after} if before.get(k) is not None or after.get(k) is not None]
+    parts = [
+        _table(
+            ("", "before", "after"),
+            ((metric(k).label, *(cell(side.get(k), metric(k)) for side in (before, after))) for k in keys),
+        ),
+        f"Accuracy was measured on {results.judged_on}." if results.judged_on else "",
+        _table(("what", "value"), [*_against(results), *_untuned(results), *_others(results)]),
+    ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _against(results: Results) -> Iterator[tuple[str, str]]:
+    """Rows of agreement with the model before, and of the rise of the loss."""
+    for key, value in results.agreement.items():
+        if value is not None:
+            how = AGREEMENT.get(key, metric(key))
+            yield how.label, cell(value, how)
+    for what, value in (("predicted", results.predicted_loss), ("measured", results.measured_loss)):
+        if value is not None:
+            yield f"Rise of the loss by compression, {what}", f"{_shown(value)} nats"
+
+
+def _untuned(results: Results) -> Iterator[tuple[str, str]]:
+    earlier = Results.from_dict(results.untuned)
+    accuracy = [(metric(key).label, cell(value, metric(key))) for key, value in earlier.others.items()]
+    for what, value in [*accuracy, *_against(earlier)]:
+        yield f"Before tuning: {what}", value
+
+
+def _others(results: Results) -> Iterator[tuple[str, str]]:
+    yield from _flat(results.tuning or {}, "tuning.")
+    yield from _flat(results.others)
 
 
 def _flat(results: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -158,7 +180,7 @@ def _limitations(config: Mapping[str, Any]) -> str:
         "Compression can cost some classes or kinds of pictures more than others: check it on your own data.",
         "Fewer parameters and operations do not always make a model faster; measure on the device it is to run on.",
     ]
-    if not _numbers(config["results"]):
+    if not _numbers(Results.from_dict(config["results"])):
         points.insert(0, "Its accuracy was not measured when it was saved.")
     return "\n".join(f"- {p}" for p in points)
 

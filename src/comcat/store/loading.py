@@ -18,7 +18,7 @@ from ..files import read_tensors, surviving
 from ..models import Origin
 from ..models.loading import place_of
 from ..plan import Plan
-from ..record import Record
+from ..record import Record, Results
 from .folder import (
     CARD,
     CONFIG,
@@ -196,7 +196,7 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Origin, Record]:
         settings=config.get("settings") or {},
         preprocess=config.get("preprocess"),
         class_names=None if names is None else tuple(names),
-        results=config.get("results") or {},
+        results=Results.from_dict(config.get("results")),
     )
 
 

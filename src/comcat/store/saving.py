@@ -168,7 +168,7 @@ def _config(model: nn.Module, origin: Origin, record: Record, rebuilt: Rebuilt) 
         "origin": origin.to_dict(),
         "settings": record.settings,
         "statistic": statistic,
-        "results": record.results,
+        "results": record.results.to_dict(),
         "parameters": {"before": rebuilt.parameters, "after": sum(p.numel() for p in model.parameters())},
         "preprocess": record.preprocess,
         "class_names": record.class_names,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def tune(
         restart: forget the checkpoints in ``out`` and begin anew. settings: fields of :class:`TuneSettings`.
 
     Returns:
-        ``student``, with ``comcat_record.results["tuning"]``: settings, teacher, curve, seconds, images per second, and
+        ``student``, with ``comcat_record.results.tuning``: settings, teacher, curve, seconds, images per second, and
         the evaluations before, after, and at the best of the steps (which is for information: the last weights are what
         counts).
 
@@ -147,16 +146,4 @@ def _note(student: Any, result: dict[str, Any]) -> None:
         except ModelError:
             origin = None  # it can be given when the model is saved
         record = Record(plan=Plan(sites={}), origin=origin)
-    student.comcat_record = replace(
-        record, results={**(_untuned(record.results) if result["curve"] else record.results), "tuning": result}
-    )
-
-
-def _untuned(results: Mapping[str, Any]) -> dict[str, Any]:
-    """A compressed model's results, with what tuning has made untrue of ``after`` put aside under ``untuned``."""
-    results, after = dict(results), dict(results.get("after") or {})
-    old = {k: after.pop(k) for k in ("top1", "top5", "loss") if k in after}
-    old |= {k: results.pop(k) for k in ("agreement", "predicted_loss", "measured_loss") if k in results}
-    if not old:
-        return results
-    return {**results, "after": after, "untuned": old}
+    student.comcat_record = replace(record, results=record.results.tuned(result))

@@ -57,7 +57,7 @@ def test_compress_searches_and_tunes_in_one_go_or_two(folder, tmp_path, capsys, 
     assert main(command) == 0
     small = comcat.load(out)
     assert small.comcat_record.plan.made_by["rule"] == "search"
-    assert small.comcat_record.results["tuning"]["settings"]["steps"] == 2
+    assert small.comcat_record.results.tuning["settings"]["steps"] == 2
     page = (out / "report.html").read_text()
     assert "Tuning" in page and "Search of ranks" in page
     assert [p.name for p in tmp_path.iterdir()] == ["small"]
