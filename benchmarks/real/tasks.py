@@ -57,10 +57,14 @@ def classes(said: Tensor, labels: Tensor, dense: Tensor) -> dict[str, Table]:
 
 
 def against_dense(said: Tensor, labels: Tensor, dense: Tensor) -> dict[str, Table]:
-    """IoU of the mask (logit above 0) with the dense model's own, mean over pictures; two empty masks are alike."""
+    """IoU of the mask (logit above 0) with the dense model's own: mean over pictures, and over all pixels.
+
+    Two empty masks are alike. The mean gives small masks the weight of large ones, so it is the stricter of the two.
+    """
     both, either = _overlap(said > 0, dense > 0)
     iou = torch.where(either > 0, both / either.clamp_min(1), 1.0)
-    return {"iou": Table.of_means(iou.numpy())}
+    pooled = Table(*(a[:, None].numpy().astype(np.uint32) for a in (both, either)))
+    return {"iou": Table.of_means(iou.numpy()), "pooled_iou": pooled}
 
 
 def against_truth(said: Tensor, labels: Tensor, dense: Tensor) -> dict[str, Table]:
