@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .data.batches import parts_of_batch
 from .errors import DataError, NumericsError, SettingsError, nearest
 from .factors import Weights
+from .grad_mode import ordinary, outside_inference_mode
 from .hosts import find_sites, host_of
 from .linalg import match_trace, shrinkage_weight
 from .measure import is_classifier, model_output
@@ -174,6 +175,7 @@ class Statistics:
         return self.moments.get((site.name, side)) if joint is None else joint.by_group()
 
 
+@outside_inference_mode
 def calibrate(
     model: nn.Module,
     batches: Iterable,
@@ -213,7 +215,7 @@ def calibrate(
     try:
         with evaluating(model), recorder.attached(model):
             for images in _images(batches, limit, progress):
-                images = images.to(device=device, dtype=next(model.parameters()).dtype)
+                images = ordinary(images).to(device=device, dtype=next(model.parameters()).dtype)
                 recorder.pictures = len(images)
                 seen += len(images)
                 if statistic == "loss":

@@ -18,6 +18,7 @@ from torch import nn
 from .errors import PlanError, nearest
 from .factors import Statistic, Weights
 from .files import write_text
+from .grad_mode import outside_inference_mode
 from .hosts import find_sites, host_of
 from .hosts.mounting import exchange
 from .linalg import Factorization
@@ -192,6 +193,7 @@ class Handle:
         return self.model
 
 
+@outside_inference_mode
 def apply_(
     model: nn.Module,
     plan: Plan,

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..sites import Attention, Host, Refusal, Site, Sites
+from .ordinary import check_ordinary, not_replaceable
 from .timm import TimmHost
 from .transformers import TransformersHost
 
@@ -30,8 +31,10 @@ def find_sites(model: nn.Module) -> Sites:
     Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``. The model is not changed.
 
     Raises:
-        ModelError: if the model has neither attention nor linear layers, or is itself nothing but one of these.
+        ModelError: if the model has neither attention nor linear layers, or is itself nothing but one of these; and
+            where weights are not to be read (offloaded, quantised, pruned, adapters of PEFT), with the way out.
     """
+    check_ordinary(model)
     found: dict[str, Site] = {}
     refused: list[Refusal] = []
     closed: list[str] = []  # paths whose insides are spoken for
@@ -63,6 +66,9 @@ def find_sites(model: nn.Module) -> Sites:
                     found[site.name] = site
                 else:
                     refused.append(Refusal(site.name, reason))
+        elif isinstance(module, nn.Linear) and (reason := not_replaceable(module)) is not None:
+            closed.append(path)
+            refused.append(Refusal(path, reason))
         elif type(module) is nn.Linear:
             site = _linear_site(path, module)
             if _shared(module, uses):
@@ -93,6 +99,9 @@ def _recognise(
         return None
     for host in HOSTS:
         if host.resembles(module):
+            for name, child in module.named_modules():
+                if isinstance(child, nn.Linear) and (reason := not_replaceable(child)) is not None:
+                    return Refusal(path, f"{name}: {reason}")
             key = _structure(module)
             if key not in known:
                 known[key] = path, host.recognise(model, path, module)

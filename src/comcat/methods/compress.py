@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from ..calibration import StatisticName, Statistics, calibrate, pictures_of
 from ..errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, nearest
 from ..factors import Statistic, Weights
+from ..grad_mode import outside_inference_mode
 from ..hosts import find_sites
+from ..hosts.ordinary import check_ordinary
 from ..linalg import Factorization
 from ..measure import count_macs, count_parameters, evaluate
 from ..plan import Handle, Plan, apply_
@@ -95,6 +97,7 @@ class Compressed:
     notes: tuple[str, ...] = field(default=())
 
 
+@outside_inference_mode
 def compress(
     model: nn.Module,
     calibration: Iterable | None = None,
@@ -117,11 +120,13 @@ def compress(
         An ordinary module with ``comcat_record``, ready for :func:`comcat.save`.
     """
     chosen = from_keywords(CompressSettings, settings)
+    check_ordinary(model)
     small = copy.deepcopy(model)
     compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
     return small
 
 
+@outside_inference_mode
 def compress_(
     model: nn.Module,
     calibration: Iterable | None,
@@ -141,6 +146,7 @@ def compress_(
             "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), then compress with that plan"
         )
     check_asked(settings.reduce if plan is None else None, settings.multiple)
+    check_ordinary(model)
     record = getattr(model, "comcat_record", None)
     if record is not None and record.plan.sites:
         raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")

@@ -15,6 +15,7 @@ from .. import models
 from .._version import __version__
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
 from ..files import read_tensors, surviving
+from ..grad_mode import outside_inference_mode
 from ..models import Origin
 from ..models.loading import place_of
 from ..plan import Plan
@@ -37,6 +38,7 @@ from .rebuilding import fill, rebuild
 _log = logging.getLogger(__name__)
 
 
+@outside_inference_mode
 def load(
     source: str | os.PathLike[str],
     *,
@@ -71,6 +73,7 @@ def load(
     return model.to(device=device, dtype=dtype).eval()
 
 
+@outside_inference_mode
 def load_model(
     spec: str | os.PathLike[str],
     *,
