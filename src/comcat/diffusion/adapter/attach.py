@@ -109,6 +109,7 @@ def install(target: Any, name: str, terms: Mapping[str, LowRankTerms], record: R
         channels.add(name, terms[place.path])
         place.refresh()
     remember(target, name, record)
+    refresh_tokens(target)
     refresh_guard(target)
     return adapters(target)[name]
 

@@ -19,7 +19,7 @@ from .hosts import AdaptableAttention
 from .places import Place, find_places, place_at
 from .records import Adapter, Record, answering
 from .scale import check_scale
-from .tokenizers import check_tokens, refresh_tokens
+from .tokenizers import check_tokens
 
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -56,9 +56,7 @@ def load(
     for one in terms.values():
         one.scale = float(scale)
         one.requires_grad_(False)
-    adapter = install(target, name, terms, record)
-    refresh_tokens(target)
-    return adapter
+    return install(target, name, terms, record)
 
 
 def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:

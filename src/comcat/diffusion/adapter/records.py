@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import ModelError, SettingsError
 from ...modules.adapters import LowRankTerms
-from ..pipeline.components import Component, components_of, denoiser_of
+from ..pipeline.components import Component, components_of, denoiser_of, tokenizer_of
 from .places import Place, places_at
 
 _RECORDS = "comcat_adapters"
@@ -93,13 +93,15 @@ def adapters(target: Any) -> dict[str, Adapter]:
     came.
 
     Raises:
-        ModelError: if something else computes an adapter's attention meanwhile, so that it cannot act.
+        ModelError: if something else computes an adapter's attention meanwhile, so that it cannot act, or its token is
+            gone from a tokenizer.
         SettingsError: if ``target`` is a model alone, and an adapter acts in other parts of its pipeline as well.
     """
     components = components_of(target)
     found: dict[str, Adapter] = {}
     for name, record in records(target).items():
         check_whole(target, name, record)
+        _check_tokens(target, name, record)
         found[name] = Adapter(name, _terms(components, name, record), record)
     return found
 
@@ -147,6 +149,17 @@ def located(components: Mapping[str, Component], record: Record) -> Iterator[Pla
     """Every place of an adapter that lies in these components."""
     for component in components.values():
         yield from places_at(component, record.paths)
+
+
+def _check_tokens(target: Any, name: str, record: Record) -> None:
+    for key in record.token_embeddings if record.brought_tokens else ():
+        component, token = key.split(".", 1)
+        tokenizer = tokenizer_of(target, component)
+        if tokenizer is not None and tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id):
+            raise ModelError(
+                f"adapter {name!r} has lost its token {token!r}: something has taken it out of the {component}'s "
+                "tokenizer, as unload_textual_inversion() does; unload() the adapter, and load it again"
+            )
 
 
 def settle(place: Place) -> None:

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import SettingsError, StoreError
-from ..pipeline.components import Component, text_encoders_of
+from ..pipeline.components import Component, text_encoders_of, tokenizer_name, tokenizer_of
 from .records import records
 
-_BEFORE = "comcat_before_tokens"
+_STATE = "comcat_tokens"
 
 
 @dataclass(frozen=True)
-class _Before:
-    """What a text encoder and its tokenizer were before any token joined them."""
+class _Joined:
+    """The tokens of adapters in one text encoder, and what it and its tokenizer were before the first of them."""
 
+    tokens: tuple[str, ...]
     tokenizer: Any
-    embedding: nn.Module
+    embedding: Any
     vocabulary: int
 
 
@@ -33,18 +35,21 @@ def check_tokens(target: Any, words: Mapping[str, Tensor]) -> None:
     encoders = {c.name: c for c in text_encoders_of(target)}
     for key, row in words.items():
         component, token = key.split(".", 1)
-        if component not in encoders or _tokenizer(target, component) is None:
+        if component not in encoders or tokenizer_of(target, component) is None:
             raise StoreError(
                 f"a token {token!r} was learned for the {component}, which is not there; load the adapter into the "
                 "whole pipeline"
             )
+        if not hasattr(tokenizer_of(target, component), "backend_tokenizer"):
+            kind = type(tokenizer_of(target, component)).__name__
+            raise StoreError(f"a token cannot be taken out of a {kind} again, expected a fast tokenizer")
         model: Any = encoders[component].model
         width = model.get_input_embeddings().embedding_dim
         if row.shape != (width,):
             raise StoreError(
                 f"the embedding of {token!r} is {tuple(row.shape)}, expected ({width},) for this {component}"
             )
-        if knows(_tokenizer(target, component), token):
+        if knows(tokenizer_of(target, component), token):
             raise SettingsError(
                 f"the {component}'s tokenizer has a token {token!r} already; rename_identifier='…' gives it another "
                 "name"
@@ -60,7 +65,8 @@ def knows(tokenizer: Any, word: str) -> bool:
 def refresh_tokens(target: Any) -> None:
     """Make tokenizers and text encoders hold the tokens of just those adapters that a pipeline carries.
 
-    They are built anew from what they were before; with the last token, that is what comes back.
+    What others add meanwhile, as textual inversions, stays; only its ids move down when a token before it goes. With
+    the last token of an adapter, the very objects from before come back, if nothing else has changed in them.
     """
     for component in text_encoders_of(target):
         rows = {
@@ -69,47 +75,97 @@ def refresh_tokens(target: Any) -> None:
             for key, row in record.token_embeddings.items()
             if key.split(".", 1)[0] == component.name and record.brought_tokens
         }
-        _restore(target, component)
+        joined = _joined(component)
+        held = () if joined is None else joined.tokens
+        if gone := [token for token in held if token not in rows]:
+            _take_out(target, component, gone)
         if rows:
-            _extend(target, component, rows)
+            _put_in(target, component, rows)
 
 
-def _extend(target: Any, component: Component, rows: Mapping[str, Tensor]) -> None:
+def _put_in(target: Any, component: Component, rows: Mapping[str, Tensor]) -> None:
+    """Let tokens join behind all that is there, or take another embedding where they have joined before."""
     model: Any = component.model
-    own: Any = model.get_input_embeddings()
-    tokenizer = _tokenizer(target, component.name)
-    before = _Before(tokenizer, own, model.config.vocab_size)
-    longer = copy.deepcopy(tokenizer)  # nothing can be taken out of a tokenizer again
+    own, tokenizer = model.get_input_embeddings(), tokenizer_of(target, component.name)
+    before = _joined(component) or _Joined((), tokenizer, own, model.config.vocab_size)
+    longer = copy.deepcopy(tokenizer)
     longer.add_tokens(list(rows))
-    size = max(own.num_embeddings, len(longer))
     weight = own.weight.detach()
-    table = torch.cat([weight, weight.new_zeros(size - len(weight), weight.shape[1])])
+    table = _padded(weight, max(len(weight), len(longer)), before.embedding.weight)
     for token, row in rows.items():
         table[longer.convert_tokens_to_ids(token)] = row.to(table)
+    _set(target, component, longer, table)
+    setattr(model, _STATE, (replace(before, tokens=tuple(rows)),))
+
+
+def _take_out(target: Any, component: Component, gone: Sequence[str]) -> None:
+    """Take tokens out and leave everything else."""
+    model, joined = component.model, _joined(component)
+    assert joined is not None
+    left = tuple(token for token in joined.tokens if token not in gone)
+    tokenizer, own = tokenizer_of(target, component.name), component.model.get_input_embeddings()  # type: ignore[operator]
+    if left or _changed(tokenizer, own, joined):
+        there = [token for token in gone if token in tokenizer.get_added_vocab()]
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in there]
+        kept = torch.ones(own.num_embeddings, dtype=torch.bool, device=own.weight.device)
+        kept[ids] = False
+        shorter = _without(tokenizer, there)
+        size = max(joined.embedding.num_embeddings, len(shorter))
+        _set(target, component, shorter, _padded(own.weight.detach()[kept], size, joined.embedding.weight))
+    else:
+        weight = own.weight
+        embedding = joined.embedding.to(weight.device, weight.dtype)  # it did not move with the model meanwhile
+        model.set_input_embeddings(embedding)  # type: ignore[operator]
+        model.config.vocab_size = joined.vocabulary  # type: ignore[union-attr]
+        setattr(target, tokenizer_name(component.name), joined.tokenizer)
+    if left:
+        setattr(model, _STATE, (replace(joined, tokens=left),))
+    else:
+        delattr(model, _STATE)
+
+
+def _changed(tokenizer: Any, embedding: Any, joined: _Joined) -> bool:
+    """Whether tokens have come or gone, or embeddings were trained, since the first token of an adapter joined."""
+    if set(tokenizer.get_added_vocab()) != {*joined.tokenizer.get_added_vocab(), *joined.tokens}:
+        return True
+    known = joined.embedding.weight[: len(joined.tokenizer)]
+    return not embedding.weight[: len(known)].equal(known.to(embedding.weight))
+
+
+def _without(tokenizer: Any, tokens: Sequence[str]) -> Any:
+    """A copy of a tokenizer that has never heard of some of its added tokens. The ids of those behind them move down."""
+    from tokenizers import Tokenizer
+
+    shorter = copy.deepcopy(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    gone = [token["id"] for token in state["added_tokens"] if token["content"] in tokens]
+    state["added_tokens"] = [
+        {**token, "id": token["id"] - sum(other < token["id"] for other in gone)}
+        for token in state["added_tokens"]
+        if token["id"] not in gone
+    ]
+    shorter._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return shorter
+
+
+def _set(target: Any, component: Component, tokenizer: Any, table: Tensor) -> None:
+    model: Any = component.model
+    own = model.get_input_embeddings()
     embedding = nn.Embedding.from_pretrained(table, freeze=True, padding_idx=own.padding_idx)
     model.set_input_embeddings(embedding.train(own.training))
-    model.config.vocab_size = size
-    setattr(target, _tokenizer_name(component.name), longer)
-    setattr(model, _BEFORE, (before,))
+    model.config.vocab_size = len(table)
+    setattr(target, tokenizer_name(component.name), tokenizer)
 
 
-def _restore(target: Any, component: Component) -> None:
-    model: Any = component.model
-    if not hasattr(model, _BEFORE):
-        return
-    (before,) = getattr(model, _BEFORE)
-    weight = model.get_input_embeddings().weight
-    model.set_input_embeddings(
-        before.embedding.to(weight.device, weight.dtype)
-    )  # it did not move with the model meanwhile
-    model.config.vocab_size = before.vocabulary
-    setattr(target, _tokenizer_name(component.name), before.tokenizer)
-    delattr(model, _BEFORE)
+def _padded(table: Tensor, size: int, rest: Tensor) -> Tensor:
+    """A table of ``size`` rows: some tables have more rows than there are tokens, of which ``rest`` has the last."""
+    if size <= len(table):
+        return table.clone()
+    more = table.new_zeros(size - len(table), table.shape[1])
+    kept = rest[len(table) : size].to(table)
+    more[: len(kept)] = kept
+    return torch.cat([table, more])
 
 
-def _tokenizer(target: Any, component: str) -> Any:
-    return getattr(target, _tokenizer_name(component), None)
-
-
-def _tokenizer_name(component: str) -> str:
-    return component.replace("text_encoder", "tokenizer")
+def _joined(component: Component) -> _Joined | None:
+    return getattr(component.model, _STATE, (None,))[0]  # in a tuple: none of it is part of the model

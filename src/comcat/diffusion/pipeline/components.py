@@ -51,6 +51,16 @@ def text_encoders_of(target: Any) -> list[Component]:
     return [Component(name, _plain(model)) for name, model in models if isinstance(model, nn.Module)]
 
 
+def tokenizer_name(text_encoder: str) -> str:
+    """What a pipeline calls the tokenizer of one of its text encoders."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def tokenizer_of(target: Any, text_encoder: str) -> Any:
+    """The tokenizer of a text encoder by its name, or None."""
+    return getattr(target, tokenizer_name(text_encoder), None)
+
+
 def components_of(target: Any) -> dict[str, Component]:
     """Everything in ``target`` that may carry an adapter, by name."""
     return {c.name: c for c in (denoiser_of(target), *text_encoders_of(target))}
