@@ -166,7 +166,7 @@ def test_prompts_from_a_file_and_a_note(model, adapter, tmp_path, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text("a red dog\na cat\n")
     assert generate(model, tmp_path / "out", "--prompts", file, "--adapter", adapter) == 0
-    assert "no prompt contains 'V*'" in capsys.readouterr().out
+    assert "No prompt contains 'V*'" in capsys.readouterr().out
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 

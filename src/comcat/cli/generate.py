@@ -39,7 +39,7 @@ class Generate(PipelineCommand, GenerateSettings):
 def run(command: Generate) -> int:
     from ..diffusion import load
     from ..diffusion.draw.generate import generate_to
-    from ..diffusion.draw.prompts import read_prompts
+    from ..diffusion.draw.prompts import notes_on_calls, read_prompts
 
     prompts = [*command.prompt, *(read_prompts(command.prompts) if command.prompts is not None else [])]
     if not prompts:
@@ -51,9 +51,9 @@ def run(command: Generate) -> int:
         name = free_name(path.stem, [a["name"] for a in used])
         adapter = load(pipe, path, name=name, scale=scale)
         used.append({"name": name, "scale": scale, "content": digest(path)})
-        identifier = adapter.record.identifier
-        if identifier and not any(identifier in p for p in prompts):
-            print(f"Note: no prompt contains {identifier!r}, the identifier of {path}.")
+        if (identifier := adapter.record.identifier) is not None:
+            for note in notes_on_calls(pipe, prompts, identifier):
+                print(f"Note on {path}: {note}")
     settings = {f.name: getattr(command, f.name) for f in fields(GenerateSettings)}
     about = {"model": command.model, "dtype": command.dtype, "adapters": used}
     written = generate_to(

@@ -7,34 +7,96 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, SettingsError
-from ..pipeline.families import Family
+from ...errors import DataError, ModelError, SettingsError
+from ..pipeline.families import Family, family_of
+
+
+def calls(prompt: str, identifier: str) -> bool:
+    """Whether a prompt contains the identifier as a word of its own, in the same spelling."""
+    return _call(prompt, identifier) is not None
+
+
+def _call(prompt: str, identifier: str) -> re.Match[str] | None:
+    return re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt)
 
 
 def check_prompt(prompt: str, identifier: str) -> None:
-    """Raises SettingsError unless the prompt contains the identifier, in the same spelling."""
+    """Raises SettingsError unless the prompt calls the identifier."""
     if not identifier.strip():
         raise SettingsError(f"got identifier {identifier!r}, expected a word such as 'V*'")
-    if identifier not in prompt:
-        spelling = " (case matters)" if identifier.lower() in prompt.lower() else ""
+    if calls(prompt, identifier):
+        return
+    expected = f"expected for example 'a photo of {identifier} dog'"
+    if identifier in prompt:
         raise SettingsError(
-            f"got prompt {prompt!r}, which does not contain the identifier {identifier!r}{spelling}; expected for "
-            "example "
-            f"'a photo of {identifier} dog'"
+            f"got prompt {prompt!r}, in which the identifier {identifier!r} is glued to other characters; {expected}"
         )
+    spelling = " (case matters)" if identifier.lower() in prompt.lower() else ""
+    raise SettingsError(
+        f"got prompt {prompt!r}, which does not contain the identifier {identifier!r}{spelling}; {expected}"
+    )
 
 
 def check_other_prompts(identifier: str, prompts: Mapping[str, Sequence[str]]) -> None:
     """Raises SettingsError if a prompt of what shall stay as it is, by the setting that names it, calls the concept."""
-    word = re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)")
     for setting, named in prompts.items():
         for prompt in named:
-            if word.search(prompt):
+            if calls(prompt, identifier):
                 raise SettingsError(
                     f"{setting}: got {prompt!r}, which contains the identifier {identifier!r}; expected a prompt "
-                    "without "
-                    "the concept, which shall stay as it is"
+                    "without the concept, which shall stay as it is"
                 )
+
+
+def deaf_to(family: Family, prompt: str, identifier: str, *, one_token: bool = False) -> dict[str, int]:
+    """The text encoders that cut a prompt off before its identifier ends, and how many tokens each reads.
+
+    ``one_token``: the identifier will be one token, whatever the tokenizers make of it now.
+    """
+    called = _call(prompt, identifier)
+    assert called is not None, "check_prompt has seen to it"
+    until, lengths = prompt[: called.end()], family.prompt_lengths()
+    found: dict[str, int] = {}
+    for component, (tokenizer, _) in family.text_encoders().items():
+        count = len(tokenizer(until, truncation=False, verbose=False).input_ids)
+        if one_token:
+            count -= len(pieces(tokenizer, identifier)) - 1
+        if count > lengths[component]:
+            found[component] = lengths[component]
+    return found
+
+
+def check_heard(family: Family, prompt: str, identifier: str, *, one_token: bool = False) -> list[str]:
+    """Notes on text encoders that never read the identifier, because the prompt is too long.
+
+    Raises:
+        SettingsError: if none of them does.
+    """
+    deaf = deaf_to(family, prompt, identifier, one_token=one_token)
+    if deaf and len(deaf) == len(family.text_encoders()):
+        raise SettingsError(
+            f"got a prompt in which the identifier {identifier!r} comes after the {max(deaf.values())} tokens that the "
+            "pipeline reads; expected a shorter prompt, or the identifier nearer to its beginning"
+        )
+    return [
+        f"The {component} reads {length} tokens of a prompt, and the identifier {identifier!r} comes after them."
+        for component, length in deaf.items()
+    ]
+
+
+def notes_on_calls(pipe: Any, prompts: Sequence[str], identifier: str) -> list[str]:
+    """What to say where prompts do not reach an adapter that answers to an identifier."""
+    calling = [prompt for prompt in prompts if calls(prompt, identifier)]
+    if not calling:
+        glued = " as a word of its own" if any(identifier in prompt for prompt in prompts) else ""
+        return [f"No prompt contains {identifier!r}{glued}."]
+    try:
+        family = family_of(pipe)
+    except ModelError:  # a pipeline that cannot be taught may still generate
+        return []
+    encoders = len(family.text_encoders())
+    deaf = [prompt for prompt in calling if len(deaf_to(family, prompt, identifier)) == encoders]
+    return [f"The pipeline cuts a prompt off before it comes to {identifier!r}: {prompt[:60]!r}…" for prompt in deaf]
 
 
 def pieces(tokenizer: Any, word: str) -> list[str]:

@@ -24,7 +24,7 @@ from ..adapter.attach import attach, unload
 from ..adapter.files import save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
-from ..draw.prompts import check_other_prompts, check_prompt, splitting_notes
+from ..draw.prompts import check_heard, check_other_prompts, check_prompt, splitting_notes
 from ..pipeline.families import Family, family_of
 from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, frozen, recomputing
@@ -74,11 +74,11 @@ def customize(
         adapter is out again, too.
 
     Raises:
-        SettingsError: for a prompt without the identifier or a setting that does not fit. DataError: without pictures.
-            ModelError: if the pipeline is of no supported family. StoreError: if ``out`` holds something made with
-                other settings, or cannot be written.
+        SettingsError: for a prompt without the identifier, or in which it comes after what the text encoders read, and
+            for a setting that does not fit. DataError: without pictures. ModelError: if the pipeline is of no supported
+            family. StoreError: if ``out`` holds something made with other settings, or cannot be written.
             NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what
-                would fit.
+            would fit.
     """
     return Customization(
         pipe, images, prompt, identifier, name, from_keywords(CustomizeSettings, settings), out, progress
@@ -121,6 +121,7 @@ class Customization:
         self._check_dropout()
         self.examples = read_examples(images)
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
+        self.notes += check_heard(self.family, prompt, identifier, one_token=settings.new_token is not None)
         if settings.new_token is None:
             self.notes += splitting_notes(self.family, identifier)
         self.class_examples = None

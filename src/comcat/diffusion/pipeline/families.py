@@ -41,6 +41,10 @@ class Family:
                 found[f"text_encoder{suffix}"] = (getattr(self.pipe, f"tokenizer{suffix}"), encoder)
         return found
 
+    def prompt_lengths(self) -> dict[str, int]:
+        """How many tokens each text encoder reads of a prompt, its first and last mark included; the rest is cut off."""
+        return {name: int(tokenizer.model_max_length) for name, (tokenizer, _) in self.text_encoders().items()}
+
     def resolution(self) -> int:
         """The side, in pixels, of the pictures that the pipeline makes unless told otherwise."""
         return int(self.pipe.unet.config.sample_size * self.pipe.vae_scale_factor)
@@ -92,6 +96,12 @@ class StableDiffusion3(Family):
     """A transformer over patches, with the pooled outputs of two text encoders."""
 
     component = "transformer"
+    t5, t5_length = "text_encoder_3", 256
+    """The third text encoder reads more of a prompt: what the pipeline's ``max_sequence_length`` is by default."""
+
+    def prompt_lengths(self) -> dict[str, int]:
+        lengths = super().prompt_lengths()
+        return lengths | ({self.t5: self.t5_length} if self.t5 in lengths else {})
 
     def resolution(self) -> int:
         return int(self.pipe.default_sample_size * self.pipe.vae_scale_factor)
@@ -118,6 +128,7 @@ class StableDiffusion3(Family):
 class Flux(StableDiffusion3):
     """Latents packed by 2 × 2 into tokens with positions, time from 0 to 1, and a guidance scale as an input."""
 
+    t5, t5_length = "text_encoder_2", 512
     GUIDANCE = 3.5  # what a guidance-distilled model is told while it is trained: the scale its pipeline samples with
 
     def multiple(self) -> int:
