@@ -24,7 +24,7 @@ from common import RESULTS, SHARED, machine, parser, table, write
 from torch import nn
 
 from comcat import batches, load_model, open_pictures, preprocess_of
-from comcat.calibration import calibrate
+from comcat.apply import apply_
 from comcat.factors import PaperCode, Statistic, Unilateral, Weights
 from comcat.files import write_json
 from comcat.hosts import find_sites
@@ -33,7 +33,7 @@ from comcat.methods.allocate import allocate, spectra
 from comcat.methods.baselines import ffn_sites, matrix_plan, mha_sites, tensor_train_plan, tucker_plan
 from comcat.methods.compress import CompressSettings, compress_
 from comcat.modules.tensor import TensorTrainLinear, TuckerLinear
-from comcat.plan import apply_
+from comcat.statistics import calibrate
 
 SHARES = {
     "mha": [0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.97],

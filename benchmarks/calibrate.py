@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from common import interleaved, median, parser, random_pictures, vit, write
 
-from comcat.calibration import calibrate
 from comcat.hosts import find_sites
+from comcat.statistics import calibrate
 
 
 def main() -> None:

@@ -12,9 +12,10 @@ import torch
 from common import SHARED, parser, table, write
 
 from comcat import batches, calibrate, evaluate, find_sites, load_model, open_pictures, preprocess_of
+from comcat.apply import apply_
 from comcat.factors import Weights
 from comcat.methods.allocate import allocate, spectra, tail_loss
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
 
     def measured(plan: Plan) -> float:
         handle = apply_(model, plan, loss, sites=sites, factorizations=found)
-        divergence = evaluate(model, judged, against=dense).divergence
+        divergence = evaluate(model, judged, reference=dense).divergence
         handle.revert()
         return float(divergence or 0.0)
 
@@ -52,7 +53,7 @@ def main() -> None:
             name = f"blocks.{layer}.{kind}"
             site = sites[name]
             rank = max(1, site.full_rank // 16)
-            plan = Plan(sites={name: SitePlan(rank=rank, full_rank=site.full_rank)})
+            plan = Plan(sites={name: SitePlan(keep=rank, full=site.full_rank)})
             alone.append([name, rank, float(tail_loss(found[name].singular_values)[rank]), measured(plan)])
     print("one site alone, at a sixteenth of its rank")
     table(["site", "rank", "predicted", "measured KL"], [[*r[:2], f"{r[2]:.4f}", f"{r[3]:.4f}"] for r in alone])

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comcat.factors import Weights
+from comcat.forms.relax import Relaxation, relax_
 from comcat.hosts import find_sites
 from comcat.measure.memory import LiveBytes
 from comcat.methods.search.candidates import candidates_of
-from comcat.relaxing import Relaxation, relax_
 
 WAYS = ("dense", "search ranks", "search weights", "naive")
 
@@ -120,7 +120,7 @@ def steps_of(name: str, batch: int, way: str, grid: int, device: str, dtype: tor
 
 
 def _naive(model: nn.Module, sites, found) -> None:
-    for path in {s.path for s in sites.values() if s.attention is not None}:
+    for path in {s.path for s in sites.values() if s.kind in ("qk", "vo")}:
         a = sites[f"{path}:qk"].attention
         module = ApartAttention(a.in_features, a.heads, found[f"{path}:qk"].ranks, found[f"{path}:vo"].ranks, a.scale)
         owner, _, child = path.rpartition(".")

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from comcat.sites import Sites
+
 
 def tiny_vit(**arguments) -> nn.Module:
     import timm
@@ -31,6 +33,11 @@ def shake(model: nn.Module, scale: float = 0.4) -> None:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
             else:
                 p.copy_(torch.randn(p.shape, generator=generator) * scale * p.shape[-1] ** -0.5 * 2)
+
+
+def ranked(sites: Sites) -> Sites:
+    """The sites that have ranks: all but hidden units."""
+    return sites.only("qk", "vo", "linear")
 
 
 def pictures(count: int = 12, batch: int = 4, size: int = 32, seed: int = 0) -> list[Tensor]:

@@ -8,15 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comcat.calibration import calibrate
+from comcat.apply import apply_
 from comcat.errors import BudgetError, SettingsError
 from comcat.factors import Weights
 from comcat.hosts import find_sites
 from comcat.linalg import Factorization
 from comcat.measure import count_parameters
-from comcat.methods.allocate import allocate, spectra, tail_loss
-from comcat.plan import Plan, apply_
-from comcat.sites import Site, Sites
+from comcat.methods.allocate import allocate, shrinkable, spectra, tail_loss
+from comcat.plan import MadeFor, Plan
+from comcat.sites import HiddenSite, LinearSite, Site, Sites
+from comcat.statistics import calibrate
 
 from .models import pictures, tiny_vit
 
@@ -29,9 +30,10 @@ def model():
 @pytest.mark.parametrize("rule", ["uniform", "energy", "waterfill"])
 @pytest.mark.parametrize("reduce", [0.1, 0.5, 0.65])
 @pytest.mark.parametrize("multiple", [1, 4])
-def test_budget_is_met_within_one_rank_step(model, rule, reduce, multiple):
-    sites = find_sites(model)
-    plan = allocate(model, reduce=reduce, rule=rule, multiple=multiple)
+@pytest.mark.parametrize("forms", ["ranks", "ranks,units"])
+def test_budget_is_met_within_one_step(model, rule, reduce, multiple, forms):
+    sites = shrinkable(find_sites(model))
+    plan = allocate(model, reduce=reduce, rule=rule, multiple=multiple, forms=forms)
     before = count_parameters(model)
     handle = apply_(model, plan)
     saved = 1 - count_parameters(model) / before
@@ -40,11 +42,13 @@ def test_budget_is_met_within_one_rank_step(model, rule, reduce, multiple):
     assert saved >= reduce - 1e-9
     largest_step = max(_step(s, multiple) for s in sites.values()) / before
     assert saved - reduce < largest_step
-    assert all(p.rank % multiple == 0 or p.rank == p.full_rank for p in plan.sites.values())
+    assert all(p.keep % multiple == 0 or p.keep == p.full for p in plan.sites.values())
 
 
 def _step(site: Site, multiple: int) -> int:
-    """The costliest step of a site: a rank step, or the jump from factors to the dense layer."""
+    """The costliest step of a site: one of ranks or units, or the jump from factors to the dense layer."""
+    if isinstance(site, HiddenSite):
+        return multiple * site.parameters_per_unit + site.out_features
     top = max(
         (r for r in range(multiple, site.full_rank + 1, multiple) if site.parameters(r) < site.parameters()),
         default=multiple,
@@ -56,7 +60,7 @@ def test_linear_layers_stay_dense_where_factors_would_cost_more(model):
     plan = allocate(model, reduce=0.05)
     sites = find_sites(model)
     for name, entry in plan.sites.items():
-        assert sites[name].parameters(entry.rank) < sites[name].parameters() or sites[name].kind != "linear"
+        assert sites[name].parameters(entry.keep) < sites[name].parameters() or sites[name].kind != "linear"
 
 
 def _synthetic(spectra_: list[list[float]], costs: list[tuple[int, int]]) -> tuple[Sites, dict[str, Factorization]]:
@@ -64,7 +68,7 @@ def _synthetic(spectra_: list[list[float]], costs: list[tuple[int, int]]) -> tup
     for i, (values, (m, n)) in enumerate(zip(spectra_, costs, strict=True)):
         k = len(values)
         eye = torch.eye(k, dtype=torch.float64)
-        sites[f"l{i}"] = Site(f"l{i}", "linear", f"l{i}", k, m, n)
+        sites[f"l{i}"] = LinearSite(f"l{i}", "linear", f"l{i}", k, m, n)
         found[f"l{i}"] = Factorization(eye, eye, torch.tensor(sorted(values, reverse=True), dtype=torch.float64))
     return Sites(sites), found
 
@@ -82,8 +86,9 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
         def __init__(self):
             object.__setattr__(self, "name", "loss")
 
-    plan = allocate(torch.nn.Identity(), Loss(), reduce=reduce, sites=sites, factorizations=found, total=total)
-    tails = {n: tail_loss(f.singular_values) for n, f in found.items()}
+    given = {"sites": sites, "factorizations": found, "total": total, "made_for": MadeFor()}
+    plan = allocate(torch.nn.Identity(), Loss(), reduce=reduce, **given)
+    tails = {n: tail_loss(f) for n, f in found.items()}
     options = {
         n: [(s.parameters(r), float(tails[n][r])) for r in range(1, 5) if s.parameters(r) < s.parameters()]
         + [(s.parameters(), 0.0)]
@@ -95,7 +100,7 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
         for combo in itertools.product(*options.values())
         if sum(c for c, _ in combo) <= target + 1e-9
     )
-    got = sum(float(tails[n][plan.sites[n].rank]) if n in plan.sites else 0.0 for n in sites)
+    got = sum(float(tails[n][plan.sites[n].keep]) if n in plan.sites else 0.0 for n in sites)
     # Lagrangian choice reaches the convex hull; what is left is at most one site's largest jump between neighbouring options
     jump = max(a[1] - b[1] for o in options.values() for a, b in itertools.pairwise(o))
     assert best - 1e-9 <= got <= best + jump + 1e-9
@@ -113,13 +118,13 @@ def test_waterfill_beats_uniform_in_predicted_loss(model):
 
 def test_energy_alone_keeps_the_asked_share_of_singular_values(model):
     found = spectra(model, find_sites(model))
-    plan = allocate(model, rule="energy", energy=0.9)
+    plan = allocate(model, rule="energy", energy=0.9, forms="ranks")
     for name, entry in plan.sites.items():
         values = found[name].singular_values
         values = values.sum(0) if values.ndim > 1 else values
         share = values.cumsum(0) / values.sum()
-        assert share[entry.rank - 1] >= 0.9 - 1e-9
-        assert entry.rank == 1 or share[entry.rank - 2] < 0.9
+        assert share[entry.keep - 1] >= 0.9 - 1e-9
+        assert entry.keep == 1 or share[entry.keep - 2] < 0.9
 
 
 def test_budget_that_cannot_be_met_says_the_most_that_can(model):
@@ -147,8 +152,8 @@ def test_absurd_settings_are_refused(model, bad):
 def test_tie_gives_one_rank_to_both_products(model):
     plan = allocate(model, reduce=0.4, tie=True)
     for layer in ("blocks.0.attn", "blocks.1.attn"):
-        assert {plan.sites[f"{layer}:{k}"].rank for k in ("qk", "vo") if f"{layer}:{k}" in plan.sites} in (
-            {plan.sites[f"{layer}:qk"].rank},
+        assert {plan.sites[f"{layer}:{k}"].keep for k in ("qk", "vo") if f"{layer}:{k}" in plan.sites} in (
+            {plan.sites[f"{layer}:qk"].keep},
             set(),
         )
 
@@ -156,7 +161,7 @@ def test_tie_gives_one_rank_to_both_products(model):
 def test_per_head_ranks_are_padded_to_the_largest(model):
     plan = allocate(model, reduce=0.5, per_head=True, sites=find_sites(model))
     heads = [e.head_ranks for e in plan.sites.values() if e.head_ranks is not None]
-    assert heads and all(max(h) == e.rank for h, e in ((e.head_ranks, e) for e in plan.sites.values()) if h)
+    assert heads and all(max(h) == e.keep for h, e in ((e.head_ranks, e) for e in plan.sites.values()) if h)
     assert any(len(set(h)) > 1 for h in heads)
     again = Plan.from_json(plan.to_json())
     assert again == plan

@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from comcat.apply import apply_
 from comcat.errors import BudgetError, ComcatError, ModelError, NumericsError, PlanError, SettingsError
-from comcat.factors import PaperCode, Unilateral, Weights
+from comcat.factors import PaperCode, Statistic, Unilateral, Weights
+from comcat.forms import check_plan
 from comcat.hosts import find_sites
 from comcat.measure import count_parameters
 from comcat.methods.baselines import (
     BASELINES,
+    Baseline,
     ffn_sites,
+    hidden_sites,
     matrix_plan,
     mha_sites,
     near_equal,
@@ -33,8 +37,8 @@ from comcat.modules.tensor import (
     matrix_factors,
     shape_parameters,
 )
-from comcat.plan import Plan, SitePlan, apply_
-from comcat.sites import Site, Sites
+from comcat.plan import Plan, SitePlan
+from comcat.sites import Sites
 
 FULL = [
     # form, in, out, shape at full rank
@@ -255,40 +259,21 @@ def test_without_tensorly_the_message_names_the_extra(form: str, monkeypatch: py
 # ---------------------------------------------------------------- sites
 
 
-def test_feed_forward_layers_are_found_by_structure() -> None:
-    def linear(path: str, into: int, out: int) -> Site:
-        return Site(path, "linear", path, min(into, out), into, out, biases=out)
-
-    wanted = [
-        linear("blocks.0.mlp.fc1", 32, 128),
-        linear("blocks.0.mlp.fc2", 128, 32),
-        linear("blocks.1.mlp.gate_proj", 32, 80),
-        linear("blocks.1.mlp.up_proj", 32, 80),
-        linear("blocks.1.mlp.down_proj", 80, 32),
-        linear("blocks.2.mlp.w12", 32, 48),  # a packed gate that is narrower than the model afterwards
-        linear("blocks.2.mlp.w3", 24, 32),
-        linear("layer.3.intermediate.dense", 32, 128),
-        linear("layer.3.output.dense", 128, 32),
-    ]
-    others = [
-        linear("downsample.reduction", 128, 64),
-        linear("embed.first", 32, 64),
-        linear("embed.second", 64, 48),
-        linear("pooler.dense", 32, 32),
-        linear("classifier", 32, 32),  # as many classes as channels
-    ]
-    mixed = [*wanted[:4], others[0], *wanted[4:], *others[1:]]
-    assert list(ffn_sites(Sites({s.name: s for s in mixed}))) == [s.name for s in wanted]
-
-
 def test_a_model_is_split_into_attention_feed_forward_and_rest(sites: Sites) -> None:
     mha, ffn = mha_sites(sites), ffn_sites(sites)
     assert [s.kind for s in mha.values()] == ["qk", "vo"] * 2
     assert list(ffn) == ["blocks.0.mlp.0", "blocks.0.mlp.2", "blocks.1.mlp.0", "blocks.1.mlp.2"]
-    assert set(sites) - set(mha) - set(ffn) == {"head"}
+    assert list(hidden_sites(sites)) == ["blocks.0.mlp:units", "blocks.1.mlp:units"]
+    assert set(sites) - set(mha) - set(ffn) - set(hidden_sites(sites)) == {"head"}
 
 
 # ---------------------------------------------------------------- plans
+
+
+def statistic_of(baseline: Baseline, model: nn.Module, sites: Sites) -> Statistic:
+    """What a baseline's plans are made and applied with."""
+    tokens = [torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    return baseline.measured(model, sites, tokens) if baseline.needs_pictures else baseline.statistic
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -296,17 +281,18 @@ def test_budgets_are_met_within_one_step_and_counted_right(name: str, model: Tra
     reduce = 0.3
     baseline = BASELINES[name]
     part = sum(s.parameters() for s in baseline.sites(sites).values())
-    plan = baseline(model, sites, reduce)
+    statistic = statistic_of(baseline, model, sites)
+    plan = baseline(model, sites, reduce, statistic=statistic)
     before = count_parameters(model)
     x = torch.randn(2, 5, 24)
     expected = model(x)
-    handle = apply_(model, plan, baseline.statistic, sites=sites)
+    handle = apply_(model, plan, statistic, sites=sites)
     saved = before - count_parameters(model)
     assert set(plan.sites) == set(baseline.sites(sites))
     assert saved == pytest.approx(plan.made_by["saved"] * part, abs=1e-6)
     # The largest step there is: a column more in each head of a product, in both matrices of a pair, of a
     # feed-forward layer (Tucker: and in its core), or in one mode of a tensor.
-    step = {"mha": 3 * (48 + 1), "ffn": 72}[baseline.part]
+    step = {"mha": 3 * (48 + 1), "ffn": 72, "units": 2 * 24 + 1 + 24}[baseline.part]
     step = {"matrix": 96, "tucker": 72 + 48, "tucker-4": 400, "tensor-train": 72}.get(name, step)
     assert reduce * part <= saved < reduce * part + step
     assert model(x).shape == expected.shape
@@ -316,8 +302,10 @@ def test_budgets_are_met_within_one_step_and_counted_right(name: str, model: Tra
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_total_is_what_reduce_is_a_share_of(name: str, model: Transformer, sites: Sites) -> None:
-    part = sum(s.parameters() for s in BASELINES[name].sites(sites).values())
-    of_part, of_twice = BASELINES[name](model, sites, 0.4), BASELINES[name](model, sites, 0.2, total=2 * part)
+    baseline = BASELINES[name]
+    part, statistic = sum(s.parameters() for s in baseline.sites(sites).values()), statistic_of(baseline, model, sites)
+    of_part = baseline(model, sites, 0.4, statistic=statistic)
+    of_twice = baseline(model, sites, 0.2, total=2 * part, statistic=statistic)
     assert dict(of_part.sites) == dict(of_twice.sites)
     assert of_twice.made_by["saved"] == pytest.approx(of_part.made_by["saved"] / 2)
 
@@ -326,10 +314,11 @@ def test_total_is_what_reduce_is_a_share_of(name: str, model: Transformer, sites
 def test_a_plan_from_json_builds_the_structure_for_saved_weights(name: str, model: Transformer, sites: Sites) -> None:
     baseline = BASELINES[name]
     twin = copy.deepcopy(model)
-    plan = baseline(model, sites, 0.5)
+    statistic = statistic_of(baseline, model, sites)
+    plan = baseline(model, sites, 0.5, statistic=statistic)
     again = Plan.from_json(plan.to_json())
     assert again.sites == plan.sites and dict(again.made_by) == dict(plan.made_by)
-    apply_(model, plan, baseline.statistic, sites=sites)
+    apply_(model, plan, statistic, sites=sites)
     apply_(twin, again, sites=sites, weights=False)
     x = torch.randn(2, 5, 24)
     assert not torch.allclose(twin(x), model(x))
@@ -339,7 +328,7 @@ def test_a_plan_from_json_builds_the_structure_for_saved_weights(name: str, mode
 
 def test_equal_sites_have_one_rank_or_the_next(model: Transformer, sites: Sites) -> None:
     for reduce in (0.2, 0.4, 0.6, 0.8):
-        ranks = [s.rank for s in matrix_plan(model, sites, reduce).sites.values()]
+        ranks = [s.keep for s in matrix_plan(model, sites, reduce).sites.values()]
         assert max(ranks) - min(ranks) <= 1
         assert ranks == sorted(ranks, reverse=True)  # what is left over goes to the first
 
@@ -349,7 +338,7 @@ def test_the_matrix_form_is_each_matrix_at_low_rank(model: Transformer, sites: S
     plan = matrix_plan(model, sites, 0.5)
     apply_(model, plan, sites=sites)
     attention = model.blocks[0].attn
-    rank = plan.sites["blocks.0.attn:qk"].rank
+    rank = plan.sites["blocks.0.attn:qk"].keep
     for thin, matrix in zip(attention.qkv.layers, before.split(24), strict=True):
         assert isinstance(thin, LowRankLinear)
         sigma = torch.linalg.svdvals(matrix.double())
@@ -429,7 +418,7 @@ def test_every_step_of_a_ladder_is_a_shape_that_fits() -> None:
     for propose, order in ((tucker_plan, 2), (tucker_plan, 4), (tensor_train_plan, 2), (tensor_train_plan, 3)):
         for reduce in np.linspace(0.05, 0.8, 10):
             plan = propose(model, sites, float(reduce), order=order)
-            plan.check(sites)
+            check_plan(plan, sites)
             for name, entry in plan.sites.items():
                 check_shape(entry.form, entry.shape, sites[name].in_features, sites[name].out_features)
                 seen.setdefault((entry.form, order), set()).add(tuple(entry.shape["ranks"]))
@@ -457,7 +446,7 @@ def test_budgets_and_settings_that_cannot_be_are_refused(model: Transformer, sit
 def test_a_shape_that_does_not_fit_leaves_the_model_as_it_was(model: Transformer, sites: Sites) -> None:
     before = dict(model.named_modules())
     good = tucker_plan(model, ffn_sites(sites), 0.5).sites
-    bad = SitePlan(rank=3, full_rank=24, form="tucker", shape={"out": [7], "in": [24], "ranks": [3, 3]})
+    bad = SitePlan(keep=3, full=24, form="tucker", details={"shape": {"out": [7], "in": [24], "ranks": [3, 3]}})
     with pytest.raises(PlanError, match=r"got out \[7\], expected modes whose product is 24"):
         apply_(model, Plan(sites={**good, "blocks.1.mlp.2": bad}), sites=sites)
     assert dict(model.named_modules()) == before

@@ -20,17 +20,20 @@ from torch import nn
 
 import comcat
 from comcat import files
+from comcat.apply import apply_
 from comcat.data import Preprocess
 from comcat.errors import ModelError, SettingsError, StoreError
 from comcat.files import read_tensors
 from comcat.hosts import find_sites
 from comcat.models import Origin, origin_of
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 from comcat.record import Record, Results
 from comcat.report import ReportData
 from comcat.store import folder as folders
 from comcat.store import import_paper, load, load_model, push_to_hub, save, saving
 from comcat.store.processor import processor_config
+
+from .models import ranked
 
 DEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -60,18 +63,18 @@ def deit(name: str = "deit_tiny_patch16_224", **changed) -> nn.Module:
 
 
 def uniform(model: nn.Module, rank: int = 5, only=("qk", "vo"), **changed) -> Plan:
-    entry = {"rank": rank, **changed}
-    return Plan(sites={n: SitePlan(full_rank=s.full_rank, **entry) for n, s in find_sites(model).only(*only).items()})
+    entry = {"keep": rank, **changed}
+    return Plan(sites={n: SitePlan(full=s.full_rank, **entry) for n, s in find_sites(model).only(*only).items()})
 
 
 def mixed(model: nn.Module) -> Plan:
     """Unequal ranks, ranks per head, linear layers, and sites left dense."""
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     entries = {
-        n: SitePlan(rank=min(5 if s.kind == "qk" else 4, s.full_rank), full_rank=s.full_rank) for n, s in sites.items()
+        n: SitePlan(keep=min(5 if s.kind == "qk" else 4, s.full_rank), full=s.full_rank) for n, s in sites.items()
     }
     qk, vo = (next(n for n, s in sites.items() if s.kind == kind) for kind in ("qk", "vo"))
-    entries[qk] = replace(entries[qk], head_ranks=tuple(range(5 - sites[qk].heads + 1, 6)))
+    entries[qk] = replace(entries[qk], details={"head_ranks": tuple(range(5 - sites[qk].heads + 1, 6))})
     del entries[vo]
     return Plan(sites=entries, made_by={"rule": "uniform", "statistic": "weights", "predicted_loss": None})
 
@@ -327,11 +330,11 @@ def test_a_newer_format_asks_for_a_newer_comcat(copied):
 def test_plans_and_weights_that_do_not_fit(copied, saved):
     plan = saved[0].comcat_record.plan
     name, entry = next(iter(plan.sites.items()))
-    Plan(sites={**plan.sites, name: replace(entry, rank=3, head_ranks=None)}).save(copied / "plan.json")
+    Plan(sites={**plan.sites, name: replace(entry, keep=3, details={})}).save(copied / "plan.json")
     rewrite(copied)
     with pytest.raises(StoreError, match=r"small: the weights do not fit: .* is \(\d+,.*\), expected"):
         load(copied)
-    Plan(sites={name: replace(entry, full_rank=64)}).save(copied / "plan.json")
+    Plan(sites={name: replace(entry, full=64)}).save(copied / "plan.json")
     rewrite(copied)
     with pytest.raises(StoreError, match=r"the plan does not fit deit_tiny.*full rank of 64, the model has 8"):
         load(copied)
@@ -688,7 +691,7 @@ def drop(plan: Plan, name: str) -> Plan:
         ({}, lambda m: uniform(m, form="matrix"), r"blocks\.0\.attn:qk has the form 'matrix'"),
         (
             {},
-            lambda m: Plan(sites={n: replace(e, rank=6 - n.count("vo")) for n, e in uniform(m).sites.items()}),
+            lambda m: Plan(sites={n: replace(e, keep=6 - n.count("vo")) for n, e in uniform(m).sites.items()}),
             r"blocks\.0\.attn:vo has rank 5, but blocks\.0\.attn:qk has 6",
         ),
         ({}, lambda m: Plan(sites={}), "shrinks no attention"),
@@ -804,7 +807,7 @@ def test_a_paper_checkpoint_gives_the_same_outputs(paper, listed, tmp_path):
     before = copy.deepcopy(base.state_dict())
     model = import_paper(checkpoint, ranks if listed else None, base)
     torch.testing.assert_close(output(model), output(expected), atol=1e-5, rtol=1e-5)
-    plan = {name: entry.rank for name, entry in model.comcat_record.plan.sites.items()}
+    plan = {name: entry.keep for name, entry in model.comcat_record.plan.sites.items()}
     assert plan["blocks.1.attn:qk"] == 4 and plan["blocks.1.attn:vo"] == 5
     assert plan["blocks.0.mlp.fc2"] == 7 and "blocks.1.mlp.fc2" not in plan
     assert plan.get("head", 4) == 4

@@ -14,6 +14,7 @@ from pathlib import Path
 from trained import command_of, finish, parser, prepared
 
 from comcat import Plan, find_sites, load_model
+from comcat.forms import check_plan
 from comcat.report import figure_ranks
 from comcat.report.collect import site_rows
 
@@ -41,7 +42,7 @@ def main(given: list[str] | None = None) -> dict:
 def _draw(model, plan: Plan, path: Path) -> dict[str, list[int | None]]:
     """Draw the ranks; returns rank (None: left dense) and full rank by site."""
     sites = find_sites(model)
-    plan.check(sites)
+    check_plan(plan, sites)
     rows = [row for row in site_rows(plan, sites) if row.full_rank]
     figure_ranks(rows).savefig(path)
     print(f"wrote {path}")

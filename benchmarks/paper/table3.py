@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from tables import arguments, prepared
 
+from comcat.apply import apply_
 from comcat.measure import benchmark, count_macs, count_parameters, ratio
 from comcat.methods.allocate import allocate
-from comcat.plan import apply_
 
 PUBLISHED = {
     "DeiT-small (published, V100)": [21.96, 4.24, 79.8, 974.46], "COMCAT small (published, V100, fine-tuned)": [10.98, 2.07, 79.27, 1512.91],

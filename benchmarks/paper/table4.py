@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from tables import arguments, prepared
 
+from comcat.apply import apply_
 from comcat.factors import Weights
 from comcat.measure import benchmark
 from comcat.methods.allocate import allocate
 from comcat.methods.baselines import ffn_sites, tensor_train_plan, tucker_plan
-from comcat.plan import apply_
 
 PUBLISHED = {
     "SVD": [76.75, 73.68, 69.76, 54.63, 21.31], "SVD, images/s": [1017.06, 1066.81, 1129.56, 1191.65, 1245.19],

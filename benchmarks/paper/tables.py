@@ -16,9 +16,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import table, write
 
 from comcat import batches, calibrate, evaluate, find_sites, load_model, open_pictures, preprocess_of
+from comcat.apply import apply_
 from comcat.errors import DataError
 from comcat.factors import Statistic
-from comcat.plan import Plan, apply_
+from comcat.plan import Plan
 from comcat.sites import Sites
 
 

@@ -31,7 +31,7 @@ from comcat.errors import BudgetError, ComcatError
 from comcat.factors import Statistic
 from comcat.linalg import Factorization, refit
 from comcat.measure import count_parameters
-from comcat.methods.allocate import spectra, tail_loss
+from comcat.methods.allocate import spectra
 from comcat.sites import Attention, Site, Sites
 from real.measure import paired, resamples
 from real.tasks import TASKS, outputs
@@ -72,12 +72,19 @@ def site_options(site: Site, values: Tensor, kept: Sequence[int] | None = None) 
     values = values if kept is None else values[list(kept)]
     if not heads:
         return (Option(cost=site.parameters(0), loss=0.0, ranks={site.name: None}),)
-    tail, fixed = tail_loss(values).tolist(), site.parameters(0)
+    tail, fixed = _tail(values), site.parameters(0)
     each = site.parameters_per_rank / site.heads * heads
     whole = fixed + (site.parameters() - fixed) * heads / site.heads
     ranks = [r for r in range(1, site.full_rank + 1) if fixed + r * each < whole]
     options = [Option(cost=fixed + r * each, loss=tail[r], ranks={site.name: r}) for r in ranks]
     return (*options, Option(cost=whole, loss=0.0, ranks={site.name: None}))
+
+
+def _tail(values: Tensor) -> list[float]:
+    """Half the squares of the singular values that every rank 0…k leaves out, over all heads, (k + 1)."""
+    square = values.double().square()
+    square = (square.sum(0) if square.ndim > 1 else square) / 2
+    return [*square.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
 
 def attention_ladder(qk: Site, vo: Site, qk_values: Tensor, vo_values: Tensor, most: int) -> Ladder:
@@ -98,7 +105,7 @@ def ladders(sites: Sites, found: Mapping[str, Factorization], whole_heads: bool)
     nothing = Option(cost=0.0, loss=0.0)
     for name, site in sites.items():
         qk, vo = (sites.by_name.get(f"{site.path}:{kind}") for kind in ("qk", "vo"))
-        if site.attention is not None and qk is not None and vo is not None:
+        if site.kind in ("qk", "vo") and qk is not None and vo is not None:
             most = vo.heads if whole_heads else 0
             values = (found[s.name].singular_values for s in (qk, vo))
             made.setdefault(site.path, attention_ladder(qk, vo, *values, most))
@@ -178,7 +185,7 @@ def applied(model: nn.Module, chosen: Mapping[str, Option], sites: Sites, statis
     for path, heads in gone.items():
         remove_heads_(small, sites[f"{path}:vo"], heads, statistic)
     ranks = {n: r for option in chosen.values() for n, r in option.ranks.items() if r is not None}
-    plan = comcat.Plan(sites={n: comcat.SitePlan(rank=r, full_rank=sites[n].full_rank) for n, r in ranks.items()})
+    plan = comcat.Plan(sites={n: comcat.SitePlan(keep=r, full=sites[n].full) for n, r in ranks.items()})
     comcat.apply_(small, plan, KeptHeads(statistic, gone), sites=sites)
     return small
 
@@ -187,7 +194,7 @@ def compared(task_name: str, a: Any) -> list[dict[str, Any]]:
     """One task at every budget."""
     task = TASKS[task_name]
     model = task.build()
-    sites = comcat.find_sites(model).only(*task.only)
+    sites = comcat.find_sites(model).only(*task.only).only("qk", "vo", "linear")
     statistic = comcat.calibrate(model, task.calibration_batches(a.seed, a.pictures), sites=sites, seed=a.seed)
     found = spectra(model, sites, statistic)
     both = {whole: ladders(sites, found, whole) for whole in (False, True)}

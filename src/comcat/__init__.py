@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _WHERE = {
-    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "calibration", "allocate": "methods.allocate", "apply_": "plan",
-    "batches": "data", "calibrate": "calibration", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
+    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate", "apply_": "apply",
+    "batches": "data", "calibrate": "statistics", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
     "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
     "search": "methods.search", "tune": "tuning.tune", "ComcatError": "errors",
@@ -28,8 +28,7 @@ __all__ = ["__version__", *sorted([*_WHERE, *_PARTS])]
 if TYPE_CHECKING:
     from . import diffusion as diffusion
     from . import scoring as scoring
-    from .calibration import Statistics as Statistics
-    from .calibration import calibrate as calibrate
+    from .apply import apply_ as apply_
     from .data import batches as batches
     from .data import open_pictures as open_pictures
     from .errors import ComcatError as ComcatError
@@ -45,7 +44,8 @@ if TYPE_CHECKING:
     from .models import preprocess_of as preprocess_of
     from .plan import Plan as Plan
     from .plan import SitePlan as SitePlan
-    from .plan import apply_ as apply_
+    from .statistics import Statistics as Statistics
+    from .statistics import calibrate as calibrate
     from .store import import_paper as import_paper
     from .store import load as load
     from .store import load_model as load_model
@@ -59,7 +59,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'comcat' has no attribute {name!r}")
-    # A sub-module of the same name (comcat.calibration) becomes an attribute of the package once imported: put the function there.
+    # A sub-module of the same name (comcat.search, say) becomes an attribute of the package once imported: put the function there.
     value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value

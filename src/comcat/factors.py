@@ -6,19 +6,25 @@ A *statistic* says which Grams measure the error of a site; see :class:`Statisti
 - **QK**: logits ``= x̃ᵀ M x'`` with ``A = [W_Q; b_Q]``, ``B = W_K``. The key bias adds a constant along keys, which softmax ignores.
 - **VO**: ``A = W_V``, ``Bᵀ = W_O``. Attention rows sum to one, so the value bias and the mean of what truncation loses move to the output bias.
 - **Linear**: one factor is the identity; the decomposition happens on the narrower side.
+- **Hidden units**: not a product but a choice of units with the reading weight refitted (:mod:`comcat.elimination`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .elimination import Elimination, eliminate, refit_units
 from .errors import NumericsError
 from .linalg import Factorization, factorize, gram, refit
-from .sites import Attention, Site, part
+from .sites import Attention, HiddenSite, LinearSite, ProductSite, Site, part
+
+Spectrum = Factorization | Elimination
+"""Every size of a site at once, best first: what the choice of sizes and the weights of each are made from."""
 
 
 class Statistic(Protocol):
@@ -35,15 +41,22 @@ class Statistic(Protocol):
         ...
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
-        """``G_A`` and ``G_B``, (heads, k, k) for products, (k, k) for linear layers with k the narrower side."""
+        """``G_A`` and ``G_B``, (heads, k, k) for products, (k, k) for linear layers with k the narrower side.
+
+        For hidden units the covariance C of the units (units, units) and the metric G of what they add up to (out, out).
+        """
         ...
 
     def mean(self, site: Site) -> Tensor | None:
-        """Mean of what enters the right factor: the heads' outputs (heads · width) for VO, the input (in) for linear layers."""
+        """Mean of what enters the right factor: the heads' outputs (heads · width), the input (in), the hidden units."""
         ...
 
     def covariance(self, site: Site) -> Tensor | None:
         """Covariance of the heads' outputs over all heads (heads · width, heads · width), for the joint refit of W_O."""
+        ...
+
+    def importance(self, model: nn.Module, site: HiddenSite) -> Tensor | None:
+        """Scores of hidden units (units,) where a method orders them by those; None: by elimination."""
         ...
 
 
@@ -55,6 +68,10 @@ class Weights:
     zero_biases: bool = False
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+        if isinstance(site, HiddenSite):
+            weight = part(model, site.down).get_parameter("weight")
+            eyes = (torch.eye(n, dtype=torch.float64, device=weight.device) for n in (site.full, site.out_features))
+            return tuple(eyes)  # type: ignore[return-value]
         a, b = weight_factors(model, site)
         return _gram_or_identity(a, b)
 
@@ -62,6 +79,9 @@ class Weights:
         return None
 
     def covariance(self, site: Site) -> Tensor | None:
+        return None
+
+    def importance(self, model: nn.Module, site: HiddenSite) -> Tensor | None:
         return None
 
 
@@ -73,6 +93,8 @@ class PaperCode(Weights):
     zero_biases: bool = True
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
+        if isinstance(site, HiddenSite):
+            return super().grams(model, site)
         a, b = weight_factors(model, site, with_bias=False)
         return _gram_or_identity(a, b)
 
@@ -85,7 +107,7 @@ class Unilateral(Weights):
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         g_a, g_b = super().grams(model, site)
-        if site.kind == "linear":
+        if not isinstance(site, ProductSite):
             return g_a, g_b
         return torch.eye(site.full_rank, dtype=g_a.dtype, device=g_a.device).expand_as(g_a), g_b
 
@@ -118,16 +140,27 @@ class Linears:
     bias: Tensor
 
 
-def weight_factors(model: nn.Module, site: Site, *, with_bias: bool = True) -> tuple[Tensor | None, Tensor | None]:
+@dataclass(frozen=True)
+class Units:
+    """A narrower feed-forward: which units stay (units,), and the weight (out, units) and bias (out,) that read them."""
+
+    kept: Tensor
+    out: Tensor
+    out_bias: Tensor
+
+
+def weight_factors(
+    model: nn.Module, site: ProductSite | LinearSite, *, with_bias: bool = True
+) -> tuple[Tensor | None, Tensor | None]:
     """The factors A (…, m, k) and B (…, n, k) of a site's product in float64; None stands for the identity.
 
     Raises:
         NumericsError: if a weight holds NaN or infinity; the message names the site.
     """
-    if site.kind == "linear":
+    if isinstance(site, LinearSite):
         weight = _checked(site, part(model, site.path).get_parameter("weight"))
         return (None, weight) if site.in_features <= site.out_features else (weight.mT, None)
-    a = _attention(site)
+    a = site.attention
     if site.kind == "qk":
         q, k = (_per_head(_checked(site, p.weight(model)), a) for p in (a.q, a.k))  # (heads, in, width)
         bias = a.q.bias_or_none(model)
@@ -144,9 +177,42 @@ def factorize_site(model: nn.Module, site: Site, statistic: Statistic) -> Factor
     return factorize(*statistic.grams(model, site))
 
 
+def decompose_site(model: nn.Module, site: Site, statistic: Statistic) -> Spectrum:
+    """Every size of a site under a statistic at once: its ranks, or the order in which its hidden units go."""
+    if not isinstance(site, HiddenSite):
+        return factorize_site(model, site, statistic)
+    for up in site.ups:
+        _checked(site, up.weight(model))
+    scores = statistic.importance(model, site)
+    if scores is not None:
+        prices, order = scores.double().sort(descending=True, stable=True)
+        return Elimination(order, prices)
+    covariance, metric = statistic.grams(model, site)
+    return eliminate(covariance, _checked(site, part(model, site.down).get_parameter("weight")), metric)
+
+
+def spectra(model: nn.Module, sites: Mapping[str, Site], statistic: Statistic | None = None) -> dict[str, Spectrum]:
+    """Decompose every site under a statistic: the input of :func:`comcat.allocate` and :func:`comcat.apply_`."""
+    statistic = Weights() if statistic is None else statistic
+    return {name: decompose_site(model, site, statistic) for name, site in sites.items()}
+
+
+def narrow_site(model: nn.Module, site: HiddenSite, found: Elimination, keep: int, statistic: Statistic) -> Units:
+    """The best ``keep`` hidden units, with the weight and bias that read them refitted, in float64."""
+    down = part(model, site.down)
+    weight = down.get_parameter("weight").detach().double()
+    kept = found.kept(keep)
+    out = refit_units(statistic.grams(model, site)[0], weight, kept)
+    bias = weight.new_zeros(site.out_features) if down.bias is None else down.bias.detach().double()
+    mean = statistic.mean(site)
+    if mean is not None and keep < site.full:
+        bias = bias + weight @ mean - out @ mean[kept]
+    return Units(kept, out, bias)
+
+
 def truncate_site(
     model: nn.Module,
-    site: Site,
+    site: ProductSite | LinearSite,
     factorization: Factorization,
     rank: int,
     statistic: Statistic,
@@ -163,15 +229,15 @@ def truncate_site(
     if head_ranks is not None:
         keep = torch.arange(rank, device=left.device) < torch.tensor(head_ranks, device=left.device)[:, None]
         left, right = left * keep[:, None], right * keep[:, None]
+    if isinstance(site, LinearSite):
+        return _truncate_linear(model, site, left, right, statistic)
     if site.kind == "qk":
         return _truncate_qk(model, site, left, right, statistic)
-    if site.kind == "vo":
-        return _truncate_vo(model, site, left, right, statistic, joint_refit)
-    return _truncate_linear(model, site, left, right, statistic)
+    return _truncate_vo(model, site, left, right, statistic, joint_refit)
 
 
-def _truncate_qk(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic) -> Products:
-    a = _attention(site)
+def _truncate_qk(model: nn.Module, site: ProductSite, left: Tensor, right: Tensor, statistic: Statistic) -> Products:
+    a = site.attention
     q, k = (_per_head(p.weight(model).double(), a) for p in (a.q, a.k))
     bias = a.q.bias_or_none(model)
     q_bias = None
@@ -182,9 +248,9 @@ def _truncate_qk(model: nn.Module, site: Site, left: Tensor, right: Tensor, stat
 
 
 def _truncate_vo(
-    model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic, joint_refit: bool
+    model: nn.Module, site: ProductSite, left: Tensor, right: Tensor, statistic: Statistic, joint_refit: bool
 ) -> Values:
-    a = _attention(site)
+    a = site.attention
     out_module = part(model, a.out)
     weight = out_module.get_parameter("weight").double()  # (out, heads · width)
     v = _per_head(a.v.weight(model).double(), a) @ left  # (heads, in, rank)
@@ -207,7 +273,7 @@ def _truncate_vo(
     return Values(v.mT, None, out, out_bias + weight @ mean - out @ thin_mean)
 
 
-def _truncate_linear(model: nn.Module, site: Site, left: Tensor, right: Tensor, statistic: Statistic) -> Linears:
+def _truncate_linear(model: nn.Module, site: LinearSite, left: Tensor, right: Tensor, statistic: Statistic) -> Linears:
     module = part(model, site.path)
     weight = module.get_parameter("weight").double()  # (out, in)
     if site.in_features <= site.out_features:
@@ -226,11 +292,6 @@ def _gram_or_identity(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tenso
     known = next(g for g in grams if g is not None)
     eye = torch.eye(known.shape[-1], dtype=known.dtype, device=known.device)
     return tuple(eye if g is None else g for g in grams)  # type: ignore[return-value]
-
-
-def _attention(site: Site) -> Attention:
-    assert site.attention is not None
-    return site.attention
 
 
 def _per_head(weight: Tensor, a: Attention) -> Tensor:

@@ -1,59 +1,176 @@
-"""A plan says what each part of a model becomes; one function applies it, and can take it back.
+"""A plan says what each part of a model becomes. It is data: frozen, JSON on disk, readable by a person, versioned.
 
-A plan is data: frozen, JSON on disk, readable, versioned. Methods only propose plans; :func:`apply_` is the only thing that changes a
-model's structure, and :meth:`Handle.revert` gives the old model back bit for bit.
+Methods only propose plans; :func:`comcat.apply_` is the only thing that changes a model's structure.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
-
 from .errors import PlanError, nearest
-from .factors import Statistic, Weights
 from .files import write_text
-from .grad_mode import outside_inference_mode
-from .hosts import find_sites, host_of
-from .hosts.mounting import exchange
-from .linalg import Factorization
-from .modules.tensor import TENSOR_FORMS, check_shape, shape_parameters
-from .replacing import Builder
-from .sites import Site, Sites, Undo
+from .sites import HiddenSite, Site, Sites
 
-VERSION = 1
+VERSION = 2
+_OLD = ("rank", "full_rank", "head_ranks", "shape")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class SitePlan:
     """What one site becomes.
 
     Attributes:
-        rank: columns kept in every head (product), or of each matrix (matrix form), or of the linear layer.
-        full_rank: the rank of the site as it was; checked against the model.
-        form: ``"product"`` (the default: thin factors of the product), or a baseline: ``"matrix"`` (each matrix of a pair apart), ``"tucker"``, ``"tensor_train"``.
-        head_ranks: fewer columns for some heads, padded with zeros to ``rank``.
-        shape: the reshape of a tensor form's weight, and its ranks, as that form states them.
+        form: ``"product"`` (thin factors), ``"units"`` (fewer hidden units), or a baseline: ``"matrix"`` (each matrix of
+            a pair apart), ``"tucker"``, ``"tensor_train"``.
+        keep: what stays: columns in every head or of the linear layer, or hidden units.
+        full: what there was, checked against the model.
+        details: what else a form needs, as JSON holds it. ``head_ranks`` (product): fewer columns for some heads, padded
+            with zeros to ``keep``. ``shape`` (tensor forms): how the weight is seen, and its ranks.
     """
 
-    rank: int
-    full_rank: int
-    form: str = "product"
-    head_ranks: tuple[int, ...] | None = None
-    shape: dict[str, Any] = field(default_factory=dict)
+    form: str
+    keep: int
+    full: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(
+        self,
+        *,
+        keep: int | None = None,
+        full: int | None = None,
+        form: str = "product",
+        details: Mapping[str, Any] | None = None,
+        **old: Any,
+    ) -> None:
+        if unknown := [name for name in old if name not in _OLD]:
+            raise TypeError(f"SitePlan takes no {unknown[0]!r}")
+        if old:
+            _warn_of_old("SitePlan(rank=, full_rank=, head_ranks=, shape=)", "SitePlan(keep=, full=, details=)")
+        keep, full = old.get("rank", keep), old.get("full_rank", full)
+        if keep is None or full is None:
+            raise TypeError("SitePlan needs keep and full")
+        more = {name: old[name] for name in ("head_ranks", "shape") if old.get(name)}
+        given = {**(details or {}), **more}
+        if given.get("head_ranks") is not None:
+            given["head_ranks"] = tuple(given["head_ranks"])
+        for name, value in (("form", form), ("keep", keep), ("full", full), ("details", MappingProxyType(given))):
+            object.__setattr__(self, name, value)
+
+    def __reduce__(self):  # mapping proxies do not pickle
+        return _site_plan, (self.form, self.keep, self.full, dict(self.details))
+
+    def __hash__(self) -> int:
+        return hash((self.form, self.keep, self.full, json.dumps(dict(self.details), sort_keys=True)))
+
+    @property
+    def head_ranks(self) -> tuple[int, ...] | None:
+        """Columns of each head, where heads have ranks of their own."""
+        return self.details.get("head_ranks")
+
+    @property
+    def shape(self) -> Mapping[str, Any]:
+        """How a tensor form sees the weight, and its ranks."""
+        return self.details.get("shape", {})
+
+    @property
+    def rank(self) -> int:
+        """The old word for ``keep``."""
+        _warn_of_old("SitePlan.rank", "SitePlan.keep")
+        return self.keep
+
+    @property
+    def full_rank(self) -> int:
+        """The old word for ``full``."""
+        _warn_of_old("SitePlan.full_rank", "SitePlan.full")
+        return self.full
+
+
+def _site_plan(form: str, keep: int, full: int, details: Mapping[str, Any]) -> SitePlan:
+    return SitePlan(form=form, keep=keep, full=full, details=details)
+
+
+def _warn_of_old(old: str, new: str) -> None:
+    warnings.warn(f"{old} goes with the next release; use {new}", DeprecationWarning, stacklevel=3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeFor:
+    """Which model a plan was made for.
+
+    Attributes:
+        model: what a person calls it. sites: every site of the model by name, each in a word or two (:func:`shape_of`).
+        chosen: the sites that the method could choose from, where these are not all.
+    """
+
+    model: str | None = None
+    sites: Mapping[str, str] = field(default_factory=dict)
+    chosen: tuple[str, ...] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the sites' names and shapes."""
+        return fingerprint(self.sites)
+
+    def to_dict(self) -> dict[str, Any]:
+        data = {"model": self.model, "fingerprint": self.fingerprint, "sites": dict(self.sites)}
+        return data if self.chosen is None else {**data, "chosen": list(self.chosen)}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> MadeFor:
+        """Raises PlanError where the data does not say it, or its hash does not fit."""
+        sites = data.get("sites") if isinstance(data, dict) else None
+        if not isinstance(sites, dict) or not all(isinstance(v, str) for v in sites.values()):
+            raise PlanError(f"got made_for {data!r}, expected an object with the model's 'sites'")
+        if data.get("fingerprint") != fingerprint(sites):
+            raise PlanError("made_for: its fingerprint is not that of its sites, so it was changed by hand")
+        chosen = data.get("chosen")
+        return cls(model=data.get("model"), sites=sites, chosen=None if chosen is None else tuple(chosen))
+
+    def check(self, sites: Sites) -> None:
+        """Raises PlanError where a model's sites differ; the message names the first difference."""
+        theirs = shapes_of(sites)
+        name = self.model or "another model"
+        for site, shape in self.sites.items():
+            if site in theirs and theirs[site] != shape:
+                raise PlanError(f"the plan was made for {name}: there {site} is {shape}, here {theirs[site]}")
+            if site not in theirs:
+                raise PlanError(f"the plan was made for {name}, which has {site}{nearest(site, theirs)}")
+        if extra := next((site for site in theirs if site not in self.sites), None):
+            raise PlanError(f"the plan was made for {name}, which has no {extra}")
+
+
+def shape_of(site: Site) -> str:
+    """A site in a word or two: ``"qk 3 × 64 of 192"``, ``"linear 192 → 768"``, ``"units 768 of 192 → 192"``."""
+    ends = f"{site.in_features} → {site.out_features}"
+    if isinstance(site, HiddenSite):
+        return f"units {site.full} of {ends}" + (" gated" if len(site.ups) > 1 else "")
+    return f"linear {ends}" if site.kind == "linear" else f"{site.kind} {site.heads} × {site.full} of {ends}"
+
+
+def shapes_of(sites: Sites) -> dict[str, str]:
+    """Every site by name in a word or two."""
+    return {name: shape_of(site) for name, site in sites.items()}
+
+
+def fingerprint(shapes: Mapping[str, str]) -> str:
+    """A short hash of sites' names and shapes; their order does not matter."""
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Ranks by site, and how they were found. A site that is not named stays as it is."""
+    """What sites become, how that was found, and for which model. A site that is not named stays as it is."""
 
     sites: Mapping[str, SitePlan]
     made_by: Mapping[str, Any] = field(default_factory=dict)
+    made_for: MadeFor | None = None
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -64,41 +181,32 @@ class Plan:
         return Plan.from_dict, (self.to_dict(),)
 
     def to_dict(self) -> dict:
+        data: dict[str, Any] = {"comcat_plan": VERSION}
+        if self.made_for is not None:
+            data["made_for"] = self.made_for.to_dict()
         sites = {
-            n: {k: v for k, v in asdict(s).items() if v not in (None, {}) and (k, v) != ("form", "product")}
-            for n, s in self.sites.items()
+            n: {"form": s.form, "keep": s.keep, "full": s.full, **_plain(s.details)} for n, s in self.sites.items()
         }
-        return {"comcat_plan": self.version, "made_by": dict(self.made_by), "sites": sites}
+        return {**data, "made_by": dict(self.made_by), "sites": sites}
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """Raises PlanError where the data is not a plan; the message names the entry."""
+        """Reads versions 1 and 2. Raises PlanError where the data is not a plan; the message names the entry."""
         if not isinstance(data, dict) or "comcat_plan" not in data or not isinstance(data.get("sites"), dict):
             raise PlanError("not a plan: expected an object with 'comcat_plan' and 'sites'")
-        if data["comcat_plan"] != VERSION:
-            raise PlanError(f"got a plan of version {data['comcat_plan']!r}, expected {VERSION}")
-        sites = {}
-        for name, entry in data["sites"].items():
-            known = set(SitePlan.__dataclass_fields__)
-            if not isinstance(entry, dict) or not {"rank", "full_rank"} <= set(entry) <= known:
-                raise PlanError(
-                    f"{name}: got {entry!r}, expected an object with 'rank' and 'full_rank' out of {', '.join(sorted(known))}"
-                )
-            if not (_is_whole(entry["rank"]) and _is_whole(entry["full_rank"])):
-                raise PlanError(
-                    f"{name}: got ranks {entry['rank']!r} and {entry['full_rank']!r}, expected whole numbers"
-                )
-            heads = entry.get("head_ranks")
-            if heads is not None and not (isinstance(heads, list | tuple) and all(map(_is_whole, heads))):
-                raise PlanError(f"{name}: got head_ranks {heads!r}, expected a list of whole numbers")
-            sites[name] = SitePlan(**{**entry, "head_ranks": None if heads is None else tuple(heads)})
-        made_by = data.get("made_by", {})
+        version, made_by, made_for = data["comcat_plan"], data.get("made_by", {}), data.get("made_for")
+        if version not in (1, VERSION):
+            raise PlanError(f"got a plan of version {version!r}, expected 1 or {VERSION}; a newer comcat may read it")
         if not isinstance(made_by, dict):
             raise PlanError(f"got made_by {made_by!r}, expected an object")
-        return cls(sites=sites, made_by=made_by)
+        return cls(
+            sites={name: _entry(name, entry, version) for name, entry in data["sites"].items()},
+            made_by=made_by,
+            made_for=None if made_for is None else MadeFor.from_dict(made_for),
+        )
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=1) + "\n"
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -121,120 +229,29 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} cannot be read: {error}") from error
 
-    def check(self, sites: Sites) -> None:
-        """Raise where the plan does not fit the model's sites; the message names the first site that differs."""
-        for name, entry in self.sites.items():
-            site = sites[name]
-            if entry.full_rank != site.full_rank:
-                raise PlanError(
-                    f"{name}: the plan was made for a full rank of {entry.full_rank}, the model has {site.full_rank}"
-                )
-            limit = site_rank_limit(site, entry.form)
-            if not 1 <= entry.rank <= limit:
-                raise PlanError(f"{name}: got rank {entry.rank}, expected 1 to {limit}")
-            if entry.form not in ("product", "matrix", *TENSOR_FORMS):
-                raise PlanError(
-                    f"{name}: got form {entry.form!r}, expected one of product, matrix, {', '.join(TENSOR_FORMS)}"
-                )
-            if entry.form in TENSOR_FORMS:
-                if site.kind != "linear":
-                    raise PlanError(f"{name}: form {entry.form!r} is for linear layers")
-                try:
-                    check_shape(entry.form, entry.shape, site.in_features, site.out_features)
-                except PlanError as error:
-                    raise PlanError(f"{name}: {error}") from None
-            other = self.sites.get(f"{site.path}:{'vo' if site.kind == 'qk' else 'qk'}")
-            if (
-                site.attention is not None
-                and other is not None
-                and (other.form == "matrix") != (entry.form == "matrix")
-            ):
-                raise PlanError(f"{name}: form 'matrix' is for QK and VO of a layer together")
-            if entry.head_ranks is not None and (
-                len(entry.head_ranks) != site.heads or not all(1 <= r <= entry.rank for r in entry.head_ranks)
-            ):
-                raise PlanError(
-                    f"{name}: got head ranks {entry.head_ranks}, expected {site.heads} of 1 to {entry.rank}"
-                )
+
+def _entry(name: str, entry: Any, version: int) -> SitePlan:
+    """One site's entry as JSON has it. Version 1 said ``rank`` and ``full_rank``, and left out the form ``product``."""
+    keep, full = ("rank", "full_rank") if version == 1 else ("keep", "full")
+    if not isinstance(entry, dict) or not {keep, full} <= set(entry):
+        raise PlanError(f"{name}: got {entry!r}, expected an object with {keep!r} and {full!r}")
+    known = {keep, full, "form", "head_ranks", "shape"}
+    if unknown := next((key for key in entry if key not in known), None):
+        raise PlanError(f"{name}: got {unknown!r}{nearest(str(unknown), known)}; expected {', '.join(sorted(known))}")
+    if not (_is_whole(entry[keep]) and _is_whole(entry[full])):
+        raise PlanError(f"{name}: got {keep} {entry[keep]!r} and {full} {entry[full]!r}, expected whole numbers")
+    form, heads = entry.get("form", "product"), entry.get("head_ranks")
+    if not isinstance(form, str):
+        raise PlanError(f"{name}: got form {form!r}, expected a name")
+    if heads is not None and not (isinstance(heads, list | tuple) and all(map(_is_whole, heads))):
+        raise PlanError(f"{name}: got head_ranks {heads!r}, expected a list of whole numbers")
+    details = {k: entry[k] for k in ("head_ranks", "shape") if entry.get(k) not in (None, {})}
+    return SitePlan(form=form, keep=entry[keep], full=entry[full], details=details)
+
+
+def _plain(details: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in details.items()}
 
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def site_rank_limit(site: Site, form: str = "product") -> int:
-    """The largest rank a site can have in a form."""
-    if form == "matrix" and site.kind != "linear":
-        return min(site.in_features, site.out_features, site.heads * site.full_rank)
-    return site.full_rank
-
-
-def planned_parameters(site: Site, entry: SitePlan | None) -> int:
-    """Parameters of a site as a plan has it; None for as it stands. Columns that pad a head's rank count, since they are stored."""
-    if entry is None or entry.form == "product":
-        return site.parameters(None if entry is None else entry.rank)
-    if entry.form == "matrix":
-        if site.kind == "linear":
-            return entry.rank * (site.in_features + site.out_features) + site.biases
-        return entry.rank * (site.in_features + site.out_features + 2 * site.heads * site.full_rank) + site.biases
-    return shape_parameters(entry.form, entry.shape) + site.biases
-
-
-class Handle:
-    """What :func:`apply_` did to a model; :meth:`revert` takes it back."""
-
-    def __init__(self, model: nn.Module, plan: Plan, undo: list[Undo]) -> None:
-        self.model, self.plan, self._undo = model, plan, undo
-
-    def revert(self) -> nn.Module:
-        """Give the model back as it was, bit for bit: the very modules that stood there. A second call does nothing."""
-        while self._undo:
-            self._undo.pop()()
-        return self.model
-
-
-@outside_inference_mode
-def apply_(
-    model: nn.Module,
-    plan: Plan,
-    statistic: Statistic | None = None,
-    *,
-    sites: Sites | None = None,
-    factorizations: Mapping[str, Factorization] | None = None,
-    joint_refit: bool = True,
-    weights: bool = True,
-) -> Handle:
-    """Make a model what a plan says, in place.
-
-    Args:
-        statistic: what errors are measured by: what :func:`comcat.calibrate` returned, or None for the weights alone.
-        sites: the model's sites, if already found. factorizations: of these sites under this statistic, if already known.
-        joint_refit: refit W_O over all heads where the statistic allows it.
-        weights: False builds the structure alone, its new weights unset (for loading a state dict).
-
-    Raises:
-        PlanError, UnknownSite, UnsupportedSite: where the plan does not fit; the model is then unchanged.
-    """
-    sites = find_sites(model) if sites is None else sites
-    plan.check(sites)
-    statistic = Weights() if statistic is None else statistic
-    build = Builder(model, statistic, factorizations or {}, joint_refit, weights)
-    by_attention: dict[str, dict[str, tuple[Site, SitePlan]]] = {}
-    undo: list[Undo] = []
-    try:
-        for name, entry in plan.sites.items():
-            site = sites[name]
-            if site.attention is not None:
-                by_attention.setdefault(site.path, {})[site.kind] = (site, entry)
-            else:
-                undo.append(exchange(model, site.path, build.linear(site, entry)))
-        for planned in by_attention.values():
-            attention = next(iter(planned.values()))[0].attention
-            assert attention is not None
-            replacement = build.attention(attention, planned.get("qk"), planned.get("vo"))
-            undo.append(host_of(attention).mount(model, attention, replacement))
-    except BaseException:
-        for step in reversed(undo):
-            step()
-        raise
-    return Handle(model, plan, undo)

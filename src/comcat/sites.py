@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -23,8 +24,8 @@ def block_of(path: str) -> str:
     return match.group(1) if match else path
 
 
-Kind = Literal["qk", "vo", "linear"]
-Form = Literal["product", "matrix", "tucker", "tensor_train"]
+Kind = Literal["qk", "vo", "linear", "units"]
+KINDS: tuple[Kind, ...] = ("qk", "vo", "linear", "units")
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,12 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class Site:
-    """One thing that can shrink: the QK or VO product of all heads of a layer, or one linear layer.
+class Factored(ABC):
+    """What a product or a linear layer costs at a rank; the common part of :class:`ProductSite` and :class:`LinearSite`.
 
-    ``full_rank`` is the rank of the product as it stands (a head's width; the smaller side of a linear layer). Costs are
-    linear in the rank, so they are told per unit of rank: see :meth:`parameters` and :meth:`macs`.
+    ``full_rank`` is the rank as it stands (a head's width; the smaller side of a linear layer). Costs are linear in the
+    rank, so they are told per unit of rank. ``biases`` are those the site has as it stands, ``bias_per_rank`` those that
+    every unit of rank brings along.
     """
 
     name: str
@@ -97,38 +99,138 @@ class Site:
     heads: int = 1
     biases: int = 0
     bias_per_rank: int = 0
-    attention: Attention | None = None
+
+    @property
+    def full(self) -> int:
+        """The rank as it stands."""
+        return self.full_rank
 
     @property
     def parameters_per_rank(self) -> int:
         """Parameters of one unit of rank in every head."""
         return self.heads * (self.in_features + self.out_features + self.bias_per_rank)
 
-    def parameters(self, rank: int | None = None) -> int:
-        """Parameters of the site at a rank, or as it stands. Biases that stay whatever the rank is count as well."""
-        if rank is not None:
-            kept = 0 if self.kind == "qk" else self.out_features
-            return rank * self.parameters_per_rank + kept
-        if self.kind == "linear":
-            return self.in_features * self.out_features + self.biases
-        return self.heads * self.full_rank * (self.in_features + self.out_features) + self.biases
-
-    def macs(self, rank: int | None, tokens: float, pairs: float) -> float:
-        """Multiply-accumulates a picture: ``tokens`` rows flow through, ``pairs`` query–key pairs are compared per head."""
-        if self.kind == "linear":
-            if rank is None:
-                return tokens * self.in_features * self.out_features
-            return tokens * rank * (self.in_features + self.out_features)
-        r = self.full_rank if rank is None else rank
-        compared = (
-            self.full_rank if self.attention is not None and self.attention.mount == "values" else r
-        )  # padded back to the host's width
-        return self.heads * (r * tokens * (self.in_features + self.out_features) + compared * pairs)
-
     @property
     def break_even(self) -> int:
         """The largest rank at which factors cost fewer parameters than the site as it stands."""
         return min(self.full_rank, max(0, (self.parameters() - self.parameters(0) - 1) // self.parameters_per_rank))
+
+    @abstractmethod
+    def parameters(self, rank: int | None = None) -> int:
+        """Parameters at a rank, or as it stands (None). Biases that stay whatever the rank is count as well."""
+        ...
+
+    @abstractmethod
+    def macs(self, rank: int | None, tokens: float, pairs: float) -> float:
+        """Multiply-accumulates a picture: ``tokens`` rows flow through, ``pairs`` query–key pairs are compared per head."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProductSite(Factored):
+    """The QK or the VO product of all heads of an attention layer, all at one rank."""
+
+    attention: Attention = field(kw_only=True)
+
+    @property
+    def owner(self) -> str:
+        """What is exchanged as one piece: the attention."""
+        return self.path
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the layers whose weights the site holds."""
+        a = self.attention
+        return (a.q.path, a.k.path) if self.kind == "qk" else (a.v.path, a.out)
+
+    def parameters(self, rank: int | None = None) -> int:
+        if rank is None:
+            return self.heads * self.full_rank * (self.in_features + self.out_features) + self.biases
+        return rank * self.parameters_per_rank + (0 if self.kind == "qk" else self.out_features)
+
+    def macs(self, rank: int | None, tokens: float, pairs: float) -> float:
+        r = self.full_rank if rank is None else rank
+        compared = self.full_rank if self.attention.mount == "values" else r  # padded back to the host's width
+        return self.heads * (r * tokens * (self.in_features + self.out_features) + compared * pairs)
+
+
+@dataclass(frozen=True)
+class LinearSite(Factored):
+    """One linear layer; ``classifies`` marks one that gives a classifier's logits."""
+
+    classifies: bool = field(default=False, kw_only=True)
+
+    @property
+    def owner(self) -> str:
+        return self.path
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (self.path,)
+
+    def parameters(self, rank: int | None = None) -> int:
+        if rank is None:
+            return self.in_features * self.out_features + self.biases
+        return rank * self.parameters_per_rank + self.out_features
+
+    def macs(self, rank: int | None, tokens: float, pairs: float) -> float:
+        if rank is None:
+            return tokens * self.in_features * self.out_features
+        return tokens * rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class HiddenSite:
+    """The hidden units of a feed-forward: ``y = W₂ h + b₂`` with ``h = σ(W₁x + b₁)``, or ``σ(W₁x) ⊙ W₃x`` where it is gated.
+
+    ``ups`` are the rows that make the units: one projection, or two for a gated one (which may lie in one packed layer).
+    ``down`` is the path of the layer that reads them. ``path`` is the module that holds both. ``full`` is the number of
+    units as they stand. ``biases`` are all biases of these layers, ``bias_per_unit`` those of one unit.
+    """
+
+    name: str
+    path: str
+    full: int
+    in_features: int
+    out_features: int
+    ups: tuple[Projection, ...]
+    down: str
+    biases: int = 0
+    bias_per_unit: int = 0
+    kind: Kind = "units"
+
+    @property
+    def owner(self) -> str:
+        return self.name
+
+    @property
+    def full_rank(self) -> int:
+        """The same as ``full``."""
+        return self.full
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return (*dict.fromkeys(up.path for up in self.ups), self.down)
+
+    @property
+    def parameters_per_unit(self) -> int:
+        """Parameters of one unit: its rows in, its column out, its biases."""
+        return len(self.ups) * self.in_features + self.out_features + self.bias_per_unit
+
+    def parameters(self, units: int | None = None) -> int:
+        """Parameters with so many units, or as it stands (None). The bias of ``down`` stays; refitting may create it."""
+        if units is None:
+            return self.full * (len(self.ups) * self.in_features + self.out_features) + self.biases
+        return units * self.parameters_per_unit + self.out_features
+
+    def macs(self, units: int | None, tokens: float, pairs: float = 0.0) -> float:
+        """Multiply-accumulates a picture through which ``tokens`` rows flow."""
+        kept = self.full if units is None else units
+        return tokens * kept * (len(self.ups) * self.in_features + self.out_features)
+
+
+Site = ProductSite | LinearSite | HiddenSite
+"""One thing that can shrink."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +269,12 @@ class Sites(Mapping[str, Site]):
     def __contains__(self, name: object) -> bool:
         return name in self.by_name
 
+    def without(self, names: Collection[str]) -> Sites:
+        """All sites but some."""
+        return Sites({n: s for n, s in self.by_name.items() if n not in names}, self.refused)
+
     def only(self, *kinds: Kind | str) -> Sites:
-        """The sites of some kinds (``"qk"``, ``"vo"``, ``"linear"``) or path prefixes (``"blocks.3"``)."""
+        """The sites of some kinds (``"qk"``, ``"vo"``, ``"linear"``, ``"units"``) or path prefixes (``"blocks.3"``)."""
         chosen = {
             n: s
             for n, s in self.by_name.items()

@@ -13,16 +13,18 @@ from torch import Tensor, nn
 from comcat.hosts import find_sites
 from comcat.sites import Sites
 
+from ..models import ranked
 from . import zoo
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model of the registry, its sites and its output on two pictures. Tests work on copies of the model."""
+    """A model of the registry, its sites (those with ranks, and hidden units apart) and its output on two pictures. Tests work on copies of the model."""
 
     case: zoo.Case
     original: nn.Module
     sites: Sites
+    units: Sites
     images: Tensor
     output: Tensor
 
@@ -39,7 +41,9 @@ def subject_of(name: str) -> Subject:
         case = zoo.CASES[name]
         model = case.model()
         images = case.images()
-        _SUBJECTS[name] = Subject(case, model, find_sites(model), images, zoo.run(model, images).detach())
+        sites = find_sites(model)
+        output = zoo.run(model, images).detach()
+        _SUBJECTS[name] = Subject(case, model, ranked(sites), sites.only("units"), images, output)
     return _SUBJECTS[name]
 
 

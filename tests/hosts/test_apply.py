@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from comcat.apply import apply_
 from comcat.factors import Weights
 from comcat.hosts import find_sites
 from comcat.measure import count_parameters
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 from comcat.sites import Sites
 
 from .conftest import Subject, subject_of
@@ -20,7 +21,7 @@ from .zoo import relative_error, run
 
 
 def full_plan(sites: Sites) -> Plan:
-    return Plan(sites={n: SitePlan(rank=s.full_rank, full_rank=s.full_rank) for n, s in sites.items()})
+    return Plan(sites={n: SitePlan(keep=s.full_rank, full=s.full_rank) for n, s in sites.items()})
 
 
 def low_plan(sites: Sites) -> Plan:
@@ -28,12 +29,12 @@ def low_plan(sites: Sites) -> Plan:
     ranks = {"qk": (2, 3), "vo": (4, 1), "linear": (3, 2)}
     paths = list(dict.fromkeys(s.path for s in sites.values()))
     chosen = {n: min(ranks[s.kind][paths.index(s.path) % 2], s.full_rank - 1) for n, s in sites.items()}
-    return Plan(sites={n: SitePlan(rank=r, full_rank=sites[n].full_rank) for n, r in chosen.items()})
+    return Plan(sites={n: SitePlan(keep=r, full=sites[n].full_rank) for n, r in chosen.items()})
 
 
 def predicted(model: nn.Module, sites: Sites, plan: Plan) -> int:
     return count_parameters(model) - sum(
-        sites[n].parameters() - sites[n].parameters(e.rank) for n, e in plan.sites.items()
+        sites[n].parameters() - sites[n].parameters(e.keep) for n, e in plan.sites.items()
     )
 
 

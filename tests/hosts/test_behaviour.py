@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from comcat.apply import apply_
 from comcat.hosts import find_sites
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 
+from ..models import ranked
 from . import zoo
 from .conftest import subject_of
 from .test_apply import full_plan, low_plan
@@ -106,7 +108,7 @@ def attention_of(settings: dict[str, Any]) -> tuple[nn.Module, nn.Module, Tensor
         )
     )
     same.load_state_dict(model.state_dict())
-    apply_(same, full_plan(find_sites(same)))
+    apply_(same, full_plan(ranked(find_sites(same))))
     return model.eval()[0], same.eval()[0], torch.randn(3, 6, 16)
 
 
@@ -148,7 +150,7 @@ def test_attention_dropout_in_parts_keeps_the_value_bias() -> None:
     outputs = []
     for compress in (False, True):
         if compress:
-            apply_(model, full_plan(find_sites(model)))
+            apply_(model, full_plan(ranked(find_sites(model))))
         torch.manual_seed(5)
         outputs.append(run(model.train(), subject.images))
     assert relative_error(outputs[1], outputs[0]) < 1e-4
@@ -199,14 +201,14 @@ def test_sites_are_found_in_a_model_loaded_for_eager_attention(name: str) -> Non
     subject = subject_of(name)
     model = subject.copy()
     model.set_attn_implementation("eager")
-    assert list(find_sites(model)) == list(subject.sites)
+    assert list(ranked(find_sites(model))) == list(subject.sites)
 
 
 def test_hooks_on_a_host_module_see_the_same_call() -> None:
     """The attention's place in the model stays: a forward hook on its parent sees tokens in and tokens out."""
     subject = subject_of("timm-vit")
     model = subject.copy()
-    apply_(model, Plan(sites={n: SitePlan(rank=2, full_rank=s.full_rank) for n, s in subject.sites.items()}))
+    apply_(model, Plan(sites={n: SitePlan(keep=2, full=s.full_rank) for n, s in subject.sites.items()}))
     seen: list[torch.Size] = []
     model.blocks[0].attn.register_forward_hook(lambda m, i, o: seen.extend([i[0].shape, o.shape]))
     run(model, subject.images)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comcat.calibration import calibrate
-from comcat.plan import apply_
+from comcat.apply import apply_
 from comcat.sites import Site
+from comcat.statistics import calibrate
 
 from .conftest import Subject, subject_of
 from .test_apply import full_plan, low_plan

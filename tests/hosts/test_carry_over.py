@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 import comcat
+from comcat.apply import apply_
 from comcat.hosts import find_sites
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 
 from ..models import tiny_vit
 from .conftest import subject_of
@@ -171,7 +172,7 @@ def test_hooks_that_cannot_go_on_are_named() -> None:
     model = subject.copy()
     model.blocks[1].attn.qkv.register_forward_hook(lambda m, i, o: None)
     with pytest.warns(UserWarning, match=r"^blocks\.1\.attn\.qkv is no more, and its hooks with it"):
-        apply_(model, Plan(sites={"blocks.1.attn:qk": SitePlan(rank=2, full_rank=8)}))
+        apply_(model, Plan(sites={"blocks.1.attn:qk": SitePlan(keep=2, full=8)}))
 
 
 def test_trials_call_no_hooks_of_the_models_own() -> None:

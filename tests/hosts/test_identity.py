@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comcat.calibration import calibrate
+from comcat.apply import apply_
 from comcat.factors import Weights, factorize_site, truncate_site
 from comcat.linalg import factorize
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 from comcat.sites import Site
+from comcat.statistics import calibrate
 
 from .conftest import Subject, subject_of
 from .zoo import relative_error, run
@@ -126,14 +127,14 @@ def test_what_truncation_loses_on_average_goes_into_the_bias(vit: Subject, kind:
     site = vit.sites[f"{PATH}:vo" if kind == "vo" else "blocks.1.mlp.fc1"]
     found = calibrate(model, [vit.images], statistic="activation", sites=vit.sites)
     _, before = captured(model, site.path, vit.images)
-    apply_(model, Plan(sites={site.name: SitePlan(rank=2, full_rank=site.full_rank)}), found)
+    apply_(model, Plan(sites={site.name: SitePlan(keep=2, full=site.full_rank)}), found)
     _, after = captured(model, site.path, vit.images)
     assert relative_error(after, before) > 0.05
     assert relative_error(after.mean((0, 1)), before.mean((0, 1))) < 1e-5
 
 
 def test_the_key_bias_is_nothing(vit: Subject) -> None:
-    plan = Plan(sites={n: SitePlan(rank=3, full_rank=s.full_rank) for n, s in vit.sites.only("qk").items()})
+    plan = Plan(sites={n: SitePlan(keep=3, full=s.full_rank) for n, s in vit.sites.only("qk").items()})
     outputs = []
     for model in (vit.copy().double(), vit.copy().double()):
         if outputs:
@@ -163,7 +164,7 @@ def test_query_and_value_biases_are_exact(vit: Subject) -> None:
     extended = F.pad(x, (0, 1), value=1.0)[:, None]
     weights = (qk.attention.scale * extended @ logits_product @ x[:, None].mT).softmax(-1)
     expected = (weights @ x[:, None] @ values_product).sum(1) + out_bias + torch.einsum("hk,hko->o", b_v, out)
-    apply_(model, Plan(sites={qk.name: SitePlan(rank=3, full_rank=8), vo.name: SitePlan(rank=2, full_rank=8)}))
+    apply_(model, Plan(sites={qk.name: SitePlan(keep=3, full=8), vo.name: SitePlan(keep=2, full=8)}))
     _, got = captured(model, PATH, vit.images)
     assert relative_error(got, dense) > 0.01
     assert relative_error(got, expected) < 1e-10
@@ -180,7 +181,9 @@ def test_zero_heads_and_repeated_channels_survive(vit: Subject) -> None:
             projection.bias_or_none(model).data.unflatten(0, (a.heads, -1))[:2] = 0
     before = run(model, vit.images)
     for heads in (None, (1, 1, 8)):
-        plan = Plan(sites={n: SitePlan(rank=8, full_rank=8, head_ranks=heads) for n in (f"{PATH}:qk", f"{PATH}:vo")})
+        plan = Plan(
+            sites={n: SitePlan(keep=8, full=8, details={"head_ranks": heads}) for n in (f"{PATH}:qk", f"{PATH}:vo")}
+        )
         handle = apply_(model, plan)
         assert relative_error(run(model, vit.images), before) < 1e-5
         handle.revert()

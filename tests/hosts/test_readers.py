@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comcat.apply import apply_
 from comcat.hosts import find_sites
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 
+from ..models import ranked
 from . import zoo
 from .test_apply import full_plan, low_plan
 from .zoo import relative_error
@@ -112,7 +114,7 @@ def test_models_that_read_weights_run_compressed(name: str) -> None:
     model, inputs = MODELS[name]()
     model.eval()
     before = output(model, inputs)
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     handle = apply_(model, full_plan(sites))
     assert relative_error(output(model, inputs), before) < 1e-4
     handle.revert()
@@ -125,7 +127,7 @@ def test_models_that_read_weights_run_compressed(name: str) -> None:
 def test_attention_that_computes_with_what_it_reads_is_refused(version: int) -> None:
     """Thin weights would be put together at every call: nothing saved. The other layers shrink."""
     model, _ = torchvision_swin(version)
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert {s.kind for s in sites.values()} == {"linear"} and len(sites) == 10
     reasons = {r.name: r.reason for r in sites.refused}
     for path in ("features.1.0.attn", "features.3.1.attn"):
@@ -155,7 +157,7 @@ class ReadingAttention(nn.Module):
 
 @pytest.mark.parametrize("read", ["q_proj", "k_proj", "v_proj", "out_proj", "none"])
 def test_one_projection_that_is_read_is_enough(read: str) -> None:
-    sites = find_sites(zoo.HandModel(ReadingAttention(read)))
+    sites = ranked(find_sites(zoo.HandModel(ReadingAttention(read))))
     attention = {n for n in sites if "attend" in n}
     if read == "none":
         assert attention == {"blocks.0.attend:qk", "blocks.0.attend:vo"}
@@ -170,7 +172,7 @@ def test_the_weight_of_what_was_replaced_is_the_one_that_was_there(name: str) ->
     """At full rank every layer answers with the weight, bias and widths of its predecessor, up to the basis of its heads."""
     case = zoo.CASES[name]
     model = case.model()
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     dense = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     apply_(model, full_plan(sites))
     compared = 0
@@ -191,7 +193,7 @@ def test_the_weight_of_what_was_replaced_is_the_one_that_was_there(name: str) ->
 
 def test_a_weight_that_is_read_keeps_its_dtype_under_autocast_and_gives_gradients() -> None:
     model = nn.Sequential(nn.Linear(24, 24), nn.ReLU())
-    apply_(model, Plan(sites={"0": SitePlan(rank=3, full_rank=24)}))
+    apply_(model, Plan(sites={"0": SitePlan(keep=3, full=24)}))
     with torch.autocast("cpu", torch.bfloat16):
         weight = model[0].weight
     assert weight.dtype == torch.float32 and torch.linalg.matrix_rank(weight) == 3
@@ -203,7 +205,7 @@ def test_a_weight_that_is_read_keeps_its_dtype_under_autocast_and_gives_gradient
 
 def test_a_host_that_reads_is_compiled_and_traced() -> None:
     model, inputs = MODELS["open-clip"]()
-    apply_(model.eval(), low_plan(find_sites(model)))
+    apply_(model.eval(), low_plan(ranked(find_sites(model))))
     before = output(model, inputs)
     torch._dynamo.reset()
     assert relative_error(output(torch.compile(model, backend="aot_eager", fullgraph=True), inputs), before) < 1e-5

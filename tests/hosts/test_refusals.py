@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comcat.apply import apply_
 from comcat.errors import ModelError, UnknownSite
 from comcat.hosts import find_sites
-from comcat.plan import apply_
 
+from ..models import ranked
 from . import zoo
 from .test_apply import full_plan, low_plan
 from .zoo import HandAttention, HandModel, relative_error
@@ -90,7 +91,7 @@ def test_a_forward_that_cannot_be_replaced_keeps_its_values_site(
     attention: Callable[[], nn.Module], reason: str
 ) -> None:
     model = zoo.Case(name="spoilt", build=lambda: HandModel(attention())).model()
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert list(sites.only("qk")) == [] and list(sites.only("vo")) == ["blocks.0.attend:vo"]
     assert reason in next(r.reason for r in sites.refused if r.name == "blocks.0.attend:qk")
     images = torch.randn(2, 3, 32, 32)
@@ -115,7 +116,7 @@ class WindowMask(Fused):
 @pytest.mark.parametrize("attention", [Fused, PlainMask, WindowMask])
 def test_what_means_the_same_is_replaced_whole(attention: Callable[[], nn.Module]) -> None:
     model = zoo.Case(name="plain", build=lambda: HandModel(attention())).model()
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert sites["blocks.0.attend:qk"].attention.mount == "whole"
     x, original = torch.randn(2, 5, 16), model.blocks[0].attend
     apply_(model, full_plan(sites))
@@ -147,7 +148,7 @@ class Separate(nn.Module):
 @pytest.mark.parametrize(("read_width", "fixed_scale"), [(True, True), (False, True), (True, False)])
 def test_qk_wants_a_forward_that_reads_the_width_of_a_head(read_width: bool, fixed_scale: bool) -> None:
     model = zoo.Case(name="separate", build=lambda: HandModel(Separate(read_width, fixed_scale))).model()
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert ("blocks.0.attend:qk" in sites) == (read_width and fixed_scale)
     if not (read_width and fixed_scale):
         assert any("head_dim" in r.reason for r in sites.refused)
@@ -163,13 +164,13 @@ def test_grouped_queries_are_refused() -> None:
     from timm.layers.attention import AttentionRope
 
     model = nn.Sequential(AttentionRope(16, num_heads=4, num_kv_heads=2, qkv_fused=False), nn.Linear(16, 16))
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert list(sites) == ["1"] and "grouped" in sites.refused[0].reason
 
 
 def test_a_value_bias_apart_is_not_folded_under_attention_dropout() -> None:
     case = zoo.Case(name="eva", build=zoo.timm_model("eva02_tiny_patch14_224", **zoo.VIT, attn_drop_rate=0.1))
-    sites = find_sites(case.model())
+    sites = ranked(find_sites(case.model()))
     assert set(sites.by_name) == {s.name for s in sites.only("linear").values()}
     assert any("attention dropout" in r.reason for r in sites.refused)
 
@@ -179,7 +180,7 @@ def test_an_eva_with_attention_dropout_and_fused_biases_keeps_them() -> None:
         name="dropout", build=zoo.timm_model("vit_tiny_patch16_224", **zoo.VIT, qk_norm=True, attn_drop_rate=0.5)
     )
     model, images = case.model(), case.images()
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     outputs = []
     for compress in (False, True):
         if compress:
@@ -204,16 +205,18 @@ def test_shared_modules_and_tied_weights_are_refused() -> None:
     attention = HandAttention(16, 2, 6)
     model = HandModel(attention, attention)
     model.blocks[1].mlp[0].weight = model.blocks[0].mlp[0].weight
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert set(sites) == {"blocks.0.mlp.2", "blocks.1.mlp.2", "head"}
-    assert {r.name for r in sites.refused} == {"blocks.0.attend", "blocks.0.mlp.0", "blocks.1.mlp.0"}
+    assert {r.name for r in sites.refused} == {
+        "blocks.0.attend", "blocks.0.mlp.0", "blocks.1.mlp.0", "blocks.0.mlp:units", "blocks.1.mlp:units"
+    }  # fmt: skip
     assert all("shared" in r.reason for r in sites.refused)
 
 
 def test_layers_that_are_read_past_their_modules_are_refused() -> None:
     """In evaluation torch's encoder layer hands the weights of its linear layers to one fused call."""
     model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-    sites = find_sites(model)
+    sites = ranked(find_sites(model))
     assert list(sites) == ["0"]
     assert {r.name for r in sites.refused} == {"1.self_attn", "1.linear1", "1.linear2"}
     apply_(model, low_plan(sites))
@@ -222,12 +225,12 @@ def test_layers_that_are_read_past_their_modules_are_refused() -> None:
 
 
 def test_layers_too_small_to_gain_are_refused() -> None:
-    sites = find_sites(nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 8)))
+    sites = ranked(find_sites(nn.Sequential(nn.Linear(1, 8), nn.Linear(8, 8))))
     assert list(sites) == ["1"] and sites.refused[0].name == "0" and "always cost more" in sites.refused[0].reason
 
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
-    sites = find_sites(HandModel(HandAttention(16, 2, 6)))
+    sites = ranked(find_sites(HandModel(HandAttention(16, 2, 6))))
     with pytest.raises(UnknownSite, match=r"did you mean 'blocks\.0\.attend:qk'"):
         sites["block.0.attend:qk"]
 
@@ -236,7 +239,7 @@ def test_twins_are_told_apart_by_what_they_compute() -> None:
     """Blocks of one class and shape are probed once, but not where one of them has a forward of its own."""
     first, second = Fused(), Fused()
     second.forward = ResidualInside.forward.__get__(second)  # type: ignore[method-assign]
-    sites = find_sites(HandModel(first, second))
+    sites = ranked(find_sites(HandModel(first, second)))
     assert "blocks.0.attend:qk" in sites and "blocks.1.attend:qk" not in sites and "blocks.1.attend:vo" in sites
 
 
@@ -244,6 +247,6 @@ def test_a_forward_bound_to_other_weights_is_refused() -> None:
     """A copy of such a module computes with the original's weights, so a trial on the copy proves nothing."""
     first, second = Fused(), Fused()
     second.forward = lambda x: second.attend(x)  # type: ignore[method-assign]
-    sites = find_sites(HandModel(first, second).double())
+    sites = ranked(find_sites(HandModel(first, second).double()))
     assert "blocks.0.attend:vo" in sites and "blocks.1.attend:vo" not in sites
     assert "own weights" in next(r.reason for r in sites.refused if r.name == "blocks.1.attend")

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from comcat.calibration import calibrate
+from comcat.apply import apply_
 from comcat.factors import Weights
+from comcat.forms.relax import Relaxation, relax_
 from comcat.modules.relaxed import RelaxedLinear, SoftRank
-from comcat.plan import apply_
-from comcat.relaxing import Relaxation, relax_
 from comcat.sites import Site, Sites
+from comcat.statistics import calibrate
 
 from .conftest import Subject, subject_of
 from .test_apply import low_plan
@@ -54,7 +54,7 @@ def test_a_decided_rank_is_what_the_plan_makes_of_the_model(subject: Subject, st
     apply_(small, plan, measured, joint_refit=False)
     expected = run(small, subject.images)
     relaxation = relaxed(model, sites, measured)
-    relaxation.decide({n: e.rank for n, e in plan.sites.items()})
+    relaxation.decide({n: e.keep for n, e in plan.sites.items()})
     with torch.no_grad():
         assert relative_error(run(model, subject.images), expected) < 1e-7
 

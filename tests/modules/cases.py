@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from comcat.apply import apply_
 from comcat.hosts import find_sites
 from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
 from comcat.modules.relaxed import RelaxedLinear, SoftRank
 from comcat.modules.tensor import TensorTrainLinear, TuckerLinear
-from comcat.plan import Plan, SitePlan, apply_
+from comcat.plan import Plan, SitePlan
 
 WIDTH = 12
 
@@ -81,7 +82,7 @@ def of_timm(module: str, name: str, **settings: Any) -> Callable[[], nn.Module]:
         model = nn.Sequential(host(WIDTH, num_heads=3, qkv_bias=True, **settings), nn.Linear(WIDTH, WIDTH))
         sites = find_sites(model)
         ranks = {"0:qk": 2, "0:vo": 3}
-        plan = {n: SitePlan(rank=r, full_rank=sites[n].full_rank) for n, r in ranks.items() if n in sites}
+        plan = {n: SitePlan(keep=r, full=sites[n].full) for n, r in ranks.items() if n in sites}
         apply_(model, Plan(sites=plan))
         return model[0]
 

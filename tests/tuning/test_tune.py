@@ -170,8 +170,8 @@ def test_a_teacher_alone_is_enough(unlabelled, teacher):
 def test_distillation_goes_to_the_teacher(data, teacher, distillation):
     net = model()
     tune(net, data, teacher=teacher, distillation=distillation, alpha=1.0, temperature=2.0, epochs=12, **PLAIN)
-    agreement = evaluate(net, [torch.stack([x]) for x, _ in inputs(data, net)], against=teacher).agreement
-    assert agreement > evaluate(model(), [torch.stack([x]) for x, _ in inputs(data, net)], against=teacher).agreement
+    agreement = evaluate(net, [torch.stack([x]) for x, _ in inputs(data, net)], reference=teacher).agreement
+    assert agreement > evaluate(model(), [torch.stack([x]) for x, _ in inputs(data, net)], reference=teacher).agreement
     assert result(net)["teacher"] == "vit_tiny_patch16_224"
 
 
@@ -285,7 +285,7 @@ def test_a_compressed_model_of_transformers_learns(data):
     sites = find_sites(net)
     apply_(
         net,
-        Plan(sites={n: SitePlan(rank=2, full_rank=s.full_rank) for n, s in sites.items() if s.kind in ("qk", "vo")}),
+        Plan(sites={n: SitePlan(keep=2, full=s.full_rank) for n, s in sites.items() if s.kind in ("qk", "vo")}),
     )
     prepare = Preprocess(size=(8, 8), mean=(0.5,), std=(0.5,))
     tune(net, data, teacher=teacher, features=("all",), preprocess=prepare, epochs=4, **PLAIN)

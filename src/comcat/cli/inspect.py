@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..terminal import table
 from .common import Common, Positional, load, pick_device
-from .terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ def run(command: Inspect) -> int:
     from ..hosts import find_sites
     from ..measure import count_parameters
     from ..report import rank_for_energy
+    from ..sites import HiddenSite
 
     path = Path(command.model).expanduser()
     if path.suffix == ".safetensors":
@@ -35,6 +36,8 @@ def run(command: Inspect) -> int:
     sites, total = find_sites(model), count_parameters(model)
     rows = []
     for name, site in sites.items():
+        if isinstance(site, HiddenSite):
+            continue
         found = factorize_site(model, site, Weights()).singular_values
         values = found.sum(0) if found.ndim > 1 else found
         rows.append({

@@ -9,7 +9,8 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import ModelError
-from ..sites import Attention, Host, Refusal, Site, Sites
+from ..sites import Attention, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
+from .feedforward import find_feedforwards
 from .ordinary import check_ordinary, not_replaceable
 from .timm import TimmHost
 from .transformers import TransformersHost
@@ -28,7 +29,8 @@ def host_of(attention: Attention) -> Host:
 def find_sites(model: nn.Module) -> Sites:
     """Every site of a model, and what looks like one but cannot shrink, with the reason.
 
-    Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``. The model is not changed.
+    Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``, and ``blocks.3.mlp:units`` for the
+    hidden units of a feed-forward, whose two layers are sites of their own as well. The model is not changed.
 
     Raises:
         ModelError: if the model has neither attention nor linear layers, or is itself nothing but one of these; and
@@ -39,7 +41,8 @@ def find_sites(model: nn.Module) -> Sites:
     refused: list[Refusal] = []
     closed: list[str] = []  # paths whose insides are spoken for
     known: dict[tuple, tuple[str, Attention | Refusal]] = {}
-    uses = _uses(model)
+    uses, classes = _uses(model), _classes(model)
+    linears: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
         if any(c in ("", path) or path.startswith(f"{c}.") for c in closed):
             continue
@@ -70,7 +73,8 @@ def find_sites(model: nn.Module) -> Sites:
             closed.append(path)
             refused.append(Refusal(path, reason))
         elif type(module) is nn.Linear:
-            site = _linear_site(path, module)
+            site = _linear_site(path, module, classes)
+            linears[path] = module
             if _shared(module, uses):
                 refused.append(Refusal(path, "shared between several parts of the model"))
             elif site.break_even < 1:
@@ -85,6 +89,12 @@ def find_sites(model: nn.Module) -> Sites:
             for name in ("linear1", "linear2"):
                 closed.append(child := _join(path, name))
                 refused.append(Refusal(child, "torch.nn.TransformerEncoderLayer reads its weights past the module"))
+    tied = frozenset(path for path, module in linears.items() if _shared(module, uses))
+    for hidden in find_feedforwards(model, linears, tied, _structure):
+        if isinstance(hidden, Refusal):
+            refused.append(hidden)
+        else:
+            found[hidden.name] = hidden
     if not found and not refused:
         raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
     return Sites(found, tuple(refused))
@@ -170,7 +180,7 @@ def _shared(module: nn.Module, uses: Counter[int | str]) -> bool:
     return any(uses[use] > 1 for use in (id(module), *map(_place, module.parameters(recurse=False))))
 
 
-def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[Site, str | None]]:
+def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[ProductSite, str | None]]:
     """The QK and the VO site of an attention, each with the reason why it cannot shrink, if it cannot."""
     q_bias, k_bias, v_bias = (0 if p.bias_or_none(model) is None else a.heads * a.width for p in (a.q, a.k, a.v))
     if a.k.bias is not None:
@@ -187,10 +197,23 @@ def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[Site, str
     common = {"path": a.path, "full_rank": a.width, "in_features": a.in_features, "heads": a.heads, "attention": a}
     qk = {"out_features": a.in_features, "biases": q_bias + k_bias, "bias_per_rank": 2 if fused else int(q_bias > 0)}
     vo = {"out_features": a.out_features, "biases": v_bias + out_bias, "bias_per_rank": int(fused or keeps)}
-    yield Site(f"{a.path}:qk", "qk", **common, **qk), qk_reason  # type: ignore[arg-type]
-    yield Site(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
+    yield ProductSite(f"{a.path}:qk", "qk", **common, **qk), qk_reason  # type: ignore[arg-type]
+    yield ProductSite(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
 
 
-def _linear_site(path: str, module: nn.Linear) -> Site:
+def _linear_site(path: str, module: nn.Linear, classes: frozenset[int]) -> LinearSite:
     m, n = module.in_features, module.out_features
-    return Site(path, "linear", path, min(m, n), m, n, biases=0 if module.bias is None else n)
+    classifies = n in classes and block_of(path) == path
+    biases = 0 if module.bias is None else n
+    return LinearSite(path, "linear", path, min(m, n), m, n, biases=biases, classifies=classifies)
+
+
+def _classes(model: nn.Module) -> frozenset[int]:
+    """How many classes a model tells apart, as far as it says; else the width of its last layer, if that is linear."""
+    said = {getattr(module, "num_classes", None) for module in model.modules()}
+    said |= {getattr(getattr(model, "config", None), "num_labels", None)}
+    numbers = {n for n in said if isinstance(n, int) and n > 0}
+    if numbers:
+        return frozenset(numbers)
+    last = [module for module in model.modules() if next(module.children(), None) is None][-1:]
+    return frozenset(m.out_features for m in last if isinstance(m, nn.Linear))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..errors import UnsupportedSite
 from ..sites import Attention, Projection, Refusal, Replacement, Undo
-from .anatomy import Trial, attention_dropout, norm_and_gate, probe, read_past, trial_failed
 from .biased import BY_SIGNATURE, own_bias, stand_in
 from .mounting import all_of, drop_parameter, exchange, set_attribute
+from .symmetry import Trial, attention_dropout, norm_and_gate, probe, read_past, trial_failed
 
 # The signatures of a forward that comcat can stand in for.
 _WHOLE = {

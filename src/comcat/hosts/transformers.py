@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..sites import Attention, Projection, Refusal, Replacement, Undo, part
-from .anatomy import TOLERANCE, attention_dropout, probe, random_copy, read_past, trial_failed
 from .mounting import all_of, exchange, set_attribute
+from .symmetry import TOLERANCE, attention_dropout, probe, random_copy, read_past, trial_failed
 from .timm import _heads, _qk_reason, _relative
 
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))

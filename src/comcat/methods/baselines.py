@@ -11,7 +11,7 @@ model. By default it is the parameters of the sites that the plan is for, biases
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import partial
@@ -21,10 +21,15 @@ from torch import nn
 
 from ..errors import BudgetError, ModelError, SettingsError
 from ..factors import PaperCode, Statistic, Unilateral, Weights
-from ..modules.tensor import shape_parameters
-from ..plan import Plan, SitePlan, site_rank_limit
-from ..sites import Site, Sites
-from .allocate import allocate
+from ..forms import largest
+from ..plan import Plan, SitePlan
+from ..sites import HiddenSite, Site, Sites
+from ..statistics import calibrate
+from .allocate import allocate, describe, of_forms
+from .choose import same_share
+from .costs import Parameters
+from .ladders import AS_IT_IS, Choice, Ladder
+from .pruning import Scored, scored
 
 
 def mha_sites(sites: Sites) -> Sites:
@@ -33,17 +38,14 @@ def mha_sites(sites: Sites) -> Sites:
 
 
 def ffn_sites(sites: Sites) -> Sites:
-    """The linear layers of feed-forward networks, found by structure.
+    """The linear layers of feed-forwards: those that make or read hidden units (:mod:`comcat.hosts.feedforward`)."""
+    layers = {path for site in sites.values() if isinstance(site, HiddenSite) for path in site.modules}
+    return Sites({n: s for n, s in sites.items() if n in layers}, sites.refused)
 
-    One module holds two linear layers a → h → a, or three, a → h twice and h → a (gated); the two of a gate may be one
-    layer, a → 2h. Heads, poolers and downsampling layers are none, for they have no such partner.
-    """
-    linears = sites.only("linear")
-    together: dict[str, list[Site]] = {}
-    for site in linears.values():
-        together.setdefault(_nearest_company(site.path, linears), []).append(site)
-    chosen = {s.name for module, group in together.items() if _is_ffn(module, group) for s in group}
-    return Sites({n: s for n, s in linears.items() if n in chosen}, sites.refused)
+
+def hidden_sites(sites: Sites) -> Sites:
+    """The hidden units of feed-forwards."""
+    return sites.only("units")
 
 
 def matrix_plan(model: nn.Module, sites: Sites | None, reduce: float, total: float | None = None) -> Plan:
@@ -58,10 +60,10 @@ def matrix_plan(model: nn.Module, sites: Sites | None, reduce: float, total: flo
     chosen = _only(mha_sites(_found(model, sites)), "attention whose products can shrink")
 
     def ladder(site: Site) -> Iterator[SitePlan]:
-        limit = min(site_rank_limit(site, "matrix"), site.out_features)  # W_O is (out, heads · width)
-        return (SitePlan(rank=r, full_rank=site.full_rank, form="matrix") for r in range(1, limit + 1))
+        limit = min(largest(site, "matrix"), site.out_features)  # W_O is (out, heads · width)
+        return (SitePlan(keep=r, full=site.full_rank, form="matrix") for r in range(1, limit + 1))
 
-    return _plan("matrix", chosen, ladder, _matrix_cost, reduce, total)
+    return _plan(model, "matrix", chosen, ladder, reduce, total)
 
 
 def product_plan(
@@ -79,11 +81,33 @@ def product_plan(
     Raises:
         BudgetError: if the budget cannot be met; the message says the most that can be saved.
     """
-    chosen = _only(_found(model, sites), "site that can shrink")
+    chosen = _only(of_forms(_found(model, sites), ("ranks",)), "site that can shrink")
     _check(reduce, total)
     whole = sum(s.parameters() for s in chosen.values()) if total is None else total
-    plan = allocate(model, statistic, reduce=reduce, rule="uniform", sites=chosen, total=whole)
+    plan = allocate(model, statistic, reduce=reduce, rule="uniform", forms="ranks", sites=chosen, total=whole)
     return replace(plan, made_by={"baseline": "product", **plan.made_by})
+
+
+def units_plan(
+    model: nn.Module,
+    sites: Sites | None,
+    reduce: float,
+    total: float | None = None,
+    *,
+    statistic: Statistic | None = None,
+) -> Plan:
+    """The same share of the hidden units of every feed-forward among the sites given.
+
+    Apply the plan with the same statistic, which says which units go; see :mod:`comcat.methods.pruning`.
+
+    Raises:
+        BudgetError: if the budget cannot be met; the message says the most that can be saved.
+    """
+    chosen = _only(hidden_sites(_found(model, sites)), "feed-forward whose hidden units can be chosen")
+    _check(reduce, total)
+    whole = sum(s.parameters() for s in chosen.values()) if total is None else total
+    plan = allocate(model, statistic, reduce=reduce, rule="uniform", forms="units", sites=chosen, total=whole)
+    return replace(plan, made_by={"baseline": "units", **plan.made_by})
 
 
 def tucker_plan(
@@ -107,7 +131,7 @@ def tucker_plan(
         out, into = (_without_ones(near_equal(n, order // 2)[::-1]) for n in (site.out_features, site.in_features))
         return (_tensor_entry(site, "tucker", out, into, ranks) for ranks in _tucker_ladder([*out, *into]))
 
-    return _plan("tucker", chosen, ladder, _tensor_cost, reduce, total, order=order)
+    return _plan(model, "tucker", chosen, ladder, reduce, total, order=order)
 
 
 def tensor_train_plan(
@@ -137,27 +161,62 @@ def tensor_train_plan(
         ladder = _train_ladder([o * i for o, i in pairs])
         return (_tensor_entry(site, "tensor_train", out, into, ranks) for ranks in ladder)
 
-    return _plan("tensor_train", chosen, ladder, _tensor_cost, reduce, total, order=order)
+    return _plan(model, "tensor_train", chosen, ladder, reduce, total, order=order)
+
+
+_PARTS: Mapping[str, tuple[Callable[[Sites], Sites], str]] = {
+    "mha": (mha_sites, "attention whose products can shrink"),
+    "ffn": (ffn_sites, "feed-forward layer that can shrink"),
+    "units": (hidden_sites, "feed-forward whose hidden units can be chosen"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
     """A way to propose plans, what part of a model it is for, and the statistic to apply its plans with.
 
-    ``baseline(model, sites, reduce, total)`` picks that part's sites itself: give it all of the model's.
+    ``baseline(model, sites, reduce, total)`` picks that part's sites itself: give it all of the model's. Where it ``needs_pictures``,
+    the statistic comes from :meth:`measured`, and is given to the call as well.
     """
 
     about: str
-    part: Literal["mha", "ffn"]
+    part: Literal["mha", "ffn", "units"]
     propose: Callable[..., Plan]
     statistic: Statistic = field(default_factory=Weights)
+    score: str | None = None
+    refits: bool = False
+
+    @property
+    def needs_pictures(self) -> bool:
+        return self.refits or self.score == "taylor"
 
     def sites(self, sites: Sites) -> Sites:
-        return mha_sites(sites) if self.part == "mha" else ffn_sites(sites)
+        return _PARTS[self.part][0](sites)
 
-    def __call__(self, model: nn.Module, sites: Sites | None, reduce: float, total: float | None = None) -> Plan:
-        what = "attention whose products can shrink" if self.part == "mha" else "feed-forward layer that can shrink"
-        return self.propose(model, _only(self.sites(_found(model, sites)), what), reduce, total)
+    def measured(self, model: nn.Module, sites: Sites, batches: Iterable, *, seed: int = 0) -> Statistic:
+        """The statistic of a baseline that looks at pictures (which are gone through twice if need be)."""
+        if self.score is None:
+            return self.statistic
+        hidden = self.sites(sites)
+        seen = calibrate(model, batches, statistic="activation", sites=hidden) if self.refits else None
+        return scored(self.score, model, hidden, batches=batches, refit=seen)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        sites: Sites | None,
+        reduce: float,
+        total: float | None = None,
+        statistic: Statistic | None = None,
+    ) -> Plan:
+        chosen = _only(self.sites(_found(model, sites)), _PARTS[self.part][1])
+        if self.part != "units":
+            return self.propose(model, chosen, reduce, total)
+        if self.needs_pictures and statistic is None:
+            raise SettingsError(
+                "this baseline looks at pictures: pass statistic=baseline.measured(model, sites, batches)"
+            )
+        return self.propose(model, chosen, reduce, total, statistic=self.statistic if statistic is None else statistic)
 
 
 BASELINES: dict[str, Baseline] = {
@@ -183,7 +242,22 @@ BASELINES: dict[str, Baseline] = {
         propose=partial(tucker_plan, order=4),
     ),
     "tensor-train": Baseline(about="two-core train of each feed-forward matrix", part="ffn", propose=tensor_train_plan),
-}
+    "magnitude": Baseline(
+        about="hidden units of small weights cut", part="units", propose=units_plan, statistic=Scored("magnitude"),
+        score="magnitude",
+    ),
+    "magnitude-refit": Baseline(
+        about="hidden units of small weights cut, the rest refitted", part="units", propose=units_plan, score="magnitude",
+        refits=True,
+    ),
+    "taylor": Baseline(
+        about="hidden units of small first-order effect on the loss cut", part="units", propose=units_plan, score="taylor"
+    ),
+    "taylor-refit": Baseline(
+        about="hidden units of small first-order effect on the loss cut, the rest refitted", part="units",
+        propose=units_plan, score="taylor", refits=True,
+    ),
+}  # fmt: skip
 """Baselines by name. Each entry is callable: ``BASELINES["matrix"](model, sites, 0.2)`` is a plan."""
 
 
@@ -230,69 +304,39 @@ def _train_ladder(sizes: Sequence[int]) -> Iterator[list[int]]:
 
 def _tensor_entry(site: Site, form: str, out: list[int], into: list[int], ranks: list[int]) -> SitePlan:
     # The largest rank is told for readers; what counts is in the shape. A bond can be wider than the weight's own rank.
-    largest = min(max(ranks, default=1), site.full_rank)
-    return SitePlan(rank=largest, full_rank=site.full_rank, form=form, shape={"out": out, "in": into, "ranks": ranks})
-
-
-def _tensor_cost(site: Site, entry: SitePlan) -> int:
-    return shape_parameters(entry.form, entry.shape) + site.biases
-
-
-def _matrix_cost(site: Site, entry: SitePlan) -> int:
-    """Both matrices of a pair; their biases stay."""
-    width = site.heads * site.full_rank
-    return entry.rank * (site.in_features + site.out_features + 2 * width) + site.biases
+    keep, shape = min(max(ranks, default=1), site.full), {"out": out, "in": into, "ranks": ranks}
+    return SitePlan(keep=keep, full=site.full, form=form, details={"shape": shape})
 
 
 def _plan(
+    model: nn.Module,
     name: str,
     sites: Sites,
     ladder: Callable[[Site], Iterator[SitePlan]],
-    cost: Callable[[Site, SitePlan], int],
     reduce: float,
     total: float | None,
     **settings: Any,
 ) -> Plan:
+    """The same share of every site, each at the costliest entry of its ladder within it."""
     _check(reduce, total)
-    dense = sum(s.parameters() for s in sites.values())
+    cost = Parameters()
+    decisions = [
+        Ladder(n, {n: s}, (s,), (*(Choice({n: entry}, 0.0, 0.0) for entry in ladder(s)), AS_IT_IS))
+        for n, s in sites.items()
+    ]
+    tables = [decision.table(cost) for decision in decisions]
+    dense = sum(table.dense for table, _ in tables)
     whole = dense if total is None else total
-    steps = {n: _steps(s, ladder(s), cost) for n, s in sites.items()}
-    steps = {n: found for n, found in steps.items() if found}
-    chosen = _same_share(steps, {n: sites[n].parameters() for n in steps}, reduce * whole, whole)
-    saved = sum(sites[n].parameters() - steps[n][i][0] for n, i in chosen.items())
-    made_by = {"baseline": name, "reduce": reduce, "saved": saved / whole, **settings}
-    return Plan(sites={n: steps[n][i][1] for n, i in chosen.items()}, made_by=made_by)
-
-
-def _steps(site: Site, ladder: Iterator[SitePlan], cost: Callable[[Site, SitePlan], int]) -> list[tuple[int, SitePlan]]:
-    """The entries of a ladder that save anything, each costlier than the one before."""
-    steps: list[tuple[int, SitePlan]] = []
-    for entry in ladder:
-        parameters = cost(site, entry)
-        if parameters >= site.parameters():
-            break
-        if not steps or parameters > steps[-1][0]:
-            steps.append((parameters, entry))
-    return steps
-
-
-def _same_share(
-    steps: Mapping[str, list[tuple[int, SitePlan]]], dense: Mapping[str, int], saving: float, whole: float
-) -> dict[str, int]:
-    """The costliest step of every site, at one share of what each costs dense, that still saves enough."""
-    chosen = dict.fromkeys(steps, 0)
-    saved = sum(dense[n] - steps[n][0][0] for n in steps)
-    if saved < saving:
-        most = math.floor(saved / whole * 1e4) / 1e4
-        raise BudgetError(f"got reduce={saving / whole:g}, but these sites in this form allow at most {most:g}")
-    order = {n: k for k, n in enumerate(steps)}
-    events = [(steps[n][i][0] / dense[n], order[n], n, i) for n in steps for i in range(1, len(steps[n]))]
-    for _, _, name, i in sorted(events):
-        extra = steps[name][i][0] - steps[name][chosen[name]][0]
-        if saved - extra < saving:
-            break
-        chosen[name], saved = i, saved - extra
-    return chosen
+    most = dense - sum(float(table.costs[0]) for table, _ in tables)
+    if most < reduce * whole:
+        most = math.floor(most / whole * 1e4) / 1e4
+        raise BudgetError(f"got reduce={reduce:g}, but these sites in this form allow at most {most:g}")
+    places = same_share([table for table, _ in tables], dense - reduce * whole, "share")
+    chosen = [options[place] for (_, options), place in zip(tables, places, strict=True)]
+    spent = sum(float(table.costs[place]) for (table, _), place in zip(tables, places, strict=True))
+    made_by = {"baseline": name, "reduce": reduce, "saved": (dense - spent) / whole, **settings}
+    entries = {n: entry for choice in chosen for n, entry in choice.entries.items()}
+    return Plan(sites=entries, made_by=made_by, made_for=describe(model, _found(model, None), sites))
 
 
 def _check(reduce: float, total: float | None) -> None:
@@ -316,28 +360,3 @@ def _only(sites: Sites, what: str) -> Sites:
 
 def _without_ones(modes: list[int]) -> list[int]:
     return [n for n in modes if n > 1] or [1]
-
-
-def _nearest_company(path: str, linears: Sites) -> str:
-    """The closest module around a linear layer that holds another one."""
-    while path:
-        path = path.rpartition(".")[0]
-        if sum(1 for other in linears.values() if other.path.startswith(f"{path}." if path else "")) > 1:
-            return path
-    return path
-
-
-def _is_ffn(module: str, group: Sequence[Site]) -> bool:
-    if len(group) not in (2, 3):
-        return False
-    if not module and any("." in s.path for s in group):
-        return False  # a pooler and a classifier have nothing but the model in common
-    sizes = [(s.in_features, s.out_features) for s in group]
-    return any(_expand_and_contract(sizes[:k] + sizes[k + 1 :], sizes[k]) for k in range(len(sizes)))
-
-
-def _expand_and_contract(up: Sequence[tuple[int, int]], down: tuple[int, int]) -> bool:
-    """Whether layers (in, out) make a feed-forward network: a → h, or twice, or a → 2h; and h → a."""
-    (a, h), *others = up
-    widths = (h,) if others else (h, h / 2)
-    return all(other == (a, h) for other in others) and down[1] == a and down[0] in widths

@@ -3,88 +3,30 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..calibration import StatisticName, Statistics, calibrate, pictures_of
-from ..errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, nearest
-from ..factors import Statistic, Weights
+from ..apply import Handle, apply_
+from ..errors import BudgetError, ModelError, NumericsError, SettingsError
 from ..grad_mode import outside_inference_mode
-from ..hosts import find_sites
 from ..hosts.ordinary import check_ordinary
-from ..linalg import Factorization
-from ..measure import count_macs, count_parameters, evaluate
-from ..plan import Handle, Plan, apply_
+from ..plan import Plan
 from ..record import Record
 from ..runs.watching import first_unsound
-from ..settings import LARGEST_SEED, check_types, expect, from_keywords
-from ..sites import Site, Sites
-from .allocate import Budget, RankRule, allocate, check_asked, spectra
+from ..settings import from_keywords
+from .allocate import allocate, check_asked
+from .drop import largest_within
+from .prepare import Prepared, kept, prepare
+from .sequential import apply_sequentially
+from .settings import CompressSettings
 
 MULTIPLES = (16, 8, 4, 2)
 TOLERATED, NEGLIGIBLE = 1.1, 1e-3
 """How much more predicted loss rounder ranks may cost: a tenth, or a thousandth of a nat, which no measurement would show."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressSettings:
-    """What to compress and how; the command line and recipes are made from these fields."""
-
-    reduce: float | None = None
-    """Share of the whole model's cost to save, for example 0.5."""
-    max_drop: float | None = None
-    """Instead of reduce: save as much as loses at most so many points on held-out pictures (top-1, or agreement without labels)."""
-    budget: Budget = "parameters"
-    """What cost is: parameters or macs (multiply-accumulates)."""
-    statistic: StatisticName = "loss"
-    """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
-    ranks: RankRule | Literal["search"] = "waterfill"
-    """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values, least predicted loss, or by search on training pictures."""
-    energy: float = 0.9
-    """Share of the singular values to keep with ranks 'energy' where neither reduce nor max_drop is given."""
-    multiple: int | None = None
-    """Round ranks to multiples of it; by default the largest of 16, 8, 4, 2 that costs at most a tenth (or 0.001 nats) more predicted loss than 1; kernels like round widths."""
-    tie: bool | None = None
-    """Give QK and VO of a layer one rank; by default with a MACs budget, where fused attention pads both to one width anyway."""
-    per_head: bool = False
-    """Let the heads of a layer have ranks of their own, padded to the largest."""
-    joint_refit: bool = True
-    """After truncation, refit the output projection over all heads at once."""
-    sequential: bool = False
-    """Calibrate block after block on the model whose earlier blocks are already small."""
-    only: tuple[str, ...] = ()
-    """Kinds (qk, vo, linear) or path prefixes (blocks.3) that may shrink; by default all."""
-    pictures: int = 512
-    """How many pictures to calibrate on."""
-    seed: int = 0
-    """Seed of the choice of pictures and of sampled labels."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if self.reduce is not None and self.max_drop is not None:
-            raise SettingsError("got both reduce and max_drop, expected one of them")
-        expect(self, "max_drop", above=0)
-        expect(self, "pictures", "multiple", least=1)
-        expect(self, "reduce", above=0, below=1)
-        expect(self, "energy", above=0, most=1)
-        expect(self, "seed", least=0, most=LARGEST_SEED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """All that rank choice needs, found once: sites, what was measured, and the factorisation of every site."""
-
-    sites: Sites
-    statistic: Statistic
-    factorizations: Mapping[str, Factorization]
-    total: float
-    macs: Callable[[Site, int | None], float] | None = None
-    example: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +94,14 @@ def compress_(
         raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")
     if (unsound := first_unsound(model.named_parameters())) is not None:
         raise NumericsError(f"{unsound} holds NaN or infinite values")
-    calibration = None if calibration is None else _kept(calibration)
+    calibration = None if calibration is None else kept(calibration)
     before = origin_or_none(model)
-    prepared = prepare(model, calibration, settings, progress=progress)
+    prepared = prepare(model, calibration, settings, plan=plan, progress=progress)
     notes: list[str] = []
     if plan is None:
         plan = propose(model, prepared, settings, held_out=held_out, notes=notes)
     if settings.sequential:
-        handle = _apply_sequentially(model, plan, prepared, calibration, settings, progress)
+        handle = apply_sequentially(model, plan, prepared, calibration, settings, progress)
     else:
         handle = apply_(
             model,
@@ -171,60 +113,7 @@ def compress_(
         )
     record = Record(plan=plan, settings=asdict(settings), **before)
     model.comcat_record = record  # type: ignore[assignment]
-    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=tuple(notes))
-
-
-def prepare(
-    model: nn.Module, calibration: Iterable | None, settings: CompressSettings, *, progress: bool = False
-) -> Prepared:
-    """Find the sites, calibrate, factorise and count: everything that does not depend on the budget's size."""
-    sites = find_sites(model)
-    if settings.only:
-        chosen = sites.only(*settings.only)
-        if not len(chosen):
-            known = {"qk", "vo", "linear", *(s.path for s in sites.values())}
-            raise SettingsError(f"only={', '.join(settings.only)} leaves no site{nearest(settings.only[0], known)}")
-        sites = chosen
-    if not len(sites):
-        raise ModelError("nothing in this model can shrink: " + "; ".join(map(str, sites.refused[:3])))
-    example = None
-    if calibration is not None:
-        calibration = _kept(calibration)
-        example = _first_picture(calibration)
-    if settings.statistic == "weights":
-        statistic: Statistic = Weights()
-    else:
-        if calibration is None:
-            raise SettingsError(
-                f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'"
-            )
-        statistic = _calibrated(model, calibration, settings, sites, progress)
-        sites = Sites({n: s for n, s in sites.items() if n not in statistic.unreached}, sites.refused)
-    total = float(count_parameters(model))
-    macs: Callable[[Site, int | None], float] | None = None
-    if settings.budget == "macs":
-        if example is None:
-            raise SettingsError("budget 'macs' needs calibration pictures, at least one")
-        total = float(count_macs(model, example))
-        flow = (
-            statistic
-            if isinstance(statistic, Statistics)
-            else calibrate(model, [example], statistic="activation", sites=sites)
-        )
-
-        def macs_of(site: Site, rank: int | None) -> float:
-            return site.macs(rank, flow.rows.get(site.name, 0.0), flow.pairs.get(site.name, 0.0))
-
-        macs = macs_of
-
-    return Prepared(
-        sites=sites,
-        statistic=statistic,
-        factorizations=spectra(model, sites, statistic),
-        total=total,
-        macs=macs,
-        example=example,
-    )
+    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=(*notes, *handle.notes))
 
 
 def propose(
@@ -246,12 +135,14 @@ def propose(
             budget=settings.budget,
             sites=prepared.sites,
             factorizations=prepared.factorizations,
+            forms=settings.forms,
             multiple=multiple,
             energy=settings.energy,
             tie=settings.budget == "macs" if settings.tie is None else settings.tie,
             per_head=settings.per_head,
             total=prepared.total,
-            macs=prepared.macs,
+            cost=prepared.cost,
+            made_for=prepared.made_for,
         )
 
     def plan_for(reduce: float | None) -> Plan:
@@ -271,114 +162,7 @@ def propose(
         raise SettingsError(
             "max_drop needs held_out: pictures to measure the drop on, from the training data and apart from the calibration's"
         )
-    return _largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)
-
-
-def _largest_within(
-    model: nn.Module,
-    prepared: Prepared,
-    settings: CompressSettings,
-    plan_for: Callable[[float | None], Plan],
-    held_out: Iterable,
-    notes: list[str],
-) -> Plan:
-    """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a saving."""
-    assert settings.max_drop is not None
-    held_out, reference = _kept(held_out), copy.deepcopy(model)
-    dense = evaluate(model, held_out)
-
-    def drop(plan: Plan) -> float:
-        handle = apply_(
-            model,
-            plan,
-            prepared.statistic,
-            sites=prepared.sites,
-            factorizations=prepared.factorizations,
-            joint_refit=settings.joint_refit,
-        )
-        try:
-            measured = evaluate(model, held_out, against=None if dense.top1 is not None else reference)
-        finally:
-            handle.revert()
-        if dense.top1 is not None and measured.top1 is not None:
-            return dense.top1 - measured.top1
-        if measured.agreement is not None:
-            return 100.0 - measured.agreement
-        if measured.cosine is not None:
-            return 100.0 * (1 - measured.cosine)
-        raise DataError("max_drop needs a model whose output can be compared")
-
-    best: Plan | None = None
-    low, high = 0.0, 1.0
-    while high - low > 0.01:
-        middle = (low + high) / 2
-        try:
-            plan = plan_for(middle)
-        except BudgetError:
-            high = middle
-            continue
-        if drop(plan) <= settings.max_drop:
-            best, low = plan, middle
-        else:
-            high = middle
-    if best is None:
-        raise BudgetError(
-            f"got max_drop={settings.max_drop:g}, but saving as little as 1 % already loses more on the held-out pictures"
-        )
-    what = "top-1" if dense.top1 is not None else "agreement"
-    notes.append(
-        f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor evaluation saw"
-    )
-    return replace(best, made_by={**best.made_by, "max_drop": settings.max_drop, "held_out": dense.count})
-
-
-def _calibrated(
-    model: nn.Module, calibration: Iterable, settings: CompressSettings, sites: Sites, progress: bool
-) -> Statistics:
-    """Calibrate some sites as the settings say."""
-    return calibrate(
-        model,
-        calibration,
-        statistic=settings.statistic,
-        sites=sites,
-        limit=settings.pictures,
-        seed=settings.seed,
-        progress=progress,
-    )
-
-
-def _apply_sequentially(
-    model: nn.Module,
-    plan: Plan,
-    prepared: Prepared,
-    calibration: Iterable | None,
-    settings: CompressSettings,
-    progress: bool,
-) -> Handle:
-    """Apply a plan block after block, each calibrated on the model whose earlier blocks are already small."""
-    if settings.statistic == "weights" or calibration is None:
-        raise SettingsError("sequential calibration needs a statistic of activations or of the loss, and pictures")
-    groups: dict[str, dict[str, Any]] = {}
-    for name, entry in plan.sites.items():
-        groups.setdefault(block_of(prepared.sites[name].path), {})[name] = entry
-    handles: list[Handle] = []
-    try:
-        for entries in groups.values():
-            # paths of later sites do not move while earlier blocks change, so the sites found at the start stay good
-            sites = Sites({n: prepared.sites[n] for n in entries}, prepared.sites.refused)
-            statistic = _calibrated(model, calibration, settings, sites, progress)
-            handles.append(apply_(model, Plan(sites=entries), statistic, sites=sites, joint_refit=settings.joint_refit))
-    except BaseException:
-        for handle in reversed(handles):
-            handle.revert()
-        raise
-    return Handle(model, plan, [h.revert for h in handles])  # type: ignore[list-item]
-
-
-def block_of(path: str) -> str:
-    """The block that a path belongs to: up to its last number, ``layers.0.blocks.1`` of ``layers.0.blocks.1.attn``."""
-    match = re.match(r"(.*(?:^|\.)\d+)\.", path)
-    return match.group(1) if match else path
+    return largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)
 
 
 def origin_or_none(model: nn.Module) -> dict[str, Any]:
@@ -395,14 +179,3 @@ def origin_or_none(model: nn.Module) -> dict[str, Any]:
     except ModelError:
         preprocess = None
     return {"origin": origin.to_dict(), "preprocess": preprocess, "class_names": names}
-
-
-def _kept(batches: Iterable) -> Iterable:
-    """Batches that can be gone through more than once: an iterator that would be spent is read into a list."""
-    return list(batches) if isinstance(batches, Iterator) else batches
-
-
-def _first_picture(calibration: Iterable) -> Tensor:
-    for batch in calibration:
-        return pictures_of(batch)[:1]
-    raise DataError("no pictures to calibrate on: got an empty iterable")

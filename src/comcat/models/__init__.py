@@ -9,6 +9,15 @@ preprocess_of(model), class_names_of(model)
 
 from .inputs import class_names_of, in_classes_of, preprocess_of
 from .loading import load_model
-from .origins import Origin, attach_origin, origin_of
+from .origins import Origin, attach_origin, name_of, origin_of
 
-__all__ = ["Origin", "attach_origin", "class_names_of", "in_classes_of", "load_model", "origin_of", "preprocess_of"]
+__all__ = [
+    "Origin",
+    "attach_origin",
+    "class_names_of",
+    "in_classes_of",
+    "load_model",
+    "name_of",
+    "origin_of",
+    "preprocess_of",
+]

@@ -141,6 +141,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
+def name_of(model: nn.Module) -> str:
+    """What a person calls a model: where it was loaded from, as far as it remembers that, or its class."""
+    origin = remembered_origin(model)
+    return type(model).__name__ if origin is None else origin.source or origin.name
+
+
 def origin_of(model: nn.Module) -> Origin:
     """How to build ``model``'s architecture again.
 

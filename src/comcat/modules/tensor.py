@@ -15,7 +15,7 @@ Decompositions need the extra ``comcat[baselines]`` (tensorly); the modules, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -275,6 +275,26 @@ def shape_parameters(form: str, shape: Mapping[str, Any]) -> int:
         return math.prod(ranks) + sum(n * r for n, r in zip([*out, *into], ranks, strict=True))
     bonds = [1, *ranks, 1]
     return sum(o * i * bonds[k] * bonds[k + 1] for k, (o, i) in enumerate(zip(out, into, strict=True)))
+
+
+def shape_macs(form: str, shape: Mapping[str, Any]) -> int:
+    """Multiply-accumulates a row of a weight in a form, contracted as the modules do it."""
+    out, into, ranks = list(shape["out"]), list(shape["in"]), list(shape["ranks"])
+    if form == "tucker":
+        thin_out, thin_in = ranks[: len(out)], ranks[len(out) :]
+        core = math.prod(ranks)
+        return core + _along_modes_macs(into, thin_in) + _along_modes_macs(thin_out, out)
+    bonds = [1, *ranks, 1]
+    return sum(math.prod(out[: k + 1]) * bonds[k] * bonds[k + 1] * math.prod(into[k:]) for k in range(len(out)))
+
+
+def _along_modes_macs(before: Sequence[int], after: Sequence[int]) -> int:
+    """Of taking each mode of a row from one size to another, the last mode first."""
+    sizes, total = list(before), 0
+    for k in reversed(range(len(sizes))):
+        total += after[k] * math.prod(sizes)
+        sizes[k] = after[k]
+    return total
 
 
 def _tucker_limits(shape: Mapping[str, Any]) -> list[int]:

@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
+from ..factors import Spectrum as Decomposed
 from ..factors import weight_factors
-from ..linalg import Factorization, product_singular_values
+from ..forms import parameters_of
+from ..linalg import product_singular_values
 from ..measure import Evaluation, Timing, count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
 from ..methods.allocate import tail_loss
 from ..methods.compress import Compressed
-from ..plan import Plan, planned_parameters
+from ..plan import Plan
 from ..record import Results
-from ..sites import Attention, Kind, Site, Sites
+from ..sites import Attention, HiddenSite, Kind, LinearSite, ProductSite, Site, Sites
 from . import units
 from .data import ReportData, SiteRow, Spectrum
 from .history import search_facts, search_series, tuning_facts, tuning_series
@@ -112,25 +114,25 @@ def collect_tuning(
     )  # fmt: skip
 
 
-def site_rows(
-    plan: Plan, sites: Sites, factorizations: Mapping[str, Factorization] | None = None
-) -> tuple[SiteRow, ...]:
+def site_rows(plan: Plan, sites: Sites, factorizations: Mapping[str, Decomposed] | None = None) -> tuple[SiteRow, ...]:
     """What a plan makes of each site, and what was refused; with factorisations under the loss-aware statistic, its predicted loss."""
-    rows = []
+    rows, hidden = [], _told_by_others(plan, sites)
     for name, site in sites.items():
+        if name in hidden:
+            continue
         entry = plan.sites.get(name)
-        rank = None if entry is None else entry.rank
+        rank = None if entry is None else entry.keep
         predicted = None
         if factorizations is not None:
-            predicted = 0.0 if rank is None else float(tail_loss(factorizations[name].singular_values)[rank])
+            predicted = 0.0 if rank is None else float(tail_loss(factorizations[name])[rank])
         rows.append(
             SiteRow(
                 name=name,
                 kind=site.kind,
                 rank=rank,
-                full_rank=site.full_rank,
+                full_rank=site.full,
                 parameters_before=site.parameters(),
-                parameters_after=planned_parameters(site, entry),
+                parameters_after=round(parameters_of(site, entry)),
                 predicted_loss=predicted,
                 note="" if rank is not None else _why_dense(site),
             )
@@ -155,9 +157,9 @@ def weight_spectra(model: nn.Module, sites: Sites) -> list[Spectrum]:
     """Singular values of every head's W_Q, W_K, W_V, W_O and of its products (the paper's Figures 1 and 2)."""
     spectra: list[Spectrum] = []
     for site in sites.values():
-        a = site.attention
-        if a is None:
+        if not isinstance(site, ProductSite):
             continue
+        a = site.attention
         left, right = weight_factors(model, site, with_bias=False)
         assert left is not None and right is not None
         names = ("W_Q", "W_K", "QK") if site.kind == "qk" else ("W_V", "W_O", "VO")
@@ -175,13 +177,24 @@ def _by_head(a: Attention, matrix: str, values: Tensor, cost: int) -> list[Spect
 
 
 def _why_dense(site: Site) -> str:
-    if site.kind == "linear":
+    if isinstance(site, LinearSite):
         return f"stays dense: factors cost less only up to rank {site.break_even} of {site.full_rank}, and the budget did not ask for that"
     return "stays as it is: the budget is better spent elsewhere"
 
 
 def _kind(name: str) -> Kind:
-    return "qk" if name.endswith(":qk") else "vo" if name.endswith(":vo") else "linear"
+    kind = name.rpartition(":")[2]
+    return kind if kind in ("qk", "vo", "units") else "linear"
+
+
+def _told_by_others(plan: Plan, sites: Sites) -> set[str]:
+    """Sites without a row of their own: a feed-forward is told by its hidden units, or by its layers where these became small."""
+    left = set()
+    for name, site in sites.items():
+        if isinstance(site, HiddenSite):
+            ranked = any(path in plan.sites for path in site.modules)
+            left |= {name} if ranked else set(site.modules)
+    return left
 
 
 def _metrics(

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from comcat.errors import NumericsError, SettingsError, StoreError, nearest
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O", "QK", "VO")
-Kind = Literal["qk", "vo", "linear"]
+Kind = Literal["qk", "vo", "linear", "units"]
 _FORMAT, _VERSION = "comcat-report", 1
 _NOT_FINITE = ("nan", "inf", "-inf")  # how JSON, which has no such numbers, spells them here
 

@@ -167,8 +167,11 @@ def rank_panels(sites: Iterable[SiteRow]) -> dict[str, list[SiteRow]]:
         patterns.setdefault(re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1*", site.name), []).append(site)
     alone = [rows[0] for rows in patterns.values() if len(rows) == 1 and rows[0].kind == "linear"]
     groups = {name: rows for name, rows in patterns.items() if len(rows) > 1 or rows[0].kind != "linear"}
-    titles = {name: _tail(name) if rows[0].kind == "linear" else rows[0].kind.upper() for name, rows in groups.items()}
-    order = {"qk": 0, "vo": 1, "linear": 2}
+    titles = {
+        name: _tail(name) if rows[0].kind in ("linear", "units") else rows[0].kind.upper()
+        for name, rows in groups.items()
+    }
+    order = {"qk": 0, "vo": 1, "linear": 2, "units": 3}
     panels = {}
     for name, rows in sorted(groups.items(), key=lambda group: order[group[1][0].kind]):
         twins = [other.split(".") for other in groups if titles[other] == titles[name]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import ModelError, NumericsError
 from ..measure.running import call, tensors_in
@@ -95,5 +96,5 @@ def first_unsound_output(model: nn.Module, images: Tensor) -> str | None:
 
 def _finite(tensor: Tensor) -> bool:
     tensor = tensor.detach()
-    whole: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()  # of a tensor that is spread over processes
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return not whole.is_floating_point() or bool(torch.isfinite(whole).all())

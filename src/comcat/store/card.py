@@ -116,7 +116,7 @@ def _ranks(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     groups: dict[tuple[str, int, str], list[int]] = {}
     for name, entry in plan.sites.items():
         kind = name.rpartition(":")[2] if name.endswith((":qk", ":vo")) else "linear"
-        groups.setdefault((kind, entry.full_rank, entry.form), []).append(entry.rank)
+        groups.setdefault((kind, entry.full, entry.form), []).append(entry.keep)
     for (kind, full, form), ranks in groups.items():
         what = _KINDS[kind] + ("" if form == "product" else f" ({form.replace('_', ' ')} form)")
         lowest, highest = min(ranks), max(ranks)

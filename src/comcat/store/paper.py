@@ -22,14 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..apply import apply_
 from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, listed
 from ..hosts import find_sites
 from ..models import class_names_of, load_model, origin_of, preprocess_of
 from ..models.failures import first_line
 from ..modules.lowrank import LowRankAttention, LowRankLinear
-from ..plan import Plan, SitePlan, apply_
+from ..plan import Plan, SitePlan
 from ..record import Record
-from ..sites import Attention, Sites
+from ..sites import Attention, ProductSite, Sites
 from .rebuilding import fill
 
 _LAYER = "selected_rank_layer"
@@ -159,7 +160,7 @@ class _Reading:
     read: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        found = {s.path: s.attention for s in self.sites.values() if s.attention is not None}
+        found = {s.path: s.attention for s in self.sites.values() if isinstance(s, ProductSite)}
         self.attentions: dict[str, Attention] = {
             p: a for p, a in found.items() if self._has(f"{p}.{_LAYER}.w_qs.weight")
         }
@@ -180,11 +181,11 @@ class _Reading:
         sites: dict[str, SitePlan] = {}
         for path, a in self.attentions.items():
             qk, vo = self.attention_ranks(path)
-            sites[f"{path}:qk"] = SitePlan(rank=qk, full_rank=a.width)
-            sites[f"{path}:vo"] = SitePlan(rank=vo, full_rank=a.width)
+            sites[f"{path}:qk"] = SitePlan(keep=qk, full=a.width)
+            sites[f"{path}:vo"] = SitePlan(keep=vo, full=a.width)
         for path in self.linears:
             if path not in self.merged:
-                sites[path] = SitePlan(rank=self.inner_rank(path), full_rank=self.sites[path].full_rank)
+                sites[path] = SitePlan(keep=self.inner_rank(path), full=self.sites[path].full)
         return Plan(sites=sites, made_by={"method": "checkpoint of COMCAT's published code"})
 
     def attention_ranks(self, path: str) -> tuple[int, int]:

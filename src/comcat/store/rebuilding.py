@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..apply import apply_
 from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, listed
 from ..hosts import find_sites
 from ..models import Origin
-from ..plan import Plan, apply_
+from ..plan import Plan
 from ..sites import Sites
 
 

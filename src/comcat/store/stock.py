@@ -25,7 +25,7 @@ from ..models import Origin
 from ..models.failures import first_line, required
 from ..plan import Plan
 from ..record import Record
-from ..sites import Attention, Sites
+from ..sites import Attention, ProductSite, Sites
 from .processor import processor_config
 from .rebuilding import unlike
 from .translation import translated
@@ -50,7 +50,7 @@ def write_stock(model: nn.Module, origin: Origin, record: Record, sites: Sites, 
             dict(thin.state_dict()),
             {a.path: a.path for a in attentions},
         )
-    theirs = {s.path: s.attention for s in find_sites(stock).values() if s.attention is not None}
+    theirs = {s.path: s.attention for s in find_sites(stock).values() if isinstance(s, ProductSite)}
     for attention in attentions:
         their = theirs.get(paths[attention.path])
         if their is None or their.width != rank:
@@ -86,10 +86,10 @@ def uniform_rank(plan: Plan, sites: Sites) -> tuple[int, list[Attention]]:
             f"no stock export: {other} is a linear layer at low rank, which takes two layers; "
             "compress with only=('qk', 'vo')"
         )
-    products = {n: s for n, s in sites.items() if s.attention is not None}
+    products = {n: s for n, s in sites.items() if isinstance(s, ProductSite)}
     if not products or not plan.sites:
         raise StoreError("no stock export: the plan shrinks no attention")
-    rank = next(iter(plan.sites.values())).rank
+    rank = next(iter(plan.sites.values())).keep
     attentions: dict[str, Attention] = {}
     for name, site in products.items():
         entry = plan.sites.get(name)
@@ -99,13 +99,12 @@ def uniform_rank(plan: Plan, sites: Sites) -> tuple[int, list[Attention]]:
             )
         if entry.form != "product":
             raise StoreError(f"no stock export: {name} has the form {entry.form!r}, expected 'product'")
-        if entry.rank != rank:
+        if entry.keep != rank:
             first = next(iter(plan.sites))
             raise StoreError(
-                f"no stock export: {name} has rank {entry.rank}, but {first} has {rank}; every QK and VO must have "
+                f"no stock export: {name} has rank {entry.keep}, but {first} has {rank}; every QK and VO must have "
                 "one rank: compress with ranks='equal'"
             )
-        assert site.attention is not None
         attentions[site.path] = site.attention
     for path in attentions:
         for kind in ("qk", "vo"):

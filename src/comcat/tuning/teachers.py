@@ -111,7 +111,7 @@ def chosen_blocks(words: Sequence[str], teacher: nn.Module) -> tuple[str, ...]:
         sites = find_sites(teacher).values()
     except ComcatError:
         sites = ()
-    blocks = list(dict.fromkeys(block_of(site.path) for site in sites if site.attention is not None))
+    blocks = list(dict.fromkeys(block_of(site.path) for site in sites if site.kind in ("qk", "vo")))
     modules = dict(teacher.named_modules())
     chosen: list[str] = []
     for word in words:

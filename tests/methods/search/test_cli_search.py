@@ -91,7 +91,7 @@ def test_compress_refuses_what_does_not_go_together(folder, tmp_path, capsys, mo
     common = ["compress", folder, "--data", "digits:train", "--pictures", "16", "--out", str(tmp_path / "small")]
     assert main([*common, "--max-drop", "1", "--ranks", "search"]) == 1
     assert "--ranks search needs --reduce" in capsys.readouterr().err
-    other = comcat.Plan(sites={"blocks.0.attn:qk": comcat.SitePlan(rank=4, full_rank=64)})
+    other = comcat.Plan(sites={"blocks.0.attn:qk": comcat.SitePlan(keep=4, full=64)})
     other.save(tmp_path / "other.json")
     assert main([*common, "--plan", str(tmp_path / "other.json")]) == 1
     assert "blocks.0.attn:qk: the plan was made for a full rank of 64, the model has 16" in capsys.readouterr().err

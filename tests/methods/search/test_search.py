@@ -9,13 +9,13 @@ import json
 import pytest
 import torch
 
+from comcat.apply import apply_
 from comcat.data import Pictures, Preprocess, open_pictures
 from comcat.errors import BudgetError, DataError, ModelError, NumericsError, SettingsError, StoreError
 from comcat.measure import count_parameters
 from comcat.methods.search import SearchOptions, SearchSettings, search, search_
 from comcat.methods.search.run import Search
 from comcat.methods.search.schedule import Schedule
-from comcat.plan import apply_
 from comcat.runs.seeding import derive_seed
 from comcat.runs.watching import LossWatch
 from tests.models import tiny_vit
@@ -69,7 +69,7 @@ def test_the_plan_meets_the_budget(pictures: Pictures, settings: dict) -> None:
         apply_(model, plan)
         assert 1 - count_parameters(model) / dense == pytest.approx(plan.made_by["saved"], abs=1e-9)
     if "multiple" in settings:
-        assert all(e.rank % 4 == 0 or e.rank == e.full_rank for e in plan.sites.values())
+        assert all(e.keep % 4 == 0 or e.keep == e.full for e in plan.sites.values())
     json.dumps(plan.to_dict())
 
 
@@ -88,8 +88,8 @@ def test_eq_6(pictures: Pictures) -> None:
     batch, count = made.feeds["ranks"].batch(0)
     p = mixture.probabilities()
     dense = count_parameters(model_of_digits())
-    cost = dense - sum(s.parameters() for s in made.prepared.sites.values())
-    for name, site in made.prepared.sites.items():
+    cost = dense - sum(s.parameters() for s in made.space.sites.values())
+    for name, site in made.space.sites.items():
         for probability, rank in zip(p[name], made.space.candidates[name].ranks, strict=True):
             kept = rank < site.full_rank or site.parameters(rank) < site.parameters()
             cost = cost + probability * site.parameters(rank if kept else None)
@@ -172,7 +172,7 @@ def test_a_search_prefers_what_the_loss_needs(pictures: Pictures) -> None:
         rounds=1, rank_steps=80, weight_steps=0, batch_size=16, rank_lr=0.2, pictures=16,
     )  # fmt: skip
     ranks = {
-        n: plan.sites[n].rank if n in plan.sites else 48
+        n: plan.sites[n].keep if n in plan.sites else 48
         for n in (f"blocks.{i}.mlp.fc{j}" for i in (0, 1) for j in (1, 2))
     }
     assert ranks["blocks.1.mlp.fc1"] == ranks["blocks.1.mlp.fc2"] == min(ranks.values())
@@ -243,11 +243,11 @@ def test_a_loss_that_is_no_number_stops_with_step_and_place(pictures: Pictures, 
     def poisoned(self: Search, number, *more):
         if number == 4:
             with torch.no_grad():
-                self.model.get_submodule("blocks.1.mlp").fc1.last.weight[0, 0] = float("nan")
+                self.model.get_submodule("blocks.1.mlp").fc1.weight[0, 0] = float("nan")
         return original(self, number, *more)
 
     monkeypatch.setattr(Search, "_learn", poisoned)
-    with pytest.raises(NumericsError, match=r"step 5.*blocks.1.mlp.fc1.last.weight.*step-00000004"):
+    with pytest.raises(NumericsError, match=r"step 5.*blocks.1.mlp.fc1.weight.*step-00000004"):
         run(pictures, out=tmp_path, checkpoint_every=2)
 
 

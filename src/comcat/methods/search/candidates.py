@@ -7,13 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...errors import BudgetError, SettingsError
-from ...linalg import Factorization
-from ...sites import Site, Sites
-from ..allocate import tail_loss
+from ...factors import Spectrum
+from ...sites import HiddenSite, Site, Sites
+from ..choose import Table, least_loss
+from ..ladders import tail_loss
 
 Grid = Literal["near", "even", "paper"]
 
@@ -61,7 +63,7 @@ def candidates_of(
         saving = [r for r in range(1, site.full_rank + 1) if cost(site, r) < dense]
         allowed = [r for r in saving if r % multiple == 0] or saving[:1]
         if totals or grid == "paper":
-            wanted = [total / site.heads for total in totals or _paper(site)]
+            wanted = [total / getattr(site, "heads", 1) for total in totals or _paper(site)]
         elif grid == "near":
             assert near is not None
             centre = min(near.get(name, saving[-1]), saving[-1])
@@ -78,6 +80,8 @@ def candidates_of(
 
 
 def _paper(site: Site) -> Sequence[int]:
+    if isinstance(site, HiddenSite):  # the paper knows ranks alone
+        return [math.ceil(site.full * share / 6) for share in range(1, 6)]
     width = min(site.in_features, site.out_features) if site.kind == "linear" else site.heads * site.full_rank
     return PAPER.get(width) or [math.ceil(width * share / 6) for share in range(1, 6)]
 
@@ -87,12 +91,12 @@ def _nearest(ranks: Sequence[int], wanted: float) -> int:
 
 
 def predicted_losses(
-    candidates: Mapping[str, Candidates], found: Mapping[str, Factorization], relative: bool
+    candidates: Mapping[str, Candidates], found: Mapping[str, Spectrum], relative: bool
 ) -> dict[str, tuple[float, ...]]:
     """What every candidate is predicted to lose: ``½ Σ_{i ≥ r} σ_i²``."""
     losses = {}
     for name, c in candidates.items():
-        tail = tail_loss(found[name].singular_values, relative=relative)
+        tail = tail_loss(found[name], relative=relative)
         losses[name] = tuple(float(tail[r]) for r in c.ranks)
     return losses
 
@@ -102,61 +106,21 @@ def settle(
 ) -> dict[str, int]:
     """One candidate a site, by position: of the choices that a price can reach, the one that loses least.
 
-    It spends as much of ``budget`` as prices let it.
-
-    At a price λ each site takes the candidate of least ``loss + λ · cost`` (Everett 1963). The price may be negative:
-    where the best choices together cost less than the budget, what is left goes where it hurts least.
+    Where the best choices together cost less than the budget, what is left goes where it hurts least.
 
     Raises:
         BudgetError: if the cheapest candidates cost more than the budget.
     """
-
-    def at(price: float) -> dict[str, int]:
-        return {
-            n: min(range(len(c.ranks)), key=lambda i: (losses[n][i] + price * c.costs[i] / budget, c.costs[i]))
-            for n, c in candidates.items()
-        }
-
-    def cost(choice: Mapping[str, int]) -> float:
-        return sum(c.costs[choice[n]] for n, c in candidates.items())
-
     least = sum(min(c.costs) for c in candidates.values())
     if least > budget * (1 + 1e-12):
         raise BudgetError(
             f"the smallest candidates together cost {least:,.0f}, the budget leaves {budget:,.0f} for them"
         )
-    low, high = -1.0, 1.0
-    while cost(at(high)) > budget and high < 1e15:
-        high *= 8
-    while cost(at(low)) <= budget and low > -1e15:
-        low *= 8
-    if cost(at(low)) <= budget:
-        return at(low)  # even all there is fits
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(at(middle)) > budget else (low, middle)
-    choice = at(high)
-    if cost(choice) > budget:  # ties in the losses that no price breaks
-        choice = {n: min(range(len(c.ranks)), key=lambda i: c.costs[i]) for n, c in candidates.items()}
-    return _fill_up(candidates, losses, choice, budget - cost(choice))
-
-
-def _fill_up(
-    candidates: Mapping[str, Candidates], losses: Mapping[str, Sequence[float]], choice: dict[str, int], room: float
-) -> dict[str, int]:
-    """Single steps up, the one that gains most (or hurts least) per cost first, while they fit."""
-    while True:
-        steps = [
-            ((losses[n][i + 1] - losses[n][i]) / max(c.costs[i + 1] - c.costs[i], 1e-300), n)
-            for n, c in candidates.items()
-            if (i := choice[n]) + 1 < len(c.ranks) and c.costs[i + 1] - c.costs[i] <= room
-        ]
-        if not steps:
-            return choice
-        _, name = min(steps)
-        i = choice[name]
-        room -= candidates[name].costs[i + 1] - candidates[name].costs[i]
-        choice[name] = i + 1
+    tables = [
+        Table(np.array(c.costs, dtype=float), np.array(losses[n], dtype=float), np.ones(len(c.costs)), max(c.costs))
+        for n, c in candidates.items()
+    ]
+    return dict(zip(candidates, least_loss(tables, budget, spend=True), strict=True))
 
 
 def start_near(position: int, count: int, sharpness: float = 1.0) -> Tensor:

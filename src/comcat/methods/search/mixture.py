@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ...relaxing import relax_
+from ...forms.relax import relax_
 from ...sites import Sites
-from ..compress import Prepared
+from ..prepare import Prepared
 from .candidates import start_near
 from .schedule import Phase
 from .settings import SearchSettings
@@ -17,7 +17,7 @@ from .space import Space
 
 
 class Mixture:
-    """A model whose sites are at full rank under soft masks (:func:`comcat.relaxing.relax_`), with its optimizers.
+    """A model whose sites are at full rank under soft masks (:func:`comcat.forms.relax.relax_`), with its optimizers.
 
     ``rank_optimizer`` updates α; ``weight_optimizer`` the weights, and is there from a phase on the weights until the
     channels are put in order anew.

@@ -24,7 +24,9 @@ from ...runs.state import fingerprint
 from ...runs.watching import LossWatch
 from ...settings import from_keywords
 from ...tuning.data import Batch, Feed, TrainingData, open_labelled
-from ..compress import CompressSettings, Prepared, prepare
+from ..ladders import check_forms
+from ..prepare import Prepared, prepare
+from ..settings import CompressSettings
 from .mixture import Mixture
 from .objective import Objective
 from .schedule import Phase, Schedule
@@ -154,14 +156,15 @@ class Search(Run):
         self._mix(self.prepared)
 
     def _mix(self, prepared: Prepared | None) -> None:
-        self.mixture = Mixture(self.model, self.prepared.sites, self.space, self.settings, prepared)
+        self.mixture = Mixture(self.model, self.space.sites, self.space, self.settings, prepared)
 
     def _measured(self, progress: bool = False) -> Prepared:
         """What the model is like now, on pictures that the weights are learned on."""
         s = self.settings
         settings = CompressSettings(
-            reduce=s.reduce, budget=s.budget, statistic=s.statistic, only=s.only, pictures=s.pictures, seed=s.seed
-        )
+            reduce=s.reduce, budget=s.budget, forms=s.forms, statistic=s.statistic, only=s.only, head=s.head,
+            pictures=s.pictures, seed=s.seed,
+        )  # fmt: skip
         chosen = self.parts["weights"].take(s.pictures, s.seed)
         shown = batches(chosen, self.preprocess, batch_size=min(64, s.batch_size))
         return prepare(self.model, shown, settings, progress=progress)
@@ -236,7 +239,7 @@ class Search(Run):
         self.mixture.decide()
         chosen = self.parts["ranks"].take(HELD_OUT_CHECK, self.settings.seed)
         shown = batches(chosen, self.preprocess, batch_size=self.settings.batch_size)
-        found = evaluate(self.model, shown, against=self.labeller)
+        found = evaluate(self.model, shown, reference=self.labeller)
         self.mixture.leave_open()
         return float(found.top1 if found.top1 is not None else found.agreement or 0.0)
 
@@ -265,9 +268,9 @@ class Search(Run):
         every = max(1, len(self.curve) // 200)
         curve = [p for i, p in enumerate(self.curve) if i % every == 0 or "top1" in p]
         made_by = {
-            "rule": "search", "statistic": s.statistic, "budget": s.budget, "reduce": s.reduce, "multiple": s.multiple,
+            "rule": "search", "statistic": s.statistic, "forms": list(check_forms(s.forms)), "budget": s.budget, "reduce": s.reduce, "multiple": s.multiple,
             "saved": 1 - space.cost(choice) / space.total,
             "predicted_loss": space.predicted_loss(choice) if s.statistic == "loss" else None,
             "search": {"settings": asdict(s), "curve": curve},
         }  # fmt: skip
-        return Plan(sites=space.entries(choice), made_by=made_by)
+        return Plan(sites=space.entries(choice), made_by=made_by, made_for=self.prepared.made_for)

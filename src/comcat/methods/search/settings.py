@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ...calibration import StatisticName
 from ...settings import LARGEST_SEED, check_types, expect
+from ...statistics import StatisticName
 from ..allocate import Budget
+from ..ladders import check_forms
 from .candidates import Grid
 
 
@@ -73,12 +74,16 @@ class SearchSettings(SearchOptions):
     """Share of the whole model's cost to save, for example 0.5."""
     budget: Budget = "parameters"
     """What cost is: parameters or macs (multiply-accumulates)."""
+    forms: str | tuple[str, ...] = "ranks,units"
+    """What is searched: ranks, units (of feed-forwards), or ranks of attention and units of feed-forwards."""
     statistic: StatisticName = "loss"
     """What orders channels and predicts losses: weights alone (the paper), activations, or their effect on the loss."""
     multiple: int = 1
     """Candidates are multiples of it (per head); 8 suits 16-bit GPU kernels."""
     only: tuple[str, ...] = ()
-    """Kinds (qk, vo, linear) or path prefixes (blocks.3) that may shrink; by default all."""
+    """Kinds (qk, vo, linear, units) or path prefixes (blocks.3) that may shrink; by default all."""
+    head: bool = False
+    """Let classifier heads shrink as well."""
     pictures: int = 512
     """How many pictures to calibrate on, each round."""
     seed: int = 0
@@ -86,6 +91,7 @@ class SearchSettings(SearchOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "forms", ",".join(check_forms(self.forms)))
         expect(self, "reduce", above=0, below=1)
         expect(self, "multiple", "pictures", least=1)
         expect(self, "seed", least=0, most=LARGEST_SEED)

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ...errors import BudgetError
 from ...plan import SitePlan
-from ...sites import Site
+from ...sites import Site, Sites
 from ..allocate import allocate
-from ..compress import Prepared
+from ..ladders import entry_of, searchable
+from ..prepare import Prepared
 from .candidates import Candidates, candidates_of, predicted_losses, settle
 from .settings import SearchSettings
 
@@ -25,10 +26,12 @@ class Space:
     """The candidates of every site, and what they may cost together.
 
     Attributes:
+        sites: those that are searched; of a feed-forward its hidden units, or its layers where these have ranks alone.
         losses: what every candidate is predicted to lose. dense: what every site costs as it is.
         fixed: what all that is no site costs. total: what the whole model costs. goal: what it may cost in the end.
     """
 
+    sites: Sites
     candidates: Mapping[str, Candidates]
     losses: Mapping[str, tuple[float, ...]]
     dense: Mapping[str, float]
@@ -63,7 +66,7 @@ class Space:
     def entries(self, choice: Choice) -> dict[str, SitePlan]:
         """What a plan says of a choice; sites that stay as they are, are not named."""
         return {
-            name: SitePlan(rank=c.ranks[choice[name]], full_rank=c.site.full_rank)
+            name: entry_of(c.site, c.ranks[choice[name]])
             for name, c in self.candidates.items()
             if c.costs[choice[name]] < self.dense[name]
         }
@@ -76,15 +79,19 @@ class Space:
 def space_of(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> Space:
     """The candidates of a model's sites by the settings. Raises BudgetError if even the smallest cost too much."""
 
-    def cost(site: Site, rank: int | None) -> float:
-        return float(site.parameters(rank)) if prepared.macs is None else prepared.macs(site, rank)
+    sites = searchable(prepared.sites)
 
-    near = _closed_form(model, prepared, settings) if settings.grid == "near" and not settings.candidates else None
+    def cost(site: Site, size: int | None) -> float:
+        return prepared.cost(site, None if size is None else entry_of(site, size))
+
+    near = (
+        _closed_form(model, prepared, sites, settings) if settings.grid == "near" and not settings.candidates else None
+    )
     candidates = candidates_of(
-        prepared.sites, cost, grid=settings.grid, size=settings.grid_size, near=near, totals=settings.candidates,
+        sites, cost, grid=settings.grid, size=settings.grid_size, near=near, totals=settings.candidates,
         multiple=settings.multiple,
     )  # fmt: skip
-    dense = {name: cost(site, None) for name, site in prepared.sites.items()}
+    dense = {name: cost(site, None) for name, site in sites.items()}
     fixed, goal = prepared.total - sum(dense.values()), (1 - settings.reduce) * prepared.total
     least = fixed + sum(min(c.costs) for c in candidates.values())
     if least > goal:
@@ -93,6 +100,7 @@ def space_of(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> 
             f"{1 - least / prepared.total:.4g} of the model's {settings.budget}"
         )
     return Space(
+        sites=sites,
         candidates=candidates,
         losses=predicted_losses(candidates, prepared.factorizations, relative=settings.statistic != "loss"),
         dense=dense,
@@ -102,10 +110,11 @@ def space_of(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> 
     )
 
 
-def _closed_form(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> dict[str, int]:
-    """The ranks of the water-filled plan; sites that it leaves as they are, are not named."""
+def _closed_form(model: nn.Module, prepared: Prepared, sites: Sites, settings: SearchSettings) -> dict[str, int]:
+    """The sizes of the water-filled plan; sites that it leaves as they are, are not named."""
     plan = allocate(
-        model, prepared.statistic, reduce=settings.reduce, budget=settings.budget, sites=prepared.sites,
-        factorizations=prepared.factorizations, multiple=settings.multiple, total=prepared.total, macs=prepared.macs,
+        model, prepared.statistic, reduce=settings.reduce, budget=settings.budget, forms=settings.forms, sites=sites,
+        factorizations=prepared.factorizations, multiple=settings.multiple, total=prepared.total, cost=prepared.cost,
+        made_for=prepared.made_for,
     )  # fmt: skip
-    return {name: entry.rank for name, entry in plan.sites.items()}
+    return {name: entry.keep for name, entry in plan.sites.items()}

@@ -2,8 +2,9 @@
 
 Nothing of a host's forward is replaced for attention. A product's factors at full rank have the shapes of W_Q and W_K (of W_V and
 W_O) themselves: they are the same product in another basis, ``W_Q W_Kᵀ = (W_Q L)(W_K R)ᵀ`` with ``L Rᵀ = I``, so they are
-written into the host's own projections, and the mask acts on what the projections put out. Linear layers give way to a factorised
-layer while the search lasts, and come back as one matrix.
+written into the host's own projections, and the mask acts on what the projections put out. Hidden units are put in order in the
+layers that make and read them, and the mask acts on the units. Linear layers give way to a factorised layer while the search
+lasts, and come back as one matrix.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .factors import Linears, Statistic, factorize_site, truncate_site
-from .hosts import host_of
-from .hosts.mounting import exchange
-from .linalg import Factorization
-from .modules.relaxed import RelaxedLinear, SoftRank
-from .sites import Attention, Projection, Site, Sites, Undo, part
+from ..elimination import Elimination
+from ..factors import Linears, Spectrum, Statistic, decompose_site, truncate_site
+from ..hosts import host_of
+from ..hosts.mounting import exchange
+from ..linalg import Factorization
+from ..modules.relaxed import RelaxedLinear, SoftRank
+from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Sites, Undo, part
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def relax_(
     sites: Sites,
     candidates: Mapping[str, Sequence[int]],
     statistic: Statistic | None,
-    factorizations: Mapping[str, Factorization] | None = None,
+    factorizations: Mapping[str, Spectrum] | None = None,
 ) -> Relaxation:
     """Put every site of a model at full rank under a soft mask, in place. The function computed at full masks is the same.
 
@@ -95,7 +97,7 @@ def relax_(
         candidates: ranks of every site, rising. statistic: what orders the channels; None builds the structure alone, for a state
             to be loaded into. factorizations: of these sites under this statistic, if already known.
     """
-    soft = {name: SoftRank(candidates[name], site.full_rank) for name, site in sites.items()}
+    soft = {name: SoftRank(candidates[name], site.full) for name, site in sites.items()}
     device = next(model.parameters()).device
     for s in soft.values():
         s.to(device)
@@ -104,8 +106,18 @@ def relax_(
     masked: dict[str, list[_Masked]] = {}
     observed: set[str] = set()
     for name, site in sites.items():
-        found = None if statistic is None else known.get(name) or factorize_site(model, site, statistic)
-        if site.attention is None:
+        found = None if statistic is None else known.get(name) or decompose_site(model, site, statistic)
+        if isinstance(site, HiddenSite):
+            assert found is None or isinstance(found, Elimination)
+            center = torch.zeros(site.full, device=device, dtype=part(model, site.down).weight.dtype)
+            relaxation.centers[name] = center
+            if found is not None and statistic is not None:
+                _put_in_order(model, site, found, statistic, center)
+            handle = model.get_submodule(site.down).register_forward_pre_hook(_mask_input(soft[name], center))
+            relaxation._undo.append(handle.remove)
+            continue
+        assert found is None or isinstance(found, Factorization)
+        if isinstance(site, LinearSite):
             relaxation.linears[name], fold = _relax_linear(model, site, soft[name], found, statistic)
             relaxation._undo.append(fold)
             continue
@@ -128,7 +140,7 @@ def relax_(
 
 
 def _relax_linear(
-    model: nn.Module, site: Site, soft: SoftRank, found: Factorization | None, statistic: Statistic | None
+    model: nn.Module, site: LinearSite, soft: SoftRank, found: Factorization | None, statistic: Statistic | None
 ) -> tuple[RelaxedLinear, Undo]:
     dense = part(model, site.path)
     weight = dense.get_parameter("weight")
@@ -157,12 +169,36 @@ def _relax_linear(
     return relaxed, fold
 
 
+def _put_in_order(model: nn.Module, site: HiddenSite, found: Elimination, statistic: Statistic, center: Tensor) -> None:
+    """Number the hidden units anew, the most important first, in the layers that make and read them."""
+    order, down = found.order, part(model, site.down)
+    mean = statistic.mean(site)
+    with torch.no_grad():
+        for up in site.ups:
+            rows, bias = up.weight(model), up.bias_or_none(model)
+            rows.copy_(rows[order.to(rows.device)])
+            if bias is not None:
+                bias.copy_(bias[order.to(bias.device)])
+        down.weight.copy_(down.weight[:, order.to(down.weight.device)])
+        if mean is not None:
+            center.copy_(mean[order])
+
+
+def _mask_input(soft: SoftRank, center: Tensor) -> Callable[[nn.Module, tuple], tuple]:
+    """A forward pre-hook: hidden units rest at their mean as far as they are cut, ``h → h ⊙ m + c ⊙ (1 − m)``."""
+
+    def hook(module: nn.Module, inputs: tuple) -> tuple:
+        mask = soft.mask().to(inputs[0].dtype)
+        return (torch.addcmul(center.to(mask) * (1 - mask), inputs[0], mask), *inputs[1:])
+
+    return hook
+
+
 def _change_basis(
-    model: nn.Module, site: Site, found: Factorization, statistic: Statistic, center: Tensor | None
+    model: nn.Module, site: ProductSite, found: Factorization, statistic: Statistic, center: Tensor | None
 ) -> None:
     """Write a product's factors, most important channel first, over the projections that hold it: A L (B R)ᵀ = A Bᵀ."""
     a = site.attention
-    assert a is not None
     left, right = found.left, found.right  # (heads, width, width)
     if site.kind == "qk":
         _turn_rows(model, a, a.q, left)

@@ -1,0 +1,85 @@
+"""Making a model what a plan says, and taking it back: the only thing that changes a model's structure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .factors import Spectrum, Statistic, Weights
+from .forms import FORMS, Material, Planned, check_plan
+from .grad_mode import outside_inference_mode
+from .hosts import find_sites
+from .plan import Plan
+from .sites import Sites, Undo
+
+
+class Handle:
+    """What :func:`apply_` did to a model; :meth:`revert` takes it back.
+
+    ``notes`` are sentences on what a user should know of it, as that the plan covers a part of the model only.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, undo: list[Undo], notes: tuple[str, ...] = ()) -> None:
+        self.model, self.plan, self.notes, self._undo = model, plan, notes, undo
+
+    def revert(self) -> nn.Module:
+        """Give the model back as it was, bit for bit: the very modules that stood there. A second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+        return self.model
+
+
+@outside_inference_mode
+def apply_(
+    model: nn.Module,
+    plan: Plan,
+    statistic: Statistic | None = None,
+    *,
+    sites: Sites | None = None,
+    factorizations: Mapping[str, Spectrum] | None = None,
+    joint_refit: bool = True,
+    weights: bool = True,
+) -> Handle:
+    """Make a model what a plan says, in place.
+
+    Args:
+        statistic: what errors are measured by: what :func:`comcat.calibrate` returned, or None for the weights alone.
+        sites: some of the model's sites, if already found; then it is not compared as a whole with the model that the plan was
+            made for. factorizations: of these sites under this statistic, if already known.
+        joint_refit: refit W_O over all heads where the statistic allows it.
+        weights: False builds the structure alone, its new weights unset (for loading a state dict).
+
+    Raises:
+        PlanError, UnknownSite, UnsupportedSite: where the plan does not fit; the model is then unchanged.
+    """
+    whole = sites is None
+    sites = find_sites(model) if sites is None else sites
+    check_plan(plan, sites, whole=whole)
+    material = Material(
+        statistic=Weights() if statistic is None else statistic,
+        spectra=factorizations or {},
+        joint_refit=joint_refit,
+        fill=weights,
+    )
+    together: dict[str, list[Planned]] = {}
+    for name, entry in plan.sites.items():
+        together.setdefault(sites[name].owner, []).append(Planned(sites[name], entry))
+    undo: list[Undo] = []
+    try:
+        for planned in together.values():
+            undo.append(FORMS[planned[0].entry.form].apply(model, planned, material))
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+    return Handle(model, plan, undo, coverage_notes(plan))
+
+
+def coverage_notes(plan: Plan) -> tuple[str, ...]:
+    """What there is to say where a plan was made for a part of a model."""
+    made_for = plan.made_for
+    if made_for is None or made_for.chosen is None:
+        return ()
+    count, whole = len(made_for.chosen), len(made_for.sites)
+    return (f"The plan was made for {count} of the model's {whole} sites; the others stay as they are.",)

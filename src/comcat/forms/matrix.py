@@ -1,0 +1,67 @@
+"""Each matrix of an attention at low rank, apart: what factorising products is compared with (Xiao et al. 2023, Table 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..hosts import host_of
+from ..modules.lowrank import ConcatLinear, LowRankLinear
+from ..modules.tensor import matrix_factors
+from ..plan import SitePlan
+from ..sites import LinearSite, ProductSite, Replacement, Undo, part
+from .product import Product
+from .protocol import Flow, Material, Planned, fill
+
+
+class Matrix:
+    """See :class:`comcat.forms.protocol.Form`. Of a linear layer it is the same as its product. Biases stay where they are."""
+
+    name = "matrix"
+    kinds = frozenset({"qk", "vo", "linear"})
+
+    def check(self, planned: Planned) -> None:
+        """Nothing but the rank, which every form has."""
+
+    def parameters(self, site: ProductSite | LinearSite, entry: SitePlan) -> float:
+        return entry.keep * self._per_rank(site) + site.biases
+
+    def macs(self, site: ProductSite | LinearSite, entry: SitePlan, flow: Flow) -> float:
+        compared = 0 if isinstance(site, LinearSite) else site.heads * site.full_rank * flow.pairs
+        return entry.keep * self._per_rank(site) * flow.rows + compared
+
+    def _per_rank(self, site: ProductSite | LinearSite) -> int:
+        inner = 0 if isinstance(site, LinearSite) else 2 * site.heads * site.full_rank
+        return site.in_features + site.out_features + inner
+
+    def apply(self, model: nn.Module, planned: Sequence[Planned], material: Material) -> Undo:
+        site = planned[0].site
+        if isinstance(site, LinearSite):
+            return Product().apply(model, planned, material)
+        a, ranks = site.attention, {side: p.entry.keep for p in planned for side in p.site.kind}  # of q, k, v, o
+        layers: dict[str, list[nn.Module]] = {}
+        for side, projection in (("q", a.q), ("k", a.k), ("v", a.v)):
+            bias = None if projection.bias is not None else projection.bias_or_none(model)
+            made = _matrix(projection.weight(model), bias, ranks.get(side), material.fill)
+            layers.setdefault(projection.path, []).append(made)
+        parts = {path: found[0] if len(found) == 1 else ConcatLinear(found) for path, found in layers.items()}
+        out = part(model, a.out)
+        parts[a.out] = _matrix(out.get_parameter("weight"), out.bias, ranks.get("o"), material.fill)
+        return host_of(a).mount(model, a, Replacement(parts=parts))
+
+
+def _matrix(weight: Tensor, bias: Tensor | None, rank: int | None, filled: bool) -> nn.Module:
+    factory = {"device": weight.device, "dtype": weight.dtype}
+    if rank is None:
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, **factory)
+        fill(dense.weight, weight.detach())
+        fill(dense.bias, None if bias is None else bias.detach())
+        return dense
+    module = LowRankLinear(weight.shape[1], weight.shape[0], rank, bias=bias is not None, **factory)
+    if filled:
+        first, last = matrix_factors(weight.detach(), rank)
+        fill(module.first.weight, first)
+        fill(module.last.weight, last)
+        fill(module.last.bias, None if bias is None else bias.detach())
+    return module

@@ -1,0 +1,240 @@
+"""Which linear layers form a feed-forward whose hidden units can be chosen: found by structure, proven by a trial.
+
+One module holds a layer a → h and a layer h → b, or two layers a → h and one h → b (gated; the two of a gate may be one packed
+layer a → 2h). That they are a feed-forward is proven in a copy with random weights: with fewer units, in another order, the module
+must give what the whole one gives when the other units are not read. A norm, a softmax or anything else that lets units see
+each other breaks this, and so does a forward that reckons with the old width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sites import HiddenSite, Projection, Refusal, part
+from .symmetry import TOLERANCE, random_copy
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Layers that fit together by their sizes: one up, two of a gate, or one packed; paths within the module that holds them."""
+
+    ups: tuple[Projection, ...]
+    down: str
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        return (*dict.fromkeys(up.path for up in self.ups), self.down)
+
+
+def find_feedforwards(
+    model: nn.Module, linears: Mapping[str, nn.Linear], shared: frozenset[str], structure: Any
+) -> Iterator[HiddenSite | Refusal]:
+    """The hidden sites among some linear layers, and pairs of layers that look like one but are none, with the reason.
+
+    Args:
+        linears: by path, those that may change. shared: paths of those that several parts of the model use.
+        structure: a function of a module, equal for modules that need to be proven only once.
+    """
+    proven: dict[tuple, str | None] = {}
+    for holder, paths in _companies(linears).items():
+        module = part(model, holder)
+        for pair in _pairs(holder, {path: linears[path] for path in paths}):
+            if not holder and not _is_all(model, pair):
+                continue
+            name = f"{holder or pair.down}:units"
+            key = (structure(module), pair)
+            if key not in proven:
+                proven[key] = _objection(module, pair)
+            moved = _moved(pair, holder)
+            if tied := next((path for path in moved.layers if path in shared), None):
+                yield Refusal(name, f"{tied} is shared with another part of the model")
+            elif reason := proven[key]:
+                yield Refusal(name, reason)
+            else:
+                yield _site(model, name, holder, moved)
+
+
+def _companies(linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+    """Linear layers by the closest module around each that holds another one, which may be the model itself."""
+    holders: dict[str, int] = {}
+    for path in linears:
+        for holder in _around(path):
+            holders[holder] = holders.get(holder, 0) + 1
+    together: dict[str, list[str]] = {}
+    for path in linears:
+        holder = next((h for h in _around(path) if holders[h] > 1), None)
+        if holder is not None:
+            together.setdefault(holder, []).append(path)
+    return together
+
+
+def _around(path: str) -> Iterator[str]:
+    """The modules around a path, the closest first and the model itself last."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _is_all(model: nn.Module, pair: _Pair) -> bool:
+    """Whether a model is hardly more than a feed-forward; of any other, layers of different parts have nothing in common."""
+    own = sum(p.numel() for path in pair.layers for p in part(model, path).parameters())
+    return 2 * own > sum(p.numel() for p in model.parameters())
+
+
+def _pairs(holder: str, linears: Mapping[str, nn.Linear]) -> Iterator[_Pair]:
+    """Pairs that fit by their sizes, each layer in one at most. Up to three layers may stand in any order."""
+    names = [path.removeprefix(f"{holder}.") if holder else path for path in linears]
+    by_name = dict(zip(names, linears.values(), strict=True))
+    orders = [names]
+    if len(names) in (2, 3):  # the one that reads the others may stand first
+        orders = [[n for n in names if n != down] + [down] for down in reversed(names)]
+    for order in orders:
+        at, found = 0, False
+        while at < len(order):
+            pair = next((p for count in (3, 2) if (p := _fit(by_name, order[at : at + count], count))), None)
+            if pair is not None:
+                yield pair
+                found = True
+            at += 1 if pair is None else len(pair.layers)
+        if found:
+            return
+
+
+def _fit(linears: Mapping[str, nn.Linear], names: Sequence[str], count: int) -> _Pair | None:
+    if len(names) != count:
+        return None
+    *ups, down = (linears[name] for name in names)
+    hidden = down.in_features
+    if len(ups) == 2 and all(up.out_features == hidden and up.in_features == ups[0].in_features for up in ups):
+        return _Pair(tuple(Projection(name, 0, hidden) for name in names[:2]), names[2])
+    if len(ups) == 1 and ups[0].out_features == hidden:
+        return _Pair((Projection(names[0], 0, hidden),), names[1])
+    if len(ups) == 1 and ups[0].out_features == 2 * hidden:
+        return _Pair((Projection(names[0], 0, hidden), Projection(names[0], hidden, 2 * hidden)), names[1])
+    return None
+
+
+def _moved(pair: _Pair, holder: str) -> _Pair:
+    prefix = f"{holder}." if holder else ""
+    return _Pair(tuple(replace(up, path=prefix + up.path) for up in pair.ups), prefix + pair.down)
+
+
+def _site(model: nn.Module, name: str, holder: str, pair: _Pair) -> HiddenSite:
+    down = part(model, pair.down)
+    biased = sum(part(model, up.path).bias is not None for up in pair.ups)
+    biases = down.in_features * biased + (0 if down.bias is None else down.out_features)
+    return HiddenSite(
+        name,
+        holder,
+        full=down.in_features,
+        in_features=part(model, pair.ups[0].path).in_features,
+        out_features=down.out_features,
+        ups=pair.ups,
+        down=pair.down,
+        biases=biases,
+        bias_per_unit=biased,
+    )
+
+
+def narrowed(module: nn.Module, ups: Sequence[Projection], down: str, kept: Tensor) -> dict[str, nn.Linear]:
+    """Plain linear layers by path that hold the kept units alone, in the order of ``kept``; the weights are shared rows."""
+    rows: dict[str, list[Tensor]] = {}
+    for up in ups:
+        rows.setdefault(up.path, []).append(kept + up.start)
+    made = {}
+    for path, chosen in rows.items():
+        dense, index = part(module, path), torch.cat(chosen)
+        made[path] = _linear(dense.weight[index], None if dense.bias is None else dense.bias[index])
+    reader = part(module, down)
+    made[down] = _linear(reader.weight[:, kept], reader.bias)
+    return made
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with copies of a weight (out, in) and a bias."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    return layer
+
+
+def _objection(module: nn.Module, pair: _Pair) -> str | None:
+    """Why the layers are no feed-forward whose units can be chosen, or None where the trial proves that they are."""
+    generator = torch.Generator().manual_seed(0)
+    copied = random_copy(module, generator)
+    down, first = part(copied, pair.down), part(copied, pair.ups[0].path)
+    hidden = down.in_features
+    if hidden < 2:
+        return "it has a single hidden unit"
+    kept = torch.randperm(hidden, generator=generator)[: max(1, hidden // 2)]
+    x = torch.randn(2, 4, first.in_features, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        try:
+            whole = _called(copied, pair, x)
+        except Exception:  # whatever a stranger's forward makes of tokens
+            return "comcat could not call the module that holds its layers on tokens alone"
+        others = torch.ones(hidden, dtype=torch.bool)
+        others[kept] = False
+        small = narrowed(copied, pair.ups, pair.down, kept)
+        down.weight[:, others] = 0
+        unread = _called(copied, pair, x)
+        if torch.equal(whole, unread):
+            return "its output does not depend on its hidden units"
+        for path, layer in small.items():
+            owner, _, name = path.rpartition(".")
+            setattr(copied.get_submodule(owner), name, layer)
+        try:
+            fewer = _called(copied, pair, x)
+        except Exception:
+            return _between(module, pair) or "its forward reckons with the number of its hidden units"
+    if fewer.shape == unread.shape and (fewer - unread).abs().max() <= TOLERANCE * (1 + unread.abs().max()):
+        return None
+    return _between(module, pair) or "its hidden units depend on each other"
+
+
+def _between(module: nn.Module, pair: _Pair) -> str | None:
+    """A norm over the hidden units, by the shape of its weight."""
+    hidden = part(module, pair.down).in_features
+    for name, inner in module.named_modules():
+        weight = getattr(inner, "weight", None)
+        if not isinstance(inner, nn.Linear) and isinstance(weight, Tensor) and weight.shape == (hidden,):
+            return f"a norm ({name}) sits between its layers"
+    return None
+
+
+def _called(module: nn.Module, pair: _Pair, x: Tensor) -> Tensor:
+    """The module on tokens (batch, tokens, in), on a grid of them, or its two halves one after the other."""
+    ways = (lambda: module(x), lambda: module(x[:, None]), lambda: _halves(module, pair, x))
+    for way in ways[:-1]:
+        try:
+            return _tensor(way())
+        except Exception:  # whatever a stranger's forward makes of tokens
+            continue
+    return _tensor(ways[-1]())
+
+
+def _tensor(output: Any) -> Tensor:
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor):
+        raise TypeError("no tensor comes out")
+    return output
+
+
+def _halves(module: nn.Module, pair: _Pair, x: Tensor) -> Any:
+    """Where the block that holds both does more than the feed-forward: the child with the ups, then the one with the down."""
+    first, last = (name.partition(".")[0] for name in (pair.ups[0].path, pair.down))
+    if first == last or "." not in pair.ups[0].path:
+        raise ValueError("the layers have no modules of their own")
+    hidden = module.get_submodule(first)(x)
+    reader = module.get_submodule(last)
+    try:
+        return reader(hidden)
+    except TypeError:  # it adds the block's residual as well
+        return reader(hidden, torch.zeros_like(x))

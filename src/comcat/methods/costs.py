@@ -1,0 +1,35 @@
+"""What a budget is spent in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..forms import Flow, macs_of, parameters_of
+from ..plan import SitePlan
+from ..sites import Site
+
+
+class Cost(Protocol):
+    """What a site costs as a plan has it, or as it stands (None)."""
+
+    def __call__(self, site: Site, entry: SitePlan | None) -> float: ...
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights, biases and padding that are stored."""
+
+    def __call__(self, site: Site, entry: SitePlan | None) -> float:
+        return parameters_of(site, entry)
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates a picture, given what flows through each site, by name."""
+
+    flows: Mapping[str, Flow]
+
+    def __call__(self, site: Site, entry: SitePlan | None) -> float:
+        return macs_of(site, entry, self.flows.get(site.name, Flow()))

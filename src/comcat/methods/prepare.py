@@ -1,0 +1,140 @@
+"""All that a choice needs, found once: sites, what was measured, and the decomposition of every site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from ..errors import DataError, ModelError, SettingsError, nearest
+from ..factors import Spectrum, Statistic, Weights, spectra
+from ..forms import Flow, check_plan
+from ..hosts import find_sites
+from ..measure import count_macs, count_parameters
+from ..plan import MadeFor, Plan
+from ..sites import Sites
+from ..statistics import Statistics, calibrate, pictures_of
+from .allocate import describe, of_forms, shrinkable
+from .costs import Cost, Macs, Parameters
+from .ladders import check_forms
+from .settings import CompressSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """All that rank choice needs, found once: sites, what was measured, and the factorisation of every site."""
+
+    sites: Sites
+    statistic: Statistic
+    factorizations: Mapping[str, Spectrum]
+    total: float
+    made_for: MadeFor
+    cost: Cost = field(default_factory=Parameters)
+    example: Tensor | None = None
+
+
+def prepare(
+    model: nn.Module,
+    calibration: Iterable | None,
+    settings: CompressSettings,
+    *,
+    plan: Plan | None = None,
+    progress: bool = False,
+) -> Prepared:
+    """Find the sites, calibrate, decompose and count: everything that does not depend on the budget's size.
+
+    With a ``plan`` it must fit the model, and its sites alone are looked at.
+
+    Raises:
+        PlanError, UnknownSite, UnsupportedSite: if the plan does not fit, before any other work.
+    """
+    whole = find_sites(model)
+    if plan is None:
+        sites = _chosen(whole, settings)
+    else:
+        check_plan(plan, whole)
+        sites = Sites({name: whole[name] for name in plan.sites}, whole.refused)
+    made_for = describe(model, whole, sites)
+    example = None
+    if calibration is not None:
+        calibration = kept(calibration)
+        example = _first_picture(calibration)
+    if settings.statistic == "weights":
+        statistic: Statistic = Weights()
+    else:
+        if calibration is None:
+            raise SettingsError(
+                f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'"
+            )
+        statistic = calibrated(model, calibration, settings, sites, progress)
+        sites = sites.without(statistic.unreached)
+    total, cost = float(count_parameters(model)), Parameters()
+    if settings.budget == "macs":
+        if example is None:
+            raise SettingsError("budget 'macs' needs calibration pictures, at least one")
+        total = float(count_macs(model, example))
+        cost = Macs(_flows(model, sites, statistic, example))
+    return Prepared(
+        sites=sites,
+        statistic=statistic,
+        factorizations=spectra(model, sites, statistic),
+        total=total,
+        made_for=made_for,
+        cost=cost,
+        example=example,
+    )
+
+
+def _chosen(whole: Sites, settings: CompressSettings) -> Sites:
+    """The sites that may shrink, as the settings say. Raises where none is left."""
+    sites = whole
+    if settings.only:
+        sites = whole.only(*settings.only)
+        if not len(sites):
+            known = {"qk", "vo", "linear", "units", *(s.path for s in whole.values())}
+            raise SettingsError(f"only={', '.join(settings.only)} leaves no site{nearest(settings.only[0], known)}")
+    named = [n for n, s in sites.items() if s.path in settings.only]  # a head that is asked for by its path may shrink
+    few = shrinkable(sites, head=settings.head)
+    sites = Sites({n: s for n, s in sites.items() if n in few or n in named}, sites.refused)
+    sites = of_forms(sites, check_forms(settings.forms))
+    if not len(sites):
+        reasons = "; ".join(map(str, whole.refused[:3])) or f"no site can become {settings.forms}"
+        raise ModelError(f"nothing in this model can shrink: {reasons}")
+    return sites
+
+
+def _flows(model: nn.Module, sites: Sites, statistic: Statistic, example: Tensor) -> dict[str, Flow]:
+    """Rows and pairs at every site, from the statistic where it saw them, else from one picture."""
+    seen = (
+        statistic
+        if isinstance(statistic, Statistics)
+        else calibrate(model, [example], statistic="activation", sites=sites)
+    )
+    return {name: Flow(seen.rows.get(name, 0.0), seen.pairs.get(name, 0.0)) for name in sites}
+
+
+def calibrated(
+    model: nn.Module, calibration: Iterable, settings: CompressSettings, sites: Sites, progress: bool
+) -> Statistics:
+    """Calibrate some sites as the settings say."""
+    return calibrate(
+        model,
+        calibration,
+        statistic=settings.statistic,
+        sites=sites,
+        limit=settings.pictures,
+        seed=settings.seed,
+        progress=progress,
+    )
+
+
+def kept(batches: Iterable) -> Iterable:
+    """Batches that can be gone through more than once: an iterator that would be spent is read into a list."""
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def _first_picture(calibration: Iterable) -> Tensor:
+    for batch in calibration:
+        return pictures_of(batch)[:1]
+    raise DataError("no pictures to calibrate on: got an empty iterable")

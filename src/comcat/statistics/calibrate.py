@@ -1,0 +1,184 @@
+"""One pass over a few pictures that records, for every site, small second moments.
+
+Of queries and keys, of the heads' outputs, of a linear layer's narrower side, of a feed-forward's hidden units, and, for the
+loss-aware statistic, of the gradients there. Memory does not grow with the number of pictures. Labels are never needed: the gradient
+is that of the loss on labels drawn from the model's own predictions (the true Fisher information).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batches import parts_of_batch
+from ..errors import DataError, NumericsError, SettingsError, nearest
+from ..grad_mode import ordinary, outside_inference_mode
+from ..hosts import find_sites
+from ..measure import is_classifier, model_output
+from ..measure.running import evaluating
+from ..sites import Sites
+from .recorder import Recorder
+from .seen import STATISTICS, StatisticName, Statistics
+
+
+@outside_inference_mode
+def calibrate(
+    model: nn.Module,
+    batches: Iterable,
+    *,
+    statistic: StatisticName = "loss",
+    sites: Sites | None = None,
+    limit: int | None = None,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Statistics:
+    """Record the moments that a statistic needs, in one pass over some pictures.
+
+    Args:
+        batches: batches of pictures (batch, channels, height, width), or (pictures, labels) pairs, or dicts with ``pixel_values`` or ``image``;
+            labels are ignored.
+        statistic: ``"activation"``: what flows in; ``"loss"``: and the gradients of the loss on labels drawn from the model's own predictions.
+        sites: the sites to observe, by default all. limit: stop after so many pictures.
+
+    Raises:
+        DataError: without pictures. NumericsError: where an activation or gradient is not finite; the message names the site.
+    """
+    if statistic not in STATISTICS:
+        raise SettingsError(
+            f"got statistic {statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(statistic, STATISTICS)}"
+        )
+    sites = find_sites(model) if sites is None else sites
+    if statistic == "weights":
+        raise SettingsError("statistic 'weights' needs no calibration: leave the statistics out")
+    device = next(model.parameters()).device if device is None else torch.device(device)
+    recorder = Recorder(sites, gradients=statistic == "loss", device=device)
+    with recorder.attached(model):
+        seen = _show(
+            model, _images(batches, limit, progress), device, recorder.begin, recorder.check,
+            torch.Generator().manual_seed(seed) if statistic == "loss" else None,
+        )  # fmt: skip
+    reached = {name for name, _ in recorder.moments}
+    unreached = tuple(name for name in sites if name not in reached)
+    return Statistics(statistic, seen, recorder.moments, recorder.rows, recorder.pairs, unreached)
+
+
+@outside_inference_mode
+def watch_gradients(
+    model: nn.Module,
+    batches: Iterable,
+    layers: Mapping[str, str],
+    add: Callable[[str, Tensor, Tensor, int], None],
+    *,
+    seed: int = 0,
+) -> int:
+    """Show pictures under the sampled loss and pass on what enters some layers with its gradient; the number of pictures.
+
+    Args:
+        layers: path of each layer → the name to pass on. add: called with the name, the input (..., channels), its gradient
+            and the number of pictures.
+    """
+    pictures = 0
+
+    def begin(count: int) -> None:
+        nonlocal pictures
+        pictures = count
+
+    def observe(name: str) -> Callable[[nn.Module, tuple], tuple]:
+        def keep(module: nn.Module, inputs: tuple) -> tuple:
+            h = inputs[0].view_as(inputs[0])
+            if h.requires_grad:
+                h.register_hook(lambda gradient: add(name, h.detach(), gradient, pictures))
+            return (h, *inputs[1:])
+
+        return keep
+
+    device = next(model.parameters()).device
+    with ExitStack() as stack:
+        for path, name in layers.items():
+            handle = model.get_submodule(path).register_forward_pre_hook(observe(name))
+            stack.callback(handle.remove)
+        images = _images(batches, None, False)
+        return _show(model, images, device, begin, lambda: None, torch.Generator().manual_seed(seed))
+
+
+def _show(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    device: torch.device,
+    begin: Callable[[int], None],
+    end: Callable[[], None],
+    labels: torch.Generator | None,
+) -> int:
+    """Show batches of pictures to a frozen model in evaluation mode, backwards too where labels can be drawn; their number."""
+    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    seen = 0
+    model.to(device)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    try:
+        with evaluating(model):
+            for batch in images:
+                batch = ordinary(batch).to(device=device, dtype=next(model.parameters()).dtype)
+                begin(len(batch))
+                seen += len(batch)
+                if labels is None:
+                    with torch.no_grad():
+                        model_output(model, batch)
+                else:
+                    with torch.enable_grad():
+                        _sampled_loss(model, batch.requires_grad_(True), labels).backward()
+                end()
+    finally:
+        for p, flag in wanted:
+            p.requires_grad_(flag)
+    if seen == 0:
+        raise DataError("no pictures to calibrate on: got an empty iterable")
+    return seen
+
+
+def _sampled_loss(model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Summed loss on labels drawn from the model's own predictions; noise on the normalised feature for a backbone."""
+    output = model_output(model, images).float()
+    if is_classifier(model):
+        probabilities = output.detach().softmax(-1).cpu()
+        if not torch.isfinite(probabilities).all():
+            raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
+        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(output.device)
+        return F.cross_entropy(output, labels, reduction="sum")
+    feature = F.normalize(output.flatten(1), dim=-1)
+    return (feature * torch.randn(feature.shape, generator=generator).to(feature)).sum()
+
+
+def pictures_of(batch: Any, where: str = "a calibration batch") -> Tensor:
+    """The pictures (batch, channels, height, width) of a batch (:func:`~comcat.data.batches.parts_of_batch`).
+
+    Raises DataError for anything else.
+    """
+    images, _ = parts_of_batch(batch[:1] if isinstance(batch, tuple | list) else batch, where)
+    if images.ndim < 3 or not len(images):
+        raise DataError(
+            f"{where}: got a tensor of {tuple(images.shape)}, expected pictures (batch, channels, height, width)"
+        )
+    return images
+
+
+def _images(batches: Iterable, limit: int | None, progress: bool):
+    from tqdm import tqdm
+
+    if limit is not None and limit < 1:
+        raise DataError(f"got a limit of {limit} pictures, expected at least 1")
+    seen = 0
+    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+    for batch in tqdm(batches, total=total, desc="calibrating", unit="batch", disable=not progress, leave=False):
+        images = pictures_of(batch)
+        images = images if limit is None else images[: limit - seen]
+        seen += len(images)
+        yield images
+        if limit is not None and seen >= limit:
+            return

@@ -1,0 +1,168 @@
+"""Hooks that record moments while pictures flow through a model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NumericsError
+from ..hosts import host_of
+from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Site, Sites
+from .moments import Moments
+
+
+class Recorder:
+    """Hooks on the projections of attention and on linear layers; fused attention can stay."""
+
+    def __init__(self, sites: Sites, *, gradients: bool, device: torch.device) -> None:
+        self.sites, self.gradients, self.device = sites, gradients, device
+        self.pictures = 0
+        self.moments: dict[tuple[str, str], Moments] = {}
+        self.rows: dict[str, float] = {}
+        self.pairs: dict[str, float] = {}
+
+    def attached(self, model: nn.Module) -> ExitStack:
+        stack = ExitStack()
+        by_attention: dict[str, dict[str, ProductSite]] = {}
+        for site in self.sites.values():
+            if isinstance(site, ProductSite):
+                by_attention.setdefault(site.path, {})[site.kind] = site
+            elif isinstance(site, HiddenSite):
+                self._observe_hidden(stack, model, site)
+            else:
+                self._observe_linear(stack, model, site)
+        for found in by_attention.values():
+            attention = next(iter(found.values())).attention
+            stack.callback(host_of(attention).observe(model.get_submodule(attention.path)))
+            if "qk" in found:
+                self._observe_qk(stack, model, found["qk"], attention)
+            if "vo" in found:
+                self._observe_vo(stack, model, found["vo"], attention)
+        return stack
+
+    def begin(self, pictures: int) -> None:
+        """Say how many pictures the next forward pass holds."""
+        self.pictures = pictures
+
+    def _of(self, site: Site, side: str, heads: int, width: int, groups: int = 1) -> Moments:
+        key = (site.name, side)
+        if key not in self.moments:
+            self.moments[key] = Moments(heads, width, self.device, groups)
+        return self.moments[key]
+
+    def _observe_qk(self, stack: ExitStack, model: nn.Module, site: ProductSite, a: Attention) -> None:
+        def rows_of(projection: Projection, output: Tensor) -> Tensor:
+            return output[..., projection.start : projection.stop]
+
+        def keep_q(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            q = rows_of(a.q, output).detach()
+            if a.q.bias is not None:
+                q = q + a.q.bias_or_none(model)  # type: ignore[operator]
+            tokens = q.shape[:-1].numel() / self.pictures
+            self.rows[site.name] = tokens
+            self.pairs[site.name] = tokens * q.shape[-2]
+            if not self.gradients:
+                self._of(site, "a", a.heads, a.width).add(q, self.pictures)
+
+        def keep_k(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            self._of(site, "b", a.heads, a.width).add(rows_of(a.k, output), self.pictures, centred="set")
+            if self.gradients and output.requires_grad:
+                moments, pictures = self._of(site, "a", a.heads, a.width), self.pictures
+                output.register_hook(lambda g: moments.add(rows_of(a.k, g), pictures, per="picture"))
+
+        stack.enter_context(_hook(model.get_submodule(a.q.path).register_forward_hook(keep_q)))
+        stack.enter_context(_hook(model.get_submodule(a.k.path).register_forward_hook(keep_k)))
+
+    def _observe_vo(self, stack: ExitStack, model: nn.Module, site: ProductSite, a: Attention) -> None:
+        def keep(module: nn.Module, inputs: tuple) -> tuple:
+            o = inputs[0].view_as(inputs[0])  # a tensor of its own, so that its gradient is this layer's alone
+            tokens = o.shape[:-1].numel() / self.pictures
+            self.rows[site.name] = tokens
+            keys = o.shape[-2] if o.ndim == 3 else o.shape[1:-1].numel()
+            self.pairs[site.name] = tokens * keys
+            self._of(site, "joint", 1, a.heads * a.width, a.heads).add(o, self.pictures, centred="all")
+            if self.gradients and o.requires_grad:
+                moments, pictures = self._of(site, "b", a.heads, a.width), self.pictures
+                o.register_hook(lambda g: moments.add(g, pictures, per="picture"))
+            return (o, *inputs[1:])
+
+        stack.enter_context(_hook(model.get_submodule(a.out).register_forward_pre_hook(keep)))
+
+    def _observe_linear(self, stack: ExitStack, model: nn.Module, site: LinearSite) -> None:
+        narrow_in, width = site.in_features <= site.out_features, site.full_rank
+
+        def keep_input(module: nn.Module, inputs: tuple) -> tuple | None:
+            if inputs[0].shape[:-1].numel() % self.pictures:
+                return None  # a table of positions, say: no rows of pictures
+            x = inputs[0].view_as(inputs[0])
+            x3 = _as_rows(x, self.pictures)
+            self.rows[site.name] = x3.shape[1]
+            if narrow_in:
+                self._of(site, "a", 1, width).add(x3, self.pictures, centred="all")
+                self._on_gradient(x, site, width)
+            else:  # the output's moments are kept below; the input's mean is all that is needed of it
+                mean = self._of(site, "mean", site.in_features, 1)
+                mean.sum += x3.detach().sum((0, 1)).double()[:, None]
+                mean.rows += x3.shape[0] * x3.shape[1]
+            return (x, *inputs[1:])
+
+        def keep_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if output.shape[:-1].numel() % self.pictures:
+                return
+            self._of(site, "a", 1, width).add(_as_rows(output, self.pictures), self.pictures, centred="all")
+            self._on_gradient(output, site, width)
+
+        module = model.get_submodule(site.path)
+        stack.enter_context(_hook(module.register_forward_pre_hook(keep_input)))
+        if not narrow_in:
+            stack.enter_context(_hook(module.register_forward_hook(keep_output)))
+
+    def _observe_hidden(self, stack: ExitStack, model: nn.Module, site: HiddenSite) -> None:
+        down = self.sites.by_name.get(site.down)
+        shared = (
+            isinstance(down, LinearSite) and down.in_features > down.out_features
+        )  # keeps the same gradient's moments
+
+        def keep_units(module: nn.Module, inputs: tuple) -> None:
+            if inputs[0].shape[:-1].numel() % self.pictures == 0:
+                h = _as_rows(inputs[0], self.pictures)
+                self.rows[site.name] = h.shape[1]
+                self._of(site, "h", 1, site.full).add(h, self.pictures, centred="all")
+
+        def keep_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if output.shape[:-1].numel() % self.pictures == 0:
+                self._on_gradient(output, site, site.out_features, "g")
+
+        module = model.get_submodule(site.down)
+        stack.enter_context(_hook(module.register_forward_pre_hook(keep_units)))
+        if not shared:
+            stack.enter_context(_hook(module.register_forward_hook(keep_gradient)))
+
+    def _on_gradient(self, x: Tensor, site: Site, width: int, side: str = "b") -> None:
+        if self.gradients and x.requires_grad:
+            moments, pictures = self._of(site, side, 1, width), self.pictures
+            x.register_hook(lambda g: moments.add(_as_rows(g, pictures), pictures, per="picture"))
+
+    def check(self) -> None:
+        for (name, _), moments in self.moments.items():
+            if not moments.finite():
+                raise NumericsError(
+                    f"{name}: its activations or gradients hold NaN or infinite values on the calibration pictures"
+                )
+
+
+class _hook:
+    def __init__(self, handle) -> None:
+        self.handle = handle
+
+    def __enter__(self):
+        return self.handle
+
+    def __exit__(self, *_) -> None:
+        self.handle.remove()
+
+
+def _as_rows(x: Tensor, pictures: int) -> Tensor:
+    return x.reshape(pictures, -1, x.shape[-1])
