@@ -45,8 +45,8 @@ def apply_(
 
     Args:
         statistic: what errors are measured by: what :func:`comcat.calibrate` returned, or None for the weights alone.
-        sites: some of the model's sites, if already found; then it is not compared as a whole with the model that the plan was
-            made for. factorizations: of these sites under this statistic, if already known.
+        sites: some of the model's sites, if already found; then it is not compared as a whole with the model that the
+            plan was made for. factorizations: of these sites under this statistic, if already known.
         joint_refit: refit W_O over all heads where the statistic allows it.
         weights: False builds the structure alone, its new weights unset (for loading a state dict).
 

@@ -1,12 +1,15 @@
 """From Grams to the thin weights of a site, biases included.
 
-A *statistic* says which Grams measure the error of a site; see :class:`Statistic`. The mathematics is the same for all of them
-(:func:`comcat.linalg.factorize`); what differs per kind of site is where A and B are and what becomes of the biases:
+A *statistic* says which Grams measure the error of a site; see :class:`Statistic`. The mathematics is the same for all
+of them (:func:`comcat.linalg.factorize`); what differs per kind of site is where A and B are and what becomes of the
+biases:
 
-- **QK**: logits ``= x̃ᵀ M x'`` with ``A = [W_Q; b_Q]``, ``B = W_K``. The key bias adds a constant along keys, which softmax ignores.
-- **VO**: ``A = W_V``, ``Bᵀ = W_O``. Attention rows sum to one, so the value bias and the mean of what truncation loses move to the output bias.
+- **QK**: logits ``= x̃ᵀ M x'`` with ``A = [W_Q; b_Q]``, ``B = W_K``. The key bias adds a constant along keys, which
+  softmax ignores.
+- **VO**: ``A = W_V``, ``Bᵀ = W_O``. Attention rows sum to one, so the value bias and the mean of what truncation loses
+  move to the output bias.
 - **Linear**: one factor is the identity; the decomposition happens on the narrower side.
-- **Hidden units**: not a product but a choice of units with the reading weight refitted (:mod:`comcat.elimination`).
+- **Hidden units**: not a product but a choice of units with the reading weight refitted (:mod:`comcat.linalg.elimination`).
 """
 
 from __future__ import annotations
@@ -18,9 +21,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from .elimination import Elimination, eliminate, refit_units
 from .errors import NumericsError
-from .linalg import Factorization, factorize, gram, refit
+from .linalg import Elimination, Factorization, eliminate, factorize, gram, refit, refit_units
 from .sites import Attention, HiddenSite, LinearSite, ProductSite, Site, part
 
 Spectrum = Factorization | Elimination
@@ -43,16 +45,17 @@ class Statistic(Protocol):
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         """``G_A`` and ``G_B``, (heads, k, k) for products, (k, k) for linear layers with k the narrower side.
 
-        For hidden units the covariance C of the units (units, units) and the metric G of what they add up to (out, out).
+        For hidden units the covariance C of the units (units, units) and the metric G of what they add up to (out,
+        out).
         """
         ...
 
     def mean(self, site: Site) -> Tensor | None:
-        """Mean of what enters the right factor: the heads' outputs (heads · width), the input (in), the hidden units."""
+        """Mean of what enters the right factor: the heads' outputs (heads · width), the input (in), or the units."""
         ...
 
     def covariance(self, site: Site) -> Tensor | None:
-        """Covariance of the heads' outputs over all heads (heads · width, heads · width), for the joint refit of W_O."""
+        """Covariance of all heads' outputs (heads · width, heads · width), for the joint refit of W_O."""
         ...
 
     def importance(self, model: nn.Module, site: HiddenSite) -> Tensor | None:
@@ -62,7 +65,9 @@ class Statistic(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights alone, ``C = I`` on both sides: the SVD of each product, as in COMCAT (Xiao et al. 2023), but exact with biases."""
+    """The weights alone, ``C = I`` on both sides: the SVD of each product, as in COMCAT (Xiao et al. 2023), but exact
+    with biases.
+    """
 
     name: str = "weights"
     zero_biases: bool = False
@@ -123,7 +128,9 @@ class Products:
 
 @dataclass(frozen=True)
 class Values:
-    """Thin weights of a VO site: v (heads, rank, in), v_bias (heads, rank) or None, out (out, heads · rank), out_bias (out)."""
+    """Thin weights of a VO site: v (heads, rank, in), v_bias (heads, rank) or None, out (out, heads · rank), out_bias
+    (out).
+    """
 
     v: Tensor
     v_bias: Tensor | None
@@ -142,7 +149,7 @@ class Linears:
 
 @dataclass(frozen=True)
 class Units:
-    """A narrower feed-forward: which units stay (units,), and the weight (out, units) and bias (out,) that read them."""
+    """A narrower feed-forward: the units that stay (units,), and what reads them: (out, units) and (out,)."""
 
     kept: Tensor
     out: Tensor

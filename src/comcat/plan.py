@@ -27,12 +27,12 @@ class SitePlan:
     """What one site becomes.
 
     Attributes:
-        form: ``"product"`` (thin factors), ``"units"`` (fewer hidden units), or a baseline: ``"matrix"`` (each matrix of
-            a pair apart), ``"tucker"``, ``"tensor_train"``.
+        form: ``"product"`` (thin factors), ``"units"`` (fewer hidden units), or a baseline: ``"matrix"`` (each matrix
+            of a pair apart), ``"tucker"``, ``"tensor_train"``.
         keep: what stays: columns in every head or of the linear layer, or hidden units.
         full: what there was, checked against the model.
-        details: what else a form needs, as JSON holds it. ``head_ranks`` (product): fewer columns for some heads, padded
-            with zeros to ``keep``. ``shape`` (tensor forms): how the weight is seen, and its ranks.
+        details: what else a form needs, as JSON holds it. ``head_ranks`` (product): fewer columns for some heads,
+            padded with zeros to ``keep``. ``shape`` (tensor forms): how the weight is seen, and its ranks.
     """
 
     form: str

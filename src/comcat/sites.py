@@ -32,8 +32,8 @@ KINDS: tuple[Kind, ...] = ("qk", "vo", "linear", "units")
 class Projection:
     """Rows of a linear layer in the host: where W_Q (or W_K, W_V) of all heads lives.
 
-    ``path`` is the layer's path in the model, ``start:stop`` its rows (heads · width, head by head), and ``bias`` the path
-    of a bias that the host keeps apart from the layer (BEiT's ``q_bias``), if it does.
+    ``path`` is the layer's path in the model, ``start:stop`` its rows (heads · width, head by head), and ``bias`` the
+    path of a bias that the host keeps apart from the layer (BEiT's ``q_bias``), if it does.
     """
 
     path: str
@@ -58,9 +58,9 @@ class Projection:
 class Attention:
     """The anatomy of one attention module: where its projections are and what its products are worth.
 
-    ``mount`` names how a replacement takes its place: ``"whole"`` (the module gives way to a low-rank attention behind the same
-    signature), ``"parts"`` (the host's own forward stays and its projections are exchanged), or ``"values"`` (the same, for V and O
-    alone, where no QK product exists).
+    ``mount`` names how a replacement takes its place: ``"whole"`` (the module gives way to a low-rank attention behind
+    the same signature), ``"parts"`` (the host's own forward stays and its projections are exchanged), or ``"values"``
+    (the same, for V and O alone, where no QK product exists).
     """
 
     path: str
@@ -83,11 +83,12 @@ class Attention:
 
 @dataclass(frozen=True)
 class Factored(ABC):
-    """What a product or a linear layer costs at a rank; the common part of :class:`ProductSite` and :class:`LinearSite`.
+    """What a product or a linear layer costs at a rank; the common part of :class:`ProductSite` and
+    :class:`LinearSite`.
 
     ``full_rank`` is the rank as it stands (a head's width; the smaller side of a linear layer). Costs are linear in the
-    rank, so they are told per unit of rank. ``biases`` are those the site has as it stands, ``bias_per_rank`` those that
-    every unit of rank brings along.
+    rank, so they are told per unit of rank. ``biases`` are those the site has as it stands, ``bias_per_rank`` those
+    that every unit of rank brings along.
     """
 
     name: str
@@ -122,7 +123,9 @@ class Factored(ABC):
 
     @abstractmethod
     def macs(self, rank: int | None, tokens: float, pairs: float) -> float:
-        """Multiply-accumulates a picture: ``tokens`` rows flow through, ``pairs`` query–key pairs are compared per head."""
+        """Multiply-accumulates a picture: ``tokens`` rows flow through, ``pairs`` query–key pairs are compared per
+        head.
+        """
         ...
 
 
@@ -181,11 +184,12 @@ class LinearSite(Factored):
 
 @dataclass(frozen=True)
 class HiddenSite:
-    """The hidden units of a feed-forward: ``y = W₂ h + b₂`` with ``h = σ(W₁x + b₁)``, or ``σ(W₁x) ⊙ W₃x`` where it is gated.
+    """The hidden units of a feed-forward: ``y = W₂ h + b₂`` with ``h = σ(W₁x + b₁)``, or ``σ(W₁x) ⊙ W₃x`` where it is
+    gated.
 
-    ``ups`` are the rows that make the units: one projection, or two for a gated one (which may lie in one packed layer).
-    ``down`` is the path of the layer that reads them. ``path`` is the module that holds both. ``full`` is the number of
-    units as they stand. ``biases`` are all biases of these layers, ``bias_per_unit`` those of one unit.
+    ``ups`` are the rows that make the units: one projection, or two for a gated one (which may lie in one packed
+    layer). ``down`` is the path of the layer that reads them. ``path`` is the module that holds both. ``full`` is the
+    number of units as they stand. ``biases`` are all biases of these layers, ``bias_per_unit`` those of one unit.
     """
 
     name: str
@@ -218,7 +222,10 @@ class HiddenSite:
         return len(self.ups) * self.in_features + self.out_features + self.bias_per_unit
 
     def parameters(self, units: int | None = None) -> int:
-        """Parameters with so many units, or as it stands (None). The bias of ``down`` stays; refitting may create it."""
+        """Parameters with so many units, or as it stands (None).
+
+        The bias of ``down`` stays; refitting may create it.
+        """
         if units is None:
             return self.full * (len(self.ups) * self.in_features + self.out_features) + self.biases
         return units * self.parameters_per_unit + self.out_features
@@ -288,9 +295,11 @@ Undo = Callable[[], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """What takes an attention's place: one whole module, or modules for its projections by path and the new width of a head.
+    """What takes an attention's place: one whole module, or modules for its projections by path and the new width of a
+    head.
 
-    ``without_value_bias`` says that the value bias has been folded into the output's, so one that the host keeps apart must go.
+    ``without_value_bias`` says that the value bias has been folded into the output's, so one that the host keeps apart
+    must go.
     """
 
     whole: nn.Module | None = None
@@ -300,7 +309,10 @@ class Replacement:
 
 
 class Host(Protocol):
-    """How one library's attention is read and exchanged. Hosts know nothing of low rank: they mount what they are given."""
+    """How one library's attention is read and exchanged.
+
+    Hosts know nothing of low rank: they mount what they are given.
+    """
 
     name: str
 

@@ -43,7 +43,8 @@ def check_plan(plan: Plan, sites: Sites, *, whole: bool = True) -> None:
     """Raise where a plan does not fit a model's sites; the message names the first site that differs.
 
     Args:
-        whole: ``sites`` are all that the model has, so that the model itself can be compared with the one the plan was made for.
+        whole: ``sites`` are all that the model has, so that the model itself can be compared with the one the plan was
+            made for.
 
     Raises:
         PlanError, UnknownSite, UnsupportedSite.

@@ -1,4 +1,6 @@
-"""Each matrix of an attention at low rank, apart: what factorising products is compared with (Xiao et al. 2023, Table 1)."""
+"""Each matrix of an attention at low rank, apart: what factorising products is compared with (Xiao et al. 2023, Table
+1).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from .protocol import Flow, Material, Planned, fill
 
 
 class Matrix:
-    """See :class:`comcat.forms.protocol.Form`. Of a linear layer it is the same as its product. Biases stay where they are."""
+    """See :class:`comcat.forms.protocol.Form`. Of a linear layer it is the same as its product.
+
+    Biases stay where they are.
+    """
 
     name = "matrix"
     kinds = frozenset({"qk", "vo", "linear"})

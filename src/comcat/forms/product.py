@@ -1,4 +1,6 @@
-"""Thin factors: the QK and VO products of an attention, and linear layers, at low rank (COMCAT, Xiao et al. 2023, Eq. 4)."""
+"""Thin factors: the QK and VO products of an attention, and linear layers, at low rank (COMCAT, Xiao et al. 2023, Eq.
+4).
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,7 @@ class _Builder:
         )
 
     def products(self, a: Attention, qk: Planned | None) -> Products:
-        """Queries and keys of an attention: thin, or as they are where no plan names them, so that nothing is rounded."""
+        """Queries and keys of an attention: thin, or untouched where no plan names them, so that nothing is rounded."""
         thin = _identity_products(self.model, a) if qk is None else self.truncated(qk)
         assert isinstance(thin, Products)
         return thin
@@ -102,11 +104,20 @@ class _Builder:
         dense_vo = vo is None  # then its biases stay as they are, and what it costs stays what it cost
         biased = any(p.bias_or_none(self.model) is not None for p in (a.q, a.v))
         module = LowRankAttention(
-            a.in_features, a.out_features, a.heads, rank_qk, rank_vo, scale=a.scale,
-            qkv_bias=biased, out_bias=out.bias is not None or not dense_vo,
-            attention_dropout=getattr(getattr(host, "attn_drop", None), "p", 0.0), projection_dropout=getattr(getattr(host, "proj_drop", None), "p", 0.0),
-            norm=norm, gate=gate, **factory_of(out),
-        )  # fmt: skip
+            a.in_features,
+            a.out_features,
+            a.heads,
+            rank_qk,
+            rank_vo,
+            scale=a.scale,
+            qkv_bias=biased,
+            out_bias=out.bias is not None or not dense_vo,
+            attention_dropout=getattr(getattr(host, "attn_drop", None), "p", 0.0),
+            projection_dropout=getattr(getattr(host, "proj_drop", None), "p", 0.0),
+            norm=norm,
+            gate=gate,
+            **factory_of(out),
+        )
         module.qkv.to(**factory_of(part(self.model, a.q.path)))
         if self.material.fill:
             products, values = self.products(a, qk), self.values(a, vo)

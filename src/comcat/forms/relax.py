@@ -1,10 +1,10 @@
 """A model whose ranks are being searched: every site at full rank, its channels in order, a soft mask over them.
 
-Nothing of a host's forward is replaced for attention. A product's factors at full rank have the shapes of W_Q and W_K (of W_V and
-W_O) themselves: they are the same product in another basis, ``W_Q W_Kᵀ = (W_Q L)(W_K R)ᵀ`` with ``L Rᵀ = I``, so they are
-written into the host's own projections, and the mask acts on what the projections put out. Hidden units are put in order in the
-layers that make and read them, and the mask acts on the units. Linear layers give way to a factorised layer while the search
-lasts, and come back as one matrix.
+Nothing of a host's forward is replaced for attention. A product's factors at full rank have the shapes of W_Q and W_K
+(of W_V and W_O) themselves: they are the same product in another basis, ``W_Q W_Kᵀ = (W_Q L)(W_K R)ᵀ`` with ``L Rᵀ =
+I``, so they are written into the host's own projections, and the mask acts on what the projections put out. Hidden
+units are put in order in the layers that make and read them, and the mask acts on the units. Linear layers give way to
+a factorised layer while the search lasts, and come back as one matrix.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..elimination import Elimination
 from ..factors import Linears, Spectrum, Statistic, decompose_site, truncate_site
 from ..hosts import host_of
 from ..hosts.mounting import exchange
-from ..linalg import Factorization
+from ..linalg import Elimination, Factorization
 from ..modules.relaxed import RelaxedLinear, SoftRank
 from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Sites, Undo, part
 
@@ -77,7 +76,9 @@ class Relaxation:
                 noise.copy_(-torch.log(-torch.log(uniform)))
 
     def fold(self) -> nn.Module:
-        """Give back an ordinary dense model that computes what all channels together compute now; a second call does nothing."""
+        """Give back an ordinary dense model that computes what all channels together compute now; a second call does
+        nothing.
+        """
         self.decide(None)
         while self._undo:
             self._undo.pop()()
@@ -91,11 +92,12 @@ def relax_(
     statistic: Statistic | None,
     factorizations: Mapping[str, Spectrum] | None = None,
 ) -> Relaxation:
-    """Put every site of a model at full rank under a soft mask, in place. The function computed at full masks is the same.
+    """Put every site of a model at full rank under a soft mask, in place. The function computed at full masks is the
+    same.
 
     Args:
-        candidates: ranks of every site, rising. statistic: what orders the channels; None builds the structure alone, for a state
-            to be loaded into. factorizations: of these sites under this statistic, if already known.
+        candidates: ranks of every site, rising. statistic: what orders the channels; None builds the structure alone,
+            for a state to be loaded into. factorizations: of these sites under this statistic, if already known.
     """
     soft = {name: SoftRank(candidates[name], site.full) for name, site in sites.items()}
     device = next(model.parameters()).device

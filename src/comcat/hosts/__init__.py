@@ -17,8 +17,29 @@ from .transformers import TransformersHost
 
 HOSTS: tuple[Host, ...] = (TimmHost(), TransformersHost())
 
-_ATTENTION_CHILDREN = {"qkv", "q", "k", "v", "kv", "to_q", "to_k", "to_v", "to_qkv", "q_proj", "k_proj", "v_proj", "qkv_proj", "in_proj", "query", "key",
-                       "value", "wq", "wk", "wv", "query_key_value"}  # fmt: skip
+_ATTENTION_CHILDREN = {
+    "qkv",
+    "q",
+    "k",
+    "v",
+    "kv",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_qkv",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "in_proj",
+    "query",
+    "key",
+    "value",
+    "wq",
+    "wk",
+    "wv",
+    "query_key_value",
+}
 
 
 def host_of(attention: Attention) -> Host:
@@ -29,8 +50,9 @@ def host_of(attention: Attention) -> Host:
 def find_sites(model: nn.Module) -> Sites:
     """Every site of a model, and what looks like one but cannot shrink, with the reason.
 
-    Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``, and ``blocks.3.mlp:units`` for the
-    hidden units of a feed-forward, whose two layers are sites of their own as well. The model is not changed.
+    Names are paths: ``blocks.3.attn:qk``, ``blocks.3.attn:vo``, ``blocks.3.mlp.fc1``, ``head``, and
+    ``blocks.3.mlp:units`` for the hidden units of a feed-forward, whose two layers are sites of their own as well. The
+    model is not changed.
 
     Raises:
         ModelError: if the model has neither attention nor linear layers, or is itself nothing but one of these; and
@@ -53,7 +75,8 @@ def find_sites(model: nn.Module) -> Sites:
         anatomy = _recognise(model, path, module, known)
         if path == "" and (isinstance(anatomy, Attention) or isinstance(module, nn.Linear)):
             raise ModelError(
-                f"got a bare {type(module).__name__}, expected a model that holds it: a replacement needs a place to be put"
+                f"got a bare {type(module).__name__}, expected a model that holds it: "
+                "a replacement needs a place to be put"
             )
         if isinstance(anatomy, Refusal):
             closed += _spoken_for(path, module)
@@ -131,7 +154,9 @@ def _is_foreign(name: str, module: nn.Module) -> bool:
 
 
 def _spoken_for(path: str, module: nn.Module) -> list[str]:
-    """What a refused attention closes: all of one that a host knows, else its own projections (a pooling head's MLP can shrink)."""
+    """What a refused attention closes: all of one that a host knows, else its own projections (a pooling head's MLP
+    can shrink).
+    """
     if isinstance(module, nn.MultiheadAttention) or any(h.resembles(module) for h in HOSTS):
         return [path]
     return [_join(path, n) for n, m in module.named_children() if isinstance(m, nn.Linear) or n in _ATTENTION_CHILDREN]

@@ -98,7 +98,10 @@ def own_bias(module: nn.Module) -> Tensor | None:
 
 
 def stand_in(ours: type[BiasedAttention], module: nn.Module, core: nn.Module) -> nn.Module:
-    """``module`` with ``core`` in place of its projections. It shares all else with ``module``, which is not changed."""
+    """``module`` with ``core`` in place of its projections.
+
+    It shares all else with ``module``, which is not changed.
+    """
     bare: Any = copy.copy(module)
     bare.__class__ = _joined(ours, type(module))
     bare._modules = {k: v for k, v in module._modules.items() if k not in _PROJECTIONS}

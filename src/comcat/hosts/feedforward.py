@@ -1,9 +1,9 @@
 """Which linear layers form a feed-forward whose hidden units can be chosen: found by structure, proven by a trial.
 
-One module holds a layer a → h and a layer h → b, or two layers a → h and one h → b (gated; the two of a gate may be one packed
-layer a → 2h). That they are a feed-forward is proven in a copy with random weights: with fewer units, in another order, the module
-must give what the whole one gives when the other units are not read. A norm, a softmax or anything else that lets units see
-each other breaks this, and so does a forward that reckons with the old width.
+One module holds a layer a → h and a layer h → b, or two layers a → h and one h → b (gated; the two of a gate may be one
+packed layer a → 2h). That they are a feed-forward is proven in a copy with random weights: with fewer units, in another
+order, the module must give what the whole one gives when the other units are not read. A norm, a softmax or anything
+else that lets units see each other breaks this, and so does a forward that reckons with the old width.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from .symmetry import TOLERANCE, random_copy
 
 @dataclass(frozen=True)
 class _Pair:
-    """Layers that fit together by their sizes: one up, two of a gate, or one packed; paths within the module that holds them."""
+    """Layers that fit together by their sizes: one up, two of a gate, or one packed; paths within the module that
+    holds them.
+    """
 
     ups: tuple[Projection, ...]
     down: str
@@ -81,7 +83,9 @@ def _around(path: str) -> Iterator[str]:
 
 
 def _is_all(model: nn.Module, pair: _Pair) -> bool:
-    """Whether a model is hardly more than a feed-forward; of any other, layers of different parts have nothing in common."""
+    """Whether a model is hardly more than a feed-forward; of any other, layers of different parts have nothing in
+    common.
+    """
     own = sum(p.numel() for path in pair.layers for p in part(model, path).parameters())
     return 2 * own > sum(p.numel() for p in model.parameters())
 
@@ -142,7 +146,9 @@ def _site(model: nn.Module, name: str, holder: str, pair: _Pair) -> HiddenSite:
 
 
 def narrowed(module: nn.Module, ups: Sequence[Projection], down: str, kept: Tensor) -> dict[str, nn.Linear]:
-    """Plain linear layers by path that hold the kept units alone, in the order of ``kept``; the weights are shared rows."""
+    """Plain linear layers by path that hold the kept units alone, in the order of ``kept``; the weights are shared
+    rows.
+    """
     rows: dict[str, list[Tensor]] = {}
     for up in ups:
         rows.setdefault(up.path, []).append(kept + up.start)
@@ -228,7 +234,9 @@ def _tensor(output: Any) -> Tensor:
 
 
 def _halves(module: nn.Module, pair: _Pair, x: Tensor) -> Any:
-    """Where the block that holds both does more than the feed-forward: the child with the ups, then the one with the down."""
+    """Where the block that holds both does more than the feed-forward: the child with the ups, then the one with the
+    down.
+    """
     first, last = (name.partition(".")[0] for name in (pair.ups[0].path, pair.down))
     if first == last or "." not in pair.ups[0].path:
         raise ValueError("the layers have no modules of their own")

@@ -1,6 +1,7 @@
 """Exchanging modules and attributes so that all of it can be taken back.
 
-What takes a module's place is as its predecessor was: frozen or not, training or not, with its hooks and its attributes.
+What takes a module's place is as its predecessor was: frozen or not, training or not, with its hooks and its
+attributes.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def exchange(model: nn.Module, path: str, module: nn.Module, parts: Parts | None
 
 
 def _freeze_like(module: nn.Module, old: Iterable[nn.Parameter], path: str) -> None:
-    """Biases want gradients as the old biases did, weights as the old weights; a bias where none was, as the weights."""
+    """Biases want gradients as the old ones did, weights likewise; a bias where none was, as the weights."""
     flags: dict[bool, set[bool]] = {True: set(), False: set()}  # by whether it is a bias
     for p in old:
         flags[p.ndim < 2].add(p.requires_grad)

@@ -1,10 +1,11 @@
 """Is there a product? Structural proof by gauge invariance, whatever the class is called.
 
-A QK product exists exactly where the attention's output does not change under ``W_Q → W_Q R``, ``W_K → W_K R⁻ᵀ`` for any invertible R
-in every head, and softmax runs over keys exactly where a constant added to every key changes nothing. A VO product exists where
-``W_V → W_V R``, ``W_O → R⁻¹ W_O`` changes nothing; attention rows sum to one where a constant c added to the values moves the output by
-``c W_O``. Anything that sits between the two factors (a norm, rotary embeddings, a gate, channel attention) breaks the symmetry.
-The probe works on a copy of one module with random weights, in float64, so that zero initialisations hide nothing.
+A QK product exists exactly where the attention's output does not change under ``W_Q → W_Q R``, ``W_K → W_K R⁻ᵀ`` for
+any invertible R in every head, and softmax runs over keys exactly where a constant added to every key changes nothing.
+A VO product exists where ``W_V → W_V R``, ``W_O → R⁻¹ W_O`` changes nothing; attention rows sum to one where a constant
+c added to the values moves the output by ``c W_O``. Anything that sits between the two factors (a norm, rotary
+embeddings, a gate, channel attention) breaks the symmetry. The probe works on a copy of one module with random weights,
+in float64, so that zero initialisations hide nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from ..sites import Attention, Host, Projection, part
 from .mounting import drop_hooks
 
 TOLERANCE = 1e-5
-"""Relative. A broken symmetry moves the output by its own size; some hosts take the softmax in float32 whatever comes in."""
+"""Relative.
+
+A broken symmetry moves the output by its own size; some hosts take the softmax in float32 whatever comes in.
+"""
 
 
 Bias = Callable[[nn.Module], Tensor | None]
@@ -30,7 +34,9 @@ Bias = Callable[[nn.Module], Tensor | None]
 
 @dataclass(frozen=True)
 class Symmetry:
-    """What the probe found: which products exist, whether values pass with weights that sum to one, and whether the output is plain softmax attention."""
+    """What the probe found: which products exist, whether values pass with weights that sum to one, and whether the
+    output is plain softmax attention.
+    """
 
     qk: bool
     vo: bool
@@ -40,7 +46,9 @@ class Symmetry:
 
 @dataclass(frozen=True)
 class Trial:
-    """Arguments of a forward besides the tokens, and the mask on the logits (boolean or additive) that they should amount to."""
+    """Arguments of a forward besides the tokens, and the mask on the logits (boolean or additive) that they should
+    amount to.
+    """
 
     keywords: Mapping[str, Any]
     mask: Tensor | None
@@ -58,7 +66,8 @@ def probe(
 
     Args:
         tokens: how many tokens to feed (a window's area where a position bias fixes it).
-        bias: returns the additive bias that a module itself puts on its logits, for the comparison with plain attention.
+        bias: returns the additive bias that a module itself puts on its logits, for the comparison with plain
+            attention.
         trials: the ways of calling the module in which it must match plain attention to count as such.
     """
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +86,9 @@ def probe(
             return bool((after - expected).abs().max() <= TOLERANCE * (1 + expected.abs().max()))
 
         def answers_for_itself(other: nn.Module) -> None:
-            """One factor alone must change the output: a forward that is bound to another object's weights shows every symmetry."""
+            """One factor alone must change the output: a forward that is bound to another object's weights shows every
+            symmetry.
+            """
             if unchanged(host.probe(other, attention, x)):
                 raise RuntimeError("a copy of it does not compute with its own weights")
 
@@ -132,7 +143,9 @@ def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def norm_and_gate(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """The norm and the sigmoid gate that some attention modules put on the concatenated heads, before the output projection."""
+    """The norm and the sigmoid gate that some attention modules put on the concatenated heads, before the output
+    projection.
+    """
     norm, gate = getattr(module, "norm", None), getattr(module, "gate", None)
     return (
         norm if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) else None,

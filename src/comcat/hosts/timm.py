@@ -1,8 +1,8 @@
 """timm's attention, and any other module with a fused ``qkv`` (or q/k/v projections) and a ``proj``.
 
-A recognised module gives way to the low-rank attention as a whole. Where the host adds a position bias to the logits (BEiT, Swin,
-relative-position ViT), the module itself stays around it (see ``biased``). Where no QK product exists, the host's
-forward stays and only V and O become thin.
+A recognised module gives way to the low-rank attention as a whole. Where the host adds a position bias to the logits
+(BEiT, Swin, relative-position ViT), the module itself stays around it (see ``biased``). Where no QK product exists, the
+host's forward stays and only V and O become thin.
 """
 
 from __future__ import annotations
@@ -56,10 +56,20 @@ class TimmHost:
         width = attention_width // heads
         scale = getattr(module, "scale", width**-0.5)
         local = Attention(
-            path="", host=self.name, mount="whole", signature=parameters[-1] if len(parameters) > 1 else "x", heads=heads, width=width,
-            in_features=in_features, out_features=out.out_features, scale=float(scale) if isinstance(scale, (int, float)) else width**-0.5,
-            q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out="proj",
-        )  # fmt: skip
+            path="",
+            host=self.name,
+            mount="whole",
+            signature=parameters[-1] if len(parameters) > 1 else "x",
+            heads=heads,
+            width=width,
+            in_features=in_features,
+            out_features=out.out_features,
+            scale=float(scale) if isinstance(scale, (int, float)) else width**-0.5,
+            q=_relative(q, path),
+            k=_relative(k, path),
+            v=_relative(v, path),
+            out="proj",
+        )
         undo = self.observe(module)
         try:
             tokens, bias = _probe_tokens(module), own_bias if local.signature in BY_SIGNATURE else None
@@ -86,10 +96,23 @@ class TimmHost:
         if qk_reason is not None and past is not None:  # the forward stays, and would put thin weights together again
             return Refusal(path, f"its forward computes with the weights of {past} and does not call the layer")
         return Attention(
-            path=path, host=self.name, mount="values" if qk_reason else "whole", signature=local.signature, heads=heads, width=width,
-            in_features=in_features, out_features=out.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{path}.proj" if path else "proj",
-            qk_reason=qk_reason, vo_reason=vo_reason, folds_value_bias=found.vo and found.rows_sum_to_one and dropout == 0,
-        )  # fmt: skip
+            path=path,
+            host=self.name,
+            mount="values" if qk_reason else "whole",
+            signature=local.signature,
+            heads=heads,
+            width=width,
+            in_features=in_features,
+            out_features=out.out_features,
+            scale=local.scale,
+            q=q,
+            k=k,
+            v=v,
+            out=f"{path}.proj" if path else "proj",
+            qk_reason=qk_reason,
+            vo_reason=vo_reason,
+            folds_value_bias=found.vo and found.rows_sum_to_one and dropout == 0,
+        )
 
     def probe(self, module: nn.Module, attention: Attention, x: Tensor, *, grid: bool = True) -> Tensor:
         try:
@@ -193,7 +216,7 @@ def _probe_tokens(module: nn.Module) -> int:
 
 
 def _foreign_dropout(module: nn.Module) -> str | None:
-    """A dropout in use that is neither ``attn_drop`` nor ``proj_drop``, the two that the low-rank attention takes over."""
+    """A dropout in use besides ``attn_drop`` and ``proj_drop``, which the low-rank attention takes over."""
     modules = {
         n: m.p
         for n, m in module.named_children()

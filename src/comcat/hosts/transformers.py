@@ -1,7 +1,8 @@
 """transformers' attention: separate q, k, v and output projections around an exchangeable attention function.
 
-The library's own forward is its seam: it reads ``head_dim`` and ``scaling`` from the module, honours ``_attn_implementation`` and records attention
-maps by class. So the module stays, and only its projections (and ``head_dim``) are exchanged.
+The library's own forward is its seam: it reads ``head_dim`` and ``scaling`` from the module, honours
+``_attn_implementation`` and records attention maps by class. So the module stays, and only its projections (and
+``head_dim``) are exchanged.
 """
 
 from __future__ import annotations
@@ -56,9 +57,20 @@ class TransformersHost:
         out_linear = part(module, out)
         parameters = tuple(inspect.signature(holder.forward).parameters)
         local = Attention(
-            path="", host=self.name, mount="parts", signature=parameters[0], heads=heads, width=width, in_features=linears[0].in_features,
-            out_features=out_linear.out_features, scale=scale if isinstance(scale, float) else width**-0.5, q=_relative(q, path), k=_relative(k, path), v=_relative(v, path), out=out,
-        )  # fmt: skip
+            path="",
+            host=self.name,
+            mount="parts",
+            signature=parameters[0],
+            heads=heads,
+            width=width,
+            in_features=linears[0].in_features,
+            out_features=out_linear.out_features,
+            scale=scale if isinstance(scale, float) else width**-0.5,
+            q=_relative(q, path),
+            k=_relative(k, path),
+            v=_relative(v, path),
+            out=out,
+        )
         tokens = _probe_tokens(module, holder)
         try:
             found = probe(self, module, local, tokens)
@@ -75,15 +87,29 @@ class TransformersHost:
         if past is not None:  # thin weights would be put together again
             return Refusal(path, f"its forward computes with the weights of {past} and does not call the layer")
         return Attention(
-            path=path, host=self.name, mount="values" if qk_reason else "parts", signature=local.signature, heads=heads, width=width,
-            in_features=local.in_features, out_features=local.out_features, scale=local.scale, q=q, k=k, v=v, out=f"{prefix}{out}",
-            qk_reason=qk_reason, vo_reason=vo_reason, folds_value_bias=found.vo and found.rows_sum_to_one and attention_dropout(holder) == 0,
-        )  # fmt: skip
+            path=path,
+            host=self.name,
+            mount="values" if qk_reason else "parts",
+            signature=local.signature,
+            heads=heads,
+            width=width,
+            in_features=local.in_features,
+            out_features=local.out_features,
+            scale=local.scale,
+            q=q,
+            k=k,
+            v=v,
+            out=f"{prefix}{out}",
+            qk_reason=qk_reason,
+            vo_reason=vo_reason,
+            folds_value_bias=found.vo and found.rows_sum_to_one and attention_dropout(holder) == 0,
+        )
 
     def probe(self, module: nn.Module, attention: Attention, x: Tensor, *, grid: bool = True) -> Tensor:
         keywords = {}
         if "position_embeddings" in inspect.signature(module.forward).parameters:
-            # angles differ by token and turn no channel into another's place in V: enough to tell that QK is bound to them
+            # angles differ by token and turn no channel into another's place in V: enough to tell that QK is bound to
+            # them
             angle = torch.linspace(0, 3, x.shape[1] * attention.width, dtype=x.dtype).view(x.shape[1], attention.width)
             keywords["position_embeddings"] = (angle.cos(), angle.sin())
         y = module(x, **keywords)

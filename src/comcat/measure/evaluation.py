@@ -100,10 +100,10 @@ def evaluate(
 
     ``batches`` yields pictures (batch, channels, height, width), tuples of pictures and labels (batch,) or None, or
     mappings with ``pixel_values`` or ``image`` and maybe ``labels`` or ``label``; a DataLoader of any of these will do.
-    Labels count where the model is a classifier (:func:`is_classifier`). Against ``reference`` come the cosine of the outputs, be they logits
-    or features, and, where both are classifiers, agreement and divergence. Pictures go to each model's own device and
-    type; ``device`` states where the models must be. ``dtype`` bfloat16 or float16 computes under autocast where it is
-    not the weights' own type. ``progress`` shows a bar.
+    Labels count where the model is a classifier (:func:`is_classifier`). Against ``reference`` come the cosine of the
+    outputs, be they logits or features, and, where both are classifiers, agreement and divergence. Pictures go to each
+    model's own device and type; ``device`` states where the models must be. ``dtype`` bfloat16 or float16 computes
+    under autocast where it is not the weights' own type. ``progress`` shows a bar.
 
     Raises DataError for empty or malformed batches, for labels outside the model's classes and where only some batches
     have labels; NumericsError for NaN or infinity in an output; ModelError where a model fails, is on another device,

@@ -85,8 +85,8 @@ _MMAP_MAX, _TRIM_THRESHOLD, _MMAP_THRESHOLD = -4, -1, -3  # glibc's names of mal
 def memory_kept() -> Iterator[None]:
     """Let the process keep what it frees, as it does under the allocators that services run with (jemalloc, tcmalloc).
 
-    glibc gives large blocks back to the system at once, so that every layer's output is mapped page by page anew: that time is
-    the same in a small model as in a large one. Does nothing under another C library,
+    glibc gives large blocks back to the system at once, so that every layer's output is mapped page by page anew: that
+    time is the same in a small model as in a large one. Does nothing under another C library,
     and little in another thread than the main one, whose blocks glibc always gives back.
     Afterwards what is free is given back, and blocks of up to 32 MiB (the most that glibc's own rule comes to) stay.
     """

@@ -1,4 +1,4 @@
-"""Running a model that is somebody else's: in evaluation mode, on whatever its forward takes, with errors that name it."""
+"""Running somebody else's model: in evaluation mode, on whatever its forward takes, with errors that name it."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping

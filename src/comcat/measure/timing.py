@@ -89,8 +89,8 @@ def benchmark(
     Each round times every model once, in an order that rotates from round to round, so that a machine's drift hits all
     alike; compare two of them with :func:`ratio`. There are at least ``repeats`` rounds, and more until they took
     ``min_seconds`` seconds for each model on average. Evaluation and inference mode; where the example is on an
-    accelerator, it is synchronised around each sample; on a CPU, memory is kept between them (:func:`~comcat.measure.memory.memory_kept`).
-    ``warmup`` untimed rounds come first. ``compile`` times copies
+    accelerator, it is synchronised around each sample; on a CPU, memory is kept between them
+    (:func:`~comcat.measure.memory.memory_kept`). ``warmup`` untimed rounds come first. ``compile`` times copies
     under ``torch.compile`` with fixed shapes and no limit on recompilation, leaving the given models as they are.
     ``autocast_dtype`` (bfloat16 or float16) runs each forward in an autocast context of its own, as a service would.
 

@@ -1,7 +1,7 @@
 """A plan for a budget: what every site becomes, uniform, by energy, or where the least is predicted to be lost.
 
-All rules turn ladders (what each option costs, what it is predicted to lose) into one choice a decision. The budget is a share of the
-whole model's parameters or MACs to save.
+All rules turn ladders (what each option costs, what it is predicted to lose) into one choice a decision. The budget is
+a share of the whole model's parameters or MACs to save.
 """
 
 from __future__ import annotations
@@ -53,22 +53,25 @@ def allocate(
 
     Args:
         statistic: what errors are measured by; None for the weights alone.
-        reduce: share of the whole model's cost to save, in (0, 1). With rule ``"energy"`` it may be None: then every site keeps
-            ``energy`` of the sum of its singular values (the paper's Figure 2).
-        rule: ``"uniform"`` keeps the same share of every site (up to a step, spread in the order of the model), ``"equal"`` gives
-            all QK and VO products one rank and all feed-forwards one width (what a stock checkpoint needs), ``"energy"`` the same
-            share of every site's singular values, ``"waterfill"`` minimises the predicted loss.
+        reduce: share of the whole model's cost to save, in (0, 1). With rule ``"energy"`` it may be None: then every
+            site keeps ``energy`` of the sum of its singular values (the paper's Figure 2).
+        rule: ``"uniform"`` keeps the same share of every site (up to a step, spread in the order of the model),
+            ``"equal"`` gives all QK and VO products one rank and all feed-forwards one width (what a stock checkpoint
+            needs), ``"energy"`` the same share of every site's singular values, ``"waterfill"`` minimises the predicted
+            loss.
         forms: what sites may become: ``"ranks"``, ``"units"`` (feed-forwards lose hidden units), or both.
-        sites: which sites may shrink, by default all. head: whether classifier heads may, among sites that were not given.
+        sites: which sites may shrink, by default all. head: whether classifier heads may, among sites that were not
+            given.
         multiple: ranks and units are multiples of it (or the largest rank).
-        tie: give QK and VO of a layer one rank. per_head: let heads of a site have ranks of their own, padded to the largest.
+        tie: give QK and VO of a layer one rank. per_head: let heads of a site have ranks of their own, padded to the
+            largest.
         total: the whole model's cost; counted if left out. cost: of a site, needed with ``budget="macs"``.
         made_for: what the plan shall say of the model, if that is known already.
 
     Returns:
-        The plan; ``made_by`` says what it saves (``saved``; with ``per_head`` also ``saved_with_padding``, since stored ranks are
-        padded), its ``error`` (what the rule's losses add up to: nats under the loss-aware statistic, otherwise a sum of shares over
-        sites) and ``predicted_loss``.
+        The plan; ``made_by`` says what it saves (``saved``; with ``per_head`` also ``saved_with_padding``, since stored
+        ranks are padded), its ``error`` (what the rule's losses add up to: nats under the loss-aware statistic,
+        otherwise a sum of shares over sites) and ``predicted_loss``.
 
     Raises:
         BudgetError: if the budget cannot be met; the message says the most that can be saved.
@@ -111,10 +114,18 @@ def allocate(
     spent = sum(float(table.costs[place]) for (table, _), place in zip(tables, places, strict=True))
     entries = _entries(sites, chosen)
     made_by: dict[str, Any] = {
-        "rule": rule, "statistic": statistic.name, "forms": list(check_forms(forms)), "budget": budget, "reduce": reduce,
-        "multiple": multiple, "tie": tie, "per_head": per_head, "saved": (dense - spent) / whole,
-        "error": sum(c.loss for c in chosen), "predicted_loss": None if relative else sum(c.loss for c in chosen),
-    }  # fmt: skip
+        "rule": rule,
+        "statistic": statistic.name,
+        "forms": list(check_forms(forms)),
+        "budget": budget,
+        "reduce": reduce,
+        "multiple": multiple,
+        "tie": tie,
+        "per_head": per_head,
+        "saved": (dense - spent) / whole,
+        "error": sum(c.loss for c in chosen),
+        "predicted_loss": None if relative else sum(c.loss for c in chosen),
+    }
     if per_head:  # what is stored is padded to the largest head of a layer
         padded = _by_head(sites, entries, found)
         padding = sum(cost(sites[n], e) - cost(sites[n], entries[n]) for n, e in padded.items())
@@ -186,7 +197,7 @@ def _with_heads(entry: SitePlan, keep: int, heads: tuple[int, ...]) -> SitePlan:
 
 
 def _head_ranks(found: Factorization, rank: int) -> tuple[int, ...]:
-    """Spread ``heads · rank`` columns over the heads of a site by the size of their singular values, at least one each."""
+    """Spread ``heads · rank`` columns over heads by the size of their singular values, at least one each."""
     values = found.singular_values
     heads, full = values.shape
     order = values[:, 1:].square().flatten().argsort(descending=True)[: heads * (rank - 1)]

@@ -175,8 +175,8 @@ _PARTS: Mapping[str, tuple[Callable[[Sites], Sites], str]] = {
 class Baseline:
     """A way to propose plans, what part of a model it is for, and the statistic to apply its plans with.
 
-    ``baseline(model, sites, reduce, total)`` picks that part's sites itself: give it all of the model's. Where it ``needs_pictures``,
-    the statistic comes from :meth:`measured`, and is given to the call as well.
+    ``baseline(model, sites, reduce, total)`` picks that part's sites itself: give it all of the model's. Where it
+    ``needs_pictures``, the statistic comes from :meth:`measured`, and is given to the call as well.
     """
 
     about: str
@@ -243,21 +243,33 @@ BASELINES: dict[str, Baseline] = {
     ),
     "tensor-train": Baseline(about="two-core train of each feed-forward matrix", part="ffn", propose=tensor_train_plan),
     "magnitude": Baseline(
-        about="hidden units of small weights cut", part="units", propose=units_plan, statistic=Scored("magnitude"),
+        about="hidden units of small weights cut",
+        part="units",
+        propose=units_plan,
+        statistic=Scored("magnitude"),
         score="magnitude",
     ),
     "magnitude-refit": Baseline(
-        about="hidden units of small weights cut, the rest refitted", part="units", propose=units_plan, score="magnitude",
+        about="hidden units of small weights cut, the rest refitted",
+        part="units",
+        propose=units_plan,
+        score="magnitude",
         refits=True,
     ),
     "taylor": Baseline(
-        about="hidden units of small first-order effect on the loss cut", part="units", propose=units_plan, score="taylor"
+        about="hidden units of small first-order effect on the loss cut",
+        part="units",
+        propose=units_plan,
+        score="taylor",
     ),
     "taylor-refit": Baseline(
-        about="hidden units of small first-order effect on the loss cut, the rest refitted", part="units",
-        propose=units_plan, score="taylor", refits=True,
+        about="hidden units of small first-order effect on the loss cut, the rest refitted",
+        part="units",
+        propose=units_plan,
+        score="taylor",
+        refits=True,
     ),
-}  # fmt: skip
+}
 """Baselines by name. Each entry is callable: ``BASELINES["matrix"](model, sites, 0.2)`` is a plan."""
 
 

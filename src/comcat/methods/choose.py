@@ -1,6 +1,7 @@
 """One choice for each of several decisions under a budget: what compress, the baselines and the search all end in.
 
-A decision is a :class:`Table`: what each of its options costs and loses, and how much it keeps. Options exclude each other.
+A decision is a :class:`Table`: what each of its options costs and loses, and how much it keeps. Options exclude each
+other.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ Measure = Literal["share", "energy"]
 class Table:
     """The options of one decision, rising in cost.
 
-    ``costs[i]`` and ``losses[i]`` are what option i costs and loses; ``kept[i]`` is the share of its singular values that stays.
-    ``dense`` is the cost of leaving things as they are.
+    ``costs[i]`` and ``losses[i]`` are what option i costs and loses; ``kept[i]`` is the share of its singular values
+    that stays. ``dense`` is the cost of leaving things as they are.
     """
 
     costs: np.ndarray
@@ -32,9 +33,9 @@ class Table:
 def least_loss(tables: Sequence[Table], budget: float, *, spend: bool = False) -> list[int]:
     """The options of least total loss within a budget, one a table.
 
-    At a price λ every decision takes the option of least ``loss + λ · cost`` by itself (Everett 1963): that is a corner of the lower
-    convex hull of its options. So the steps between corners, over all tables, are taken in the order of what they gain per cost while
-    the budget lasts; the last gap is closed by single steps.
+    At a price λ every decision takes the option of least ``loss + λ · cost`` by itself (Everett 1963): that is a corner
+    of the lower convex hull of its options. So the steps between corners, over all tables, are taken in the order of
+    what they gain per cost while the budget lasts; the last gap is closed by single steps.
 
     Args:
         budget: for the sum of costs; the cheapest options must fit.
@@ -64,8 +65,9 @@ def least_loss(tables: Sequence[Table], budget: float, *, spend: bool = False) -
 def same_share(tables: Sequence[Table], budget: float | None, measure: Measure, share: float = 0.0) -> list[int]:
     """The same share kept of everything: the largest that the budget allows, or a given one without a budget.
 
-    ``"share"``: each decision takes its best option within that share of its dense cost. ``"energy"``: its cheapest option that
-    keeps that share of the singular values. Decisions whose turn comes at exactly the last share follow in order while they fit.
+    ``"share"``: each decision takes its best option within that share of its dense cost. ``"energy"``: its cheapest
+    option that keeps that share of the singular values. Decisions whose turn comes at exactly the last share follow in
+    order while they fit.
     """
     pick = _within if measure == "share" else _keeping
     if budget is None:
@@ -103,7 +105,9 @@ def _keeping(table: Table, energy: float) -> int:
 
 
 def _hull(table: Table) -> list[int]:
-    """Corners of the lower convex hull of (cost, loss), rising in cost: from the best of the cheapest options to the costliest."""
+    """Corners of the lower convex hull of (cost, loss), rising in cost: from the best of the cheapest options to the
+    costliest.
+    """
     corners: list[int] = []
     for i in range(len(table.costs)):
         if corners and table.costs[i] <= table.costs[corners[-1]]:
@@ -143,10 +147,11 @@ def _fill_up(tables: Sequence[Table], choice: list[int], room: float, spend: boo
 
 
 def in_step(tables: Sequence[Table], order: Literal["price", "share", "energy"]) -> list[tuple[int, ...]]:
-    """Options of several tables that go together, from all at their cheapest to all at their costliest, one step at a time.
+    """Options of several tables that go together, from all at their cheapest to all at their costliest, one step at a
+    time.
 
-    ``"price"`` walks along the tables' hulls by what a step gains per cost, so that at every price the best options stand
-    together; ``"share"`` and ``"energy"`` keep about the same share of each.
+    ``"price"`` walks along the tables' hulls by what a step gains per cost, so that at every price the best options
+    stand together; ``"share"`` and ``"energy"`` keep about the same share of each.
     """
     walks = [_hull(t) if order == "price" else list(range(len(t.costs))) for t in tables]
     events = []

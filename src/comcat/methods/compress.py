@@ -26,7 +26,9 @@ from .settings import CompressSettings
 
 MULTIPLES = (16, 8, 4, 2)
 TOLERATED, NEGLIGIBLE = 1.1, 1e-3
-"""How much more predicted loss rounder ranks may cost: a tenth, or a thousandth of a nat, which no measurement would show."""
+"""How much more predicted loss rounder ranks may cost: a tenth, or a thousandth of a nat, which no measurement would
+show.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,10 @@ def compress(
     """A smaller copy of a model; the model itself is untouched.
 
     Args:
-        calibration: batches of pictures (batch, channels, height, width), with or without labels, which are ignored. Not needed with ``statistic="weights"``
-            and a parameter budget.
-        held_out: batches to measure the drop on, with ``max_drop``: training pictures that the calibration did not see, never the evaluation set.
+        calibration: batches of pictures (batch, channels, height, width), with or without labels, which are ignored.
+            Not needed with ``statistic="weights"`` and a parameter budget.
+        held_out: batches to measure the drop on, with ``max_drop``: training pictures that the calibration did not see,
+            never the evaluation set.
         plan: ranks to use instead of choosing them, for example what :func:`comcat.search` found.
         settings: fields of :class:`CompressSettings`; without a plan at least ``reduce`` or ``max_drop``.
 
@@ -78,14 +81,18 @@ def compress_(
     plan: Plan | None = None,
     progress: bool = False,
 ) -> Compressed:
-    """Compress a model in place; see :func:`compress`. With a ``plan``, ranks are the plan's and only weights are computed."""
+    """Compress a model in place; see :func:`compress`.
+
+    With a ``plan``, ranks are the plan's and only weights are computed.
+    """
     if plan is None and settings.reduce is None and settings.max_drop is None and settings.ranks != "energy":
         raise SettingsError(
             "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan"
         )
     if plan is None and settings.ranks == "search":
         raise SettingsError(
-            "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), then compress with that plan"
+            "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), "
+            "then compress with that plan"
         )
     check_asked(settings.reduce if plan is None else None, settings.multiple)
     check_ordinary(model)
@@ -124,7 +131,9 @@ def propose(
     held_out: Iterable | None = None,
     notes: list[str] | None = None,
 ) -> Plan:
-    """Ranks for the budget; with ``max_drop``, the largest saving whose measured drop on held-out pictures stays within it."""
+    """Ranks for the budget; with ``max_drop``, the largest saving whose measured drop on held-out pictures stays
+    within it.
+    """
 
     def plan_with(reduce: float | None, multiple: int) -> Plan:
         return allocate(
@@ -160,7 +169,8 @@ def propose(
         return plan_for(settings.reduce)
     if held_out is None:
         raise SettingsError(
-            "max_drop needs held_out: pictures to measure the drop on, from the training data and apart from the calibration's"
+            "max_drop needs held_out: pictures to measure the drop on, from the training data and apart from "
+            "the calibration's"
         )
     return largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)
 

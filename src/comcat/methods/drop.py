@@ -24,7 +24,9 @@ def largest_within(
     held_out: Iterable,
     notes: list[str],
 ) -> Plan:
-    """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a saving."""
+    """Bisect the saving to a hundredth; the measured drop is what decides, the prediction only orders ranks within a
+    saving.
+    """
     assert settings.max_drop is not None
     held_out, reference = kept(held_out), copy.deepcopy(model)
     dense = evaluate(model, held_out)
@@ -65,10 +67,12 @@ def largest_within(
             high = middle
     if best is None:
         raise BudgetError(
-            f"got max_drop={settings.max_drop:g}, but saving as little as 1 % already loses more on the held-out pictures"
+            f"got max_drop={settings.max_drop:g}, but saving as little as 1 % already loses more on the "
+            "held-out pictures"
         )
     what = "top-1" if dense.top1 is not None else "agreement"
     notes.append(
-        f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor evaluation saw"
+        f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor "
+        "evaluation saw"
     )
     return replace(best, made_by={**best.made_by, "max_drop": settings.max_drop, "held_out": dense.count})

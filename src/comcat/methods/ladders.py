@@ -1,7 +1,8 @@
 """Ladders: for every decision, what a part of a model can become, from little to all of it.
 
-A product or a linear layer has ranks. A feed-forward is one decision over exclusive options: fewer hidden units, both layers at
-low rank, or as it stands. Sites that must have one rank (QK and VO of a layer, where asked) are one decision too.
+A product or a linear layer has ranks. A feed-forward is one decision over exclusive options: fewer hidden units, both
+layers at low rank, or as it stands. Sites that must have one rank (QK and VO of a layer, where asked) are one decision
+too.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..elimination import Elimination
 from ..errors import SettingsError, nearest
 from ..factors import Spectrum
+from ..linalg import Elimination
 from ..plan import SitePlan
 from ..sites import HiddenSite, Site, Sites
 from .choose import Table, in_step
@@ -29,7 +30,9 @@ Order = Literal["price", "share", "energy"]
 
 @dataclass(frozen=True)
 class Choice:
-    """One option: what the sites it changes become, what that is predicted to lose, and the share of singular values that stays."""
+    """One option: what the sites it changes become, what that is predicted to lose, and the share of singular values
+    that stays.
+    """
 
     entries: Mapping[str, SitePlan]
     loss: float
@@ -70,7 +73,10 @@ AS_IT_IS = Choice({}, 0.0, 1.0)
 
 
 def check_forms(forms: Sequence[str] | str) -> tuple[FormName, ...]:
-    """Forms as a tuple, out of one or out of words with commas between. Raises SettingsError for one that is unknown."""
+    """Forms as a tuple, out of one or out of words with commas between.
+
+    Raises SettingsError for one that is unknown.
+    """
     words = forms.split(",") if isinstance(forms, str) else [w for form in forms for w in form.split(",")]
     words = [word.strip() for word in words if word.strip()]
     for word in words:
@@ -84,9 +90,9 @@ def check_forms(forms: Sequence[str] | str) -> tuple[FormName, ...]:
 def tail_loss(spectrum: Spectrum, *, relative: bool = False) -> Tensor:
     """Predicted loss of every size 0…n, (n + 1).
 
-    Of a product ``½ Σ_{i ≥ r} σ_i²``, summed over heads; of hidden units the sum of the prices of those that go. Under the loss-aware
-    statistic this is the predicted rise of the loss (nats a picture). Other statistics have no common unit, so there it is divided
-    by the site's whole, ``relative``.
+    Of a product ``½ Σ_{i ≥ r} σ_i²``, summed over heads; of hidden units the sum of the prices of those that go. Under
+    the loss-aware statistic this is the predicted rise of the loss (nats a picture). Other statistics have no common
+    unit, so there it is divided by the site's whole, ``relative``.
     """
     if isinstance(spectrum, Elimination):
         parts = spectrum.prices
@@ -100,7 +106,8 @@ def tail_loss(spectrum: Spectrum, *, relative: bool = False) -> Tensor:
 def kept_share(spectrum: Spectrum) -> Tensor:
     """The share of the sum of singular values (over heads) that every size 0…n keeps, (n + 1).
 
-    A hidden unit's price stands for half the square of a singular value. Where nothing ever flows one column keeps all there is.
+    A hidden unit's price stands for half the square of a singular value. Where nothing ever flows one column keeps all
+    there is.
     """
     if isinstance(spectrum, Elimination):
         values = (2 * spectrum.prices).sqrt()
@@ -125,7 +132,9 @@ def entry_of(site: Site, size: int) -> SitePlan:
 
 
 def searchable(sites: Sites) -> Sites:
-    """Sites of which each is a decision of its own: where hidden units are among them, without the layers that make and read them."""
+    """Sites of which each is a decision of its own: where hidden units are among them, without the layers that make
+    and read them.
+    """
     layers = {path for site in sites.values() if isinstance(site, HiddenSite) for path in site.modules}
     return sites.without(layers)
 
@@ -151,7 +160,8 @@ def ladders(
     Args:
         sites: those that may shrink. A feed-forward whose hidden units and layers are both among them is one decision.
         spectra: of every site. multiple: sizes are multiples of it, or the full rank.
-        tie: sites that must have one size: QK and VO of a layer, or everything alike in the model (for stock checkpoints).
+        tie: sites that must have one size: QK and VO of a layer, or everything alike in the model (for stock
+            checkpoints).
         order: how the ranks of a feed-forward's layers go together; see :func:`comcat.methods.choose.in_step`.
     """
     own = {name: options_of(site, spectra[name], multiple, relative) for name, site in sites.items()}

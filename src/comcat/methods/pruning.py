@@ -1,7 +1,7 @@
 """Published ways to choose hidden units, as statistics: what the closed-form elimination is compared with.
 
-A score orders the units; what reads them is then left as it is, or refitted as ours is, so that the choice and the refit can
-be told apart.
+A score orders the units; what reads them is then left as it is, or refitted as ours is, so that the choice and the
+refit can be told apart.
 
 - **Magnitude**: ``‖w_j^in‖ · ‖w_j^out‖`` over a unit's rows and column (after Han et al. 2015, for whole units).
 - **Taylor**: the mean over pictures of ``(Σ_tokens h_j ∂L/∂h_j)²`` (Molchanov et al. 2019, first order), the labels

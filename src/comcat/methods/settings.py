@@ -19,21 +19,31 @@ class CompressSettings:
     reduce: float | None = None
     """Share of the whole model's cost to save, for example 0.5."""
     max_drop: float | None = None
-    """Instead of reduce: save as much as loses at most so many points on held-out pictures (top-1, or agreement without labels)."""
+    """Instead of reduce: save as much as loses at most so many points on held-out pictures (top-1, or agreement
+    without labels).
+    """
     budget: Budget = "parameters"
     """What cost is: parameters or macs (multiply-accumulates)."""
     statistic: StatisticName = "loss"
     """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
     forms: str | tuple[str, ...] = "ranks,units"
-    """What may become of the model's parts: ranks (thin factors of attention's products and of linear layers), units (feed-forwards lose hidden units), or both, for each the better."""
+    """What may become of the model's parts: ranks (thin factors of attention's products and of linear layers), units
+    (feed-forwards lose hidden units), or both, for each the better.
+    """
     ranks: RankRule | Literal["search"] = "waterfill"
-    """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values, least predicted loss, or by search on training pictures."""
+    """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values,
+    least predicted loss, or by search on training pictures.
+    """
     energy: float = 0.9
     """Share of the singular values to keep with ranks 'energy' where neither reduce nor max_drop is given."""
     multiple: int | None = None
-    """Round ranks to multiples of it; by default the largest of 16, 8, 4, 2 that costs at most a tenth (or 0.001 nats) more predicted loss than 1; kernels like round widths."""
+    """Round ranks to multiples of it; by default the largest of 16, 8, 4, 2 that costs at most a tenth (or 0.001 nats)
+    more predicted loss than 1; kernels like round widths.
+    """
     tie: bool | None = None
-    """Give QK and VO of a layer one rank; by default with a MACs budget, where fused attention pads both to one width anyway."""
+    """Give QK and VO of a layer one rank; by default with a MACs budget, where fused attention pads both to one width
+    anyway.
+    """
     per_head: bool = False
     """Let the heads of a layer have ranks of their own, padded to the largest."""
     joint_refit: bool = True

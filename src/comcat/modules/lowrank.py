@@ -43,11 +43,11 @@ class LowRankLinear(StandsForLinear):
 class LowRankAttention(nn.Module):
     """Multi-head attention whose heads are narrower than they were (Xiao et al. 2023, Eq. 4).
 
-    ``head_i = softmax(scale · (x U_i^Q + b_i^Q)(x S_i^K)ᵀ + mask) (x U_i^V + b_i^V)`` and ``y = Concat(head_i) S^O + b``,
-    with the *original* scale 1/√k. One fused projection, one fused attention call, one output projection.
+    ``head_i = softmax(scale · (x U_i^Q + b_i^Q)(x S_i^K)ᵀ + mask) (x U_i^V + b_i^V)`` and ``y = Concat(head_i) S^O +
+    b``, with the *original* scale 1/√k. One fused projection, one fused attention call, one output projection.
 
-    ``qkv.bias`` holds the query bias, zeros for the keys (softmax ignores a key bias), and the value bias: zeros where it
-    is folded into the output bias, which attention dropout forbids.
+    ``qkv.bias`` holds the query bias, zeros for the keys (softmax ignores a key bias), and the value bias: zeros where
+    it is folded into the output bias, which attention dropout forbids.
 
     Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true, because
     fused kernels want one width (on a CPU unequal widths fall back to the unfused kernel); no parameter is spent on it.
@@ -123,7 +123,8 @@ class LowRankAttention(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def upgrade_state_dict(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Read what the first saved models have, ``q_bias`` and ``v_bias`` beside a ``qkv`` without bias, as ``qkv.bias``.
+        """Read what the first saved models have, ``q_bias`` and ``v_bias`` beside a ``qkv`` without bias, as
+        ``qkv.bias``.
 
         Changes ``state_dict``, whose names of this module begin with ``prefix``.
         """

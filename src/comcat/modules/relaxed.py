@@ -23,8 +23,9 @@ from .lowrank import LowRankLinear
 class SoftRank(nn.Module):
     """A distribution over the candidate ranks of one site, and the mask over its channels that stands for it.
 
-    ``probabilities = softmax((logits + noise) / temperature)``: Gumbel-softmax (Jang et al. 2016) while ``noise`` is drawn from
-    a Gumbel distribution, the plain softmax while it is zero. With ``rank`` set, the mask is that of this rank alone.
+    ``probabilities = softmax((logits + noise) / temperature)``: Gumbel-softmax (Jang et al. 2016) while ``noise`` is
+    drawn from a Gumbel distribution, the plain softmax while it is zero. With ``rank`` set, the mask is that of this
+    rank alone.
 
     Args:
         candidates: ranks in rising order. full_rank: channels of the site.
@@ -64,11 +65,11 @@ class SoftRank(nn.Module):
 class RelaxedLinear(LowRankLinear):
     """A factorised linear layer at full rank whose channels are masked by a :class:`SoftRank`.
 
-    ``y = (c + m ⊙ (x A − c)) Bᵀ + b``: a channel that is cut stays at its mean ``c`` (rank,), which is what moves to the bias
-    when the rank is decided. Every candidate is exact, and so is their mixture.
+    ``y = (c + m ⊙ (x A − c)) Bᵀ + b``: a channel that is cut stays at its mean ``c`` (rank,), which is what moves to
+    the bias when the rank is decided. Every candidate is exact, and so is their mixture.
 
-    While the rank is decided, no more than what stays is computed and learned: ``kept`` are parameters that share the memory of
-    the first channels of the whole factors, so that these remain the master weights.
+    While the rank is decided, no more than what stays is computed and learned: ``kept`` are parameters that share the
+    memory of the first channels of the whole factors, so that these remain the master weights.
     """
 
     def __init__(self, in_features: int, out_features: int, soft: SoftRank, *, device=None, dtype=None) -> None:
@@ -91,7 +92,8 @@ class RelaxedLinear(LowRankLinear):
         if rank is not None and self.kept is not None:
             first, last = self.kept
             bias = self.last.bias + self.last.weight.detach()[:, rank:] @ center[rank:]
-            # (..., rank) in between is made again on the way back, and not held: a dense layer has no such thing to hold
+            # (..., rank) in between is made again on the way back, and not held: a dense layer has no such thing to
+            # hold
             return checkpoint(_through, x, first, last, bias, use_reentrant=False, preserve_rng_state=False)
         mask = self.soft.mask().to(x.dtype)
         return self.last(self.first(x) * mask + center * (1 - mask))

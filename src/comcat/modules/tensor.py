@@ -160,7 +160,8 @@ class TuckerLinear(TensorLinear):
     modes, and each of those is expanded.
 
     Parameters: ``in_factors[k].weight`` (rank, i_k), ``core`` (product of out ranks, product of in ranks),
-    ``out_factors[k].weight`` (o_k, rank), ``bias`` (out). The decomposition is higher-order orthogonal iteration (De Lathauwer et al. 2000).
+    ``out_factors[k].weight`` (o_k, rank), ``bias`` (out). The decomposition is higher-order orthogonal iteration (De
+    Lathauwer et al. 2000).
     """
 
     form = "tucker"
@@ -218,8 +219,8 @@ class TensorTrainLinear(TensorLinear):
     ``o_1⋯o_k · r_{k−1} r_k · i_k⋯i_d`` multiply-accumulates a row and leaves ``o_1⋯o_k · r_k · i_{k+1}⋯i_d`` numbers: a
     train saves parameters long before it saves work or memory.
 
-    Parameters: ``cores[k].weight`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out). The decomposition is a sequence of truncated
-    SVDs (TT-SVD, Oseledets 2011).
+    Parameters: ``cores[k].weight`` (o_k · r_k, r_{k−1} · i_k), ``bias`` (out). The decomposition is a sequence of
+    truncated SVDs (TT-SVD, Oseledets 2011).
     """
 
     form = "tensor_train"

@@ -1,8 +1,8 @@
 """One pass over a few pictures that records, for every site, small second moments.
 
-Of queries and keys, of the heads' outputs, of a linear layer's narrower side, of a feed-forward's hidden units, and, for the
-loss-aware statistic, of the gradients there. Memory does not grow with the number of pictures. Labels are never needed: the gradient
-is that of the loss on labels drawn from the model's own predictions (the true Fisher information).
+Of queries and keys, of the heads' outputs, of a linear layer's narrower side, of a feed-forward's hidden units, and,
+for the loss-aware statistic, of the gradients there. Memory does not grow with the number of pictures. Labels are never
+needed: the gradient is that of the loss on labels drawn from the model's own predictions (the true Fisher information).
 """
 
 from __future__ import annotations
@@ -41,13 +41,15 @@ def calibrate(
     """Record the moments that a statistic needs, in one pass over some pictures.
 
     Args:
-        batches: batches of pictures (batch, channels, height, width), or (pictures, labels) pairs, or dicts with ``pixel_values`` or ``image``;
-            labels are ignored.
-        statistic: ``"activation"``: what flows in; ``"loss"``: and the gradients of the loss on labels drawn from the model's own predictions.
+        batches: batches of pictures (batch, channels, height, width), or (pictures, labels) pairs, or dicts with
+            ``pixel_values`` or ``image``; labels are ignored.
+        statistic: ``"activation"``: what flows in; ``"loss"``: and the gradients of the loss on labels drawn from the
+            model's own predictions.
         sites: the sites to observe, by default all. limit: stop after so many pictures.
 
     Raises:
-        DataError: without pictures. NumericsError: where an activation or gradient is not finite; the message names the site.
+        DataError: without pictures. NumericsError: where an activation or gradient is not finite; the message names the
+            site.
     """
     if statistic not in STATISTICS:
         raise SettingsError(
@@ -77,11 +79,12 @@ def watch_gradients(
     *,
     seed: int = 0,
 ) -> int:
-    """Show pictures under the sampled loss and pass on what enters some layers with its gradient; the number of pictures.
+    """Show pictures under the sampled loss and pass on what enters some layers with its gradient; the number of
+    pictures.
 
     Args:
-        layers: path of each layer → the name to pass on. add: called with the name, the input (..., channels), its gradient
-            and the number of pictures.
+        layers: path of each layer → the name to pass on. add: called with the name, the input (..., channels), its
+            gradient and the number of pictures.
     """
     pictures = 0
 
@@ -115,7 +118,9 @@ def _show(
     end: Callable[[], None],
     labels: torch.Generator | None,
 ) -> int:
-    """Show batches of pictures to a frozen model in evaluation mode, backwards too where labels can be drawn; their number."""
+    """Show batches of pictures to a frozen model in evaluation mode, backwards too where labels can be drawn; their
+    number.
+    """
     wanted = [(p, p.requires_grad) for p in model.parameters()]
     seen = 0
     model.to(device)

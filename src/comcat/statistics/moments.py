@@ -16,8 +16,9 @@ WIDE = 1024
 class Moments:
     """Streaming second moments of rows with ``heads`` groups of ``width`` channels.
 
-    Batches are reduced in their own precision around a running shift, so that a large mean does not eat the digits of a small
-    variance, and accumulated in float64; wide ones (hidden units) in float32, which halves what a calibration holds. Also kept:
+    Batches are reduced in their own precision around a running shift, so that a large mean does not eat the digits of a
+    small variance, and accumulated in float64; wide ones (hidden units) in float32, which halves what a calibration
+    holds. Also kept:
     ``Σ_i ‖S_i‖²`` over the pictures' own moments, for the shrinkage.
     """
 
@@ -44,8 +45,8 @@ class Moments:
         Args:
             x: (..., rows of a softmax set, heads · width); leading dimensions are picture-major.
             pictures: how many pictures the batch holds.
-            centred: ``"set"`` subtracts each set's own mean (keys); ``"all"`` keeps the mean so that it can be subtracted at
-                the end.
+            centred: ``"set"`` subtracts each set's own mean (keys); ``"all"`` keeps the mean so that it can be
+                subtracted at the end.
             per: whether a picture's moment is its mean over rows or its sum.
         """
         x = x.detach().float()
@@ -108,7 +109,9 @@ class Moments:
         return (1 - weight) * moment + weight * target
 
     def shrunk_to_diagonal(self) -> Tensor:
-        """The moment pulled to its own diagonal: channels that are not known to move together do not; (heads, width, width)."""
+        """The moment pulled to its own diagonal: channels that are not known to move together do not; (heads, width,
+        width).
+        """
         moment = self.moment
         diagonal = moment.diagonal(dim1=-2, dim2=-1).clone()
         away = moment.square().sum((-2, -1)) - diagonal.square().sum(-1)  # ‖S − T‖²

@@ -22,7 +22,8 @@ class Statistics:
     """What calibration has seen: moments per site and side.
 
     Attributes:
-        name: ``"activation"`` or ``"loss"``. pictures: how many were seen. rows: mean rows (tokens) a picture at each site.
+        name: ``"activation"`` or ``"loss"``. pictures: how many were seen. rows: mean rows (tokens) a picture at each
+            site.
         pairs: query–key pairs a picture at each attention site.
     """
 
@@ -35,7 +36,7 @@ class Statistics:
     zero_biases: bool = False
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
-        """``G_A`` and ``G_B`` of a site (see :class:`comcat.factors.Statistic`), shrunk towards those of the weights."""
+        """``G_A`` and ``G_B`` of a site (:class:`comcat.factors.Statistic`), shrunk towards those of the weights."""
         if isinstance(site, HiddenSite):
             return self._hidden_grams(model, site)
         prior_a, prior_b = (g if g.ndim == 3 else g[None] for g in Weights().grams(model, site))
@@ -80,6 +81,9 @@ class Statistics:
         return prior if found is None else found.shrunk(prior)
 
     def of(self, site: Site, side: Literal["a", "b"]) -> Moments | None:
-        """What was recorded on a side of a site, None where nothing was. A head's outputs are blocks of the joint moments."""
+        """What was recorded on a side of a site, None where nothing was.
+
+        A head's outputs are blocks of the joint moments.
+        """
         joint = self.moments.get((site.name, "joint")) if side == "a" else None
         return self.moments.get((site.name, side)) if joint is None else joint.by_group()

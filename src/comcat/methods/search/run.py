@@ -268,9 +268,14 @@ class Search(Run):
         every = max(1, len(self.curve) // 200)
         curve = [p for i, p in enumerate(self.curve) if i % every == 0 or "top1" in p]
         made_by = {
-            "rule": "search", "statistic": s.statistic, "forms": list(check_forms(s.forms)), "budget": s.budget, "reduce": s.reduce, "multiple": s.multiple,
+            "rule": "search",
+            "statistic": s.statistic,
+            "forms": list(check_forms(s.forms)),
+            "budget": s.budget,
+            "reduce": s.reduce,
+            "multiple": s.multiple,
             "saved": 1 - space.cost(choice) / space.total,
             "predicted_loss": space.predicted_loss(choice) if s.statistic == "loss" else None,
             "search": {"settings": asdict(s), "curve": curve},
-        }  # fmt: skip
+        }
         return Plan(sites=space.entries(choice), made_by=made_by, made_for=self.prepared.made_for)

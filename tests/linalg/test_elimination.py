@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from comcat.elimination import RIDGE, eliminate, refit_units
 from comcat.errors import NumericsError, SettingsError
+from comcat.linalg.elimination import RIDGE, eliminate, refit_units
 
 
 def layer(units: int, out: int, seed: int, samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

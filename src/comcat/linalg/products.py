@@ -1,9 +1,9 @@
 """Best low-rank products from Gram matrices.
 
 Notation: a product is ``M = A Bᵀ`` with thin ``A`` (m × k) and ``B`` (n × k); a *Gram* of a side is the k × k matrix
-``G_A = Aᵀ C_A A`` for a metric ``C_A`` on that side. Weights alone mean ``C = I``; activation-aware means ``C`` is the second
-moment of what enters that side; loss-aware means the second moment of the gradient there. In every case the Gram is
-the second moment of something that flows through the layer (a query, a key, a head's output, or its gradient), so no
+``G_A = Aᵀ C_A A`` for a metric ``C_A`` on that side. Weights alone mean ``C = I``; activation-aware means ``C`` is the
+second moment of what enters that side; loss-aware means the second moment of the gradient there. In every case the Gram
+is the second moment of something that flows through the layer (a query, a key, a head's output, or its gradient), so no
 m × m metric is ever formed, and neither is the m × n product.
 
 Everything here is tensors in, tensors out, batched over leading dimensions (heads), and computed in float64.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import NumericsError, SettingsError
+from ..errors import NumericsError, SettingsError
 
 RIDGE = 1e-10
 """Relative ridge that makes a singular Gram invertible: a direction that never occurs costs nothing to lose."""
@@ -38,7 +38,10 @@ class Factorization:
     singular_values: Tensor
 
     def truncate(self, rank: int) -> tuple[Tensor, Tensor]:
-        """The first ``rank`` columns of both maps, each (..., k, rank). Raises SettingsError where the rank is out of range."""
+        """The first ``rank`` columns of both maps, each (..., k, rank).
+
+        Raises SettingsError where the rank is out of range.
+        """
         full = self.singular_values.shape[-1]
         if not 1 <= rank <= full:
             raise SettingsError(f"got rank {rank}, expected 1 to {full}")
@@ -82,8 +85,8 @@ def root(matrix: Tensor, *, ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
 def factorize(gram_a: Tensor, gram_b: Tensor, *, ridge: float = RIDGE) -> Factorization:
     """Factorise a batch of products from the Grams of their two sides (..., k, k); see :class:`Factorization`.
 
-    Full rank reproduces ``A Bᵀ`` to rounding. Where a Gram is all zero every singular value is: there is nothing to lose.
-    Cost: three k × k decompositions a product, whatever m and n are.
+    Full rank reproduces ``A Bᵀ`` to rounding. Where a Gram is all zero every singular value is: there is nothing to
+    lose. Cost: three k × k decompositions a product, whatever m and n are.
 
     Raises:
         SettingsError: if the shapes differ or are not square. NumericsError: if a Gram holds NaN or infinity.
@@ -116,8 +119,8 @@ def shrinkage_weight(moment: Tensor, target: Tensor, mean_square: Tensor, count:
     """How far to pull a sample moment to a target: Ledoit and Wolf's (2004) estimate, the picture being the sample.
 
     Tokens of one picture are anything but independent, so the sampling error is estimated from the spread of the
-    pictures' own moments ``S_i``: ``ρ = (1/n²) Σ‖S_i − S‖² / ‖S − T‖²``, clipped to [0, 1]; a single picture has no spread,
-    so ρ = 1/2 there.
+    pictures' own moments ``S_i``: ``ρ = (1/n²) Σ‖S_i − S‖² / ‖S − T‖²``, clipped to [0, 1]; a single picture has no
+    spread, so ρ = 1/2 there.
 
     Args:
         moment: ``S``, mean of the pictures' moments (..., k, k).

@@ -1,17 +1,17 @@
 """Which hidden units of a feed-forward to keep, in closed form.
 
-Notation: ``y = W h + b`` reads n hidden units h with mean μ and covariance C; G is the metric of errors at y (the second
-moment of ∂L/∂y, summed over a picture's tokens, or the identity). Keep a subset K and refit W on it:
+Notation: ``y = W h + b`` reads n hidden units h with mean μ and covariance C; G is the metric of errors at y (the
+second moment of ∂L/∂y, summed over a picture's tokens, or the identity). Keep a subset K and refit W on it:
 
     X_K = W C[:, K] C[K, K]⁻¹,    b' = b + W μ − X_K μ_K,
 
 which is the best linear prediction of y from the kept units. Removing unit j from the current set then costs
-``½ w_jᵀ G w_j / [C⁻¹]_jj``, with w_j its *refitted* column, after which C⁻¹ and W take a rank-one downdate (the optimal brain
-surgeon of Hassibi and Stork 1993, on the outputs of a layer). One greedy elimination orders all units, so every width is a prefix
-of the order, and its predicted loss is the sum of the prices of what was removed.
+``½ w_jᵀ G w_j / [C⁻¹]_jj``, with w_j its *refitted* column, after which C⁻¹ and W take a rank-one downdate (the optimal
+brain surgeon of Hassibi and Stork 1993, on the outputs of a layer). One greedy elimination orders all units, so every
+width is a prefix of the order, and its predicted loss is the sum of the prices of what was removed.
 
-Units have no scale of their own (``W D`` with ``D⁻¹ h`` is the same layer), so everything is done on units of variance one, and
-the ridge is relative to each unit's own variance. Tensors in, tensors out, in float64.
+Units have no scale of their own (``W D`` with ``D⁻¹ h`` is the same layer), so everything is done on units of variance
+one, and the ridge is relative to each unit's own variance. Tensors in, tensors out, in float64.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import NumericsError, SettingsError
+from ..errors import NumericsError, SettingsError
 
 RIDGE = 1e-3
 """Relative ridge on every unit's variance: how far the covariance of a few pictures is trusted."""
@@ -39,7 +39,8 @@ class Elimination:
 
     Attributes:
         order: units from the most important one to the first that goes, (n,). The best k are ``order[:k]``.
-        prices: what removing ``order[i]`` costs when all after it are gone, (n,): nats a picture under the loss-aware metric.
+        prices: what removing ``order[i]`` costs when all after it are gone, (n,): nats a picture under the loss-aware
+            metric.
     """
 
     order: Tensor
@@ -107,7 +108,8 @@ def refit_units(covariance: Tensor, weight: Tensor, kept: Tensor, *, ridge: floa
     """``X_K = W C[:, K] C[K, K]⁻¹``: the weight on the kept units that best restores what all units gave, (out, kept).
 
     Args:
-        covariance: C (n, n). weight: W (out, n). kept: positions of the kept units (k,). ridge: as in :func:`eliminate`.
+        covariance: C (n, n). weight: W (out, n). kept: positions of the kept units (k,). ridge: as in
+            :func:`eliminate`.
 
     Kept columns pass unchanged where all units are kept.
 
@@ -133,7 +135,7 @@ def refit_units(covariance: Tensor, weight: Tensor, kept: Tensor, *, ridge: floa
 
 
 def _standardised(covariance: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The correlation matrix with a ridge on its diagonal, and the units' standard deviations; dead units stand alone."""
+    """The correlation matrix with a ridge on its diagonal, and the units' deviations; dead units stand alone."""
     covariance = covariance.double()
     scale = covariance.diagonal().clamp_min(0).sqrt()
     if not torch.isfinite(covariance.sum()):
@@ -156,7 +158,9 @@ def _root(metric: Tensor) -> Tensor:
 
 
 def _one_by_one(inverse: Tensor, reading: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Remove the cheapest of a few units, one after the other: their positions (steps,) and each one's price at its turn."""
+    """Remove the cheapest of a few units, one after the other: their positions (steps,) and each one's price at its
+    turn.
+    """
     shared = reading.mT @ reading  # all that prices need: (b, b)
     here = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
     order, prices = [], []
