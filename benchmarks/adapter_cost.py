@@ -45,6 +45,7 @@ from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
 from comcat.diffusion.pipeline.residence import frozen
 from comcat.runs.processes import Processes
+from comcat.runs.watching import LossWatch
 
 IDENTIFIER, PROMPT, CLASS_PROMPT = "V*", "a photo of V* dog", "a photo of a dog"
 UNETS: dict[str, dict[str, Any]] = {
@@ -191,7 +192,7 @@ def training(pipe: Any, a: argparse.Namespace, sizes: dict[str, dict[str, float]
                     family, noising_of(pipe.scheduler), method.trained, source,
                     CustomizeSettings(steps=10**6, lr=1e-6, checkpoint_every=0), Processes(cpu=family.device.type == "cpu"),
                 )  # fmt: skip
-                run.step()  # the optimizer's moments come with the first
+                run.step(run.progress.step, LossWatch())  # the optimizer's moments come with the first
                 found[name]["seconds"].append([_seconds(run) for _ in range(a.repeats)])
                 if turn == 0:
                     found[name]["peak_bytes"] = _peak(run, family, feeding, method)
@@ -212,7 +213,7 @@ def _seconds(run: Optimisation) -> float:
     run.optimizer.zero_grad(set_to_none=True)
     synchronize()
     start = time.perf_counter()
-    run.step()
+    run.step(run.progress.step, LossWatch())
     synchronize()
     return time.perf_counter() - start
 
@@ -231,7 +232,7 @@ def _peak(run: Optimisation, family: Family, feeding: str, method: Method) -> in
     run.optimizer.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    run.step()
+    run.step(run.progress.step, LossWatch())
     synchronize()
     peak = torch.cuda.max_memory_allocated()
     for module in idle:

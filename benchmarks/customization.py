@@ -45,6 +45,7 @@ from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
 from comcat.diffusion.pipeline.residence import frozen
+from comcat.runs.loop import carry_out
 from comcat.runs.processes import Processes
 from comcat.scoring import fid, kid
 
@@ -98,7 +99,7 @@ class Harness:
                 token=IDENTIFIER if mode == "published" else None,
             )  # fmt: skip
             run = self.optimisation(family, method, mode, name, seed, lr)
-            run.run()
+            carry_out(run, run.processes)
             seconds = time.perf_counter() - started
             peak = peak_of_step(run, family, encoding=encodes(mode, name), live_text=method.live_text)
         result: dict[str, Any] = {

@@ -26,6 +26,7 @@ from comcat.diffusion.learn.protection import Protection
 from comcat.diffusion.learn.token import reading_row
 from comcat.diffusion.pipeline.families import Family
 from comcat.measure.memory import LiveBytes
+from comcat.runs.watching import LossWatch
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -220,9 +221,8 @@ def peak_of_step(run: Optimisation, family: Family, *, encoding: bool, live_text
         held += [stream.latents.mean, stream.latents.std]
     run.optimizer.zero_grad(set_to_none=True)
     kept = {name: p.detach().clone() for name, p in run.parameters.items()}
-    run.progress.step -= 1
     with LiveBytes(held) as memory:
-        run.step()
+        run.step(run.progress.step - 1, LossWatch())
     run.optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for name, p in run.parameters.items():

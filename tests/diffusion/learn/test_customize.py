@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 
 import pytest
 import torch
@@ -214,10 +215,10 @@ def test_a_killed_run_goes_on_bit_for_bit(extra, tmp_path, monkeypatch):
 
     step = Optimisation.step
 
-    def killing(self):
-        if self.progress.step == 5:
+    def killing(self, number, watch):
+        if number == 5:
             raise Killed
-        return step(self)
+        return step(self, number, watch)
 
     pipe = tiny.stable_diffusion(tmp_path / "b")
     before = picture(pipe)
@@ -229,7 +230,9 @@ def test_a_killed_run_goes_on_bit_for_bit(extra, tmp_path, monkeypatch):
     monkeypatch.setattr(Optimisation, "step", step)
     assert sorted(p.name for p in (tmp_path / "broken.run/checkpoints").iterdir())[-1] == "step-00000004"
     taken = []
-    monkeypatch.setattr(Optimisation, "step", lambda self: taken.append(self.progress.step) or step(self))
+    monkeypatch.setattr(
+        Optimisation, "step", lambda self, number, watch: taken.append(number) or step(self, number, watch)
+    )
     cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=broken, **settings)
     assert taken == [4, 5]
     a, b = load_file(straight), load_file(broken)
@@ -475,17 +478,17 @@ def test_shares_of_two_processes_add_up(pipe, monkeypatch):
 
     step, compared = Optimisation.step, []
 
-    def comparing(self):
+    def comparing(self, number, watch):
         found = []
         for index, count in ((0, 1), (0, 2), (1, 2)):
             self.processes.index, self.processes.count = index, count
-            loss = self.loss(self.progress.step)
+            loss = self.loss(number)
             found.append([loss, *torch.autograd.grad(loss, list(self.parameters.values()))])
         self.processes.index, self.processes.count = 0, 1
         for whole, *parts in zip(*found, strict=True):
             torch.testing.assert_close(sum(parts), whole)
             compared.append(float(whole.detach().abs().sum()))
-        return step(self)
+        return step(self, number, watch)
 
     monkeypatch.setattr(Optimisation, "step", comparing)
     prior = {"prior_prompt": "a photo of a dog", "prior_count": 2, "sample_steps": 1}
@@ -625,7 +628,7 @@ def test_interruption_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
 
     before = picture(pipe)
 
-    def interrupted(self):
+    def interrupted(self, number, watch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Optimisation, "step", interrupted)
@@ -633,6 +636,42 @@ def test_interruption_leaves_the_pipeline_as_it_was(pipe, monkeypatch):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, new_token="dog", **QUICK)
     assert not cd.adapters(pipe) and torch.equal(picture(pipe), before)
     assert pipe.unet.conv_in.weight.requires_grad
+
+
+def test_an_interrupted_run_keeps_its_last_step(tmp_path, pipe, monkeypatch):
+    from comcat.diffusion.learn.optimisation import Optimisation
+
+    step, before = Optimisation.step, picture(pipe)
+
+    def interrupted(self, number, watch):
+        if number == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number, watch)
+
+    out, how = tmp_path / "dog.safetensors", {**QUICK, "checkpoint_every": 3}
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(KeyboardInterrupt, match=r"after step 2 of 3; .*step-00000002"),
+    ):
+        patched.setattr(Optimisation, "step", interrupted)
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **how)
+    assert not out.exists() and not cd.adapters(pipe) and torch.equal(picture(pipe), before)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **how)
+    cd.unload(pipe)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=tmp_path / "whole.safetensors", **how)
+    a, b = load_file(out), load_file(tmp_path / "whole.safetensors")
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_a_checkpoint_that_lacks_something_is_refused(tmp_path, pipe):
+    out = tmp_path / "dog.safetensors"
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **QUICK)
+    cd.unload(pipe)
+    state = sorted((tmp_path / "dog.run/checkpoints").iterdir())[-1] / "state.json"
+    state.write_text(state.read_text().replace('"losses"', '"lost"'))
+    with pytest.raises(StoreError, match=r"does not hold what .*\(KeyError: 'losses'\).*--restart"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **QUICK)
+    assert not cd.adapters(pipe)
 
 
 def test_two_concepts_of_one_identifier_are_refused_whether_saved_or_not(pipe, tmp_path):
@@ -671,7 +710,7 @@ def test_settings_out_of_range_are_said_at_once(name, value, pipe):
 def test_a_place_that_cannot_be_written_to_is_said_before_training(tmp_path, pipe, monkeypatch):
     from comcat.diffusion.learn.optimisation import Optimisation
 
-    monkeypatch.setattr(Optimisation, "step", lambda self: pytest.fail("trained"))
+    monkeypatch.setattr(Optimisation, "step", lambda *_: pytest.fail("trained"))
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match="nothing can be written"):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=tmp_path / "file" / "dog.safetensors", **QUICK)

@@ -16,7 +16,8 @@ import torch
 from ..._version import __version__
 from ...errors import SettingsError, StoreError
 from ...files import check_writable
-from ...runs.checkpoints import Checkpoints, check_settings
+from ...runs.checkpoints import Checkpoint, Checkpoints
+from ...runs.loop import carry_out, find_checkpoint
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
@@ -135,10 +136,13 @@ class Customization:
         with frozen(self.family), self._learner():
             pass  # what does not fit is told before anything is made or deleted
         about = self._about()
-        checkpoints = self._checkpoints(restart, about)
+        checkpoints = None
+        if self.out is not None:
+            checkpoints = Checkpoints(folder_of(self.out) / "checkpoints", keep=self.settings.keep)
+        since = self._found(checkpoints, about, restart)
         class_pictures = self._class_pictures()
         with frozen(self.family), self._learner() as learner:
-            self._train(learner, class_pictures, checkpoints, about)
+            self._train(learner, class_pictures, checkpoints, since, about)
             learner.stays = True
         return learner.adapter
 
@@ -163,7 +167,12 @@ class Customization:
                 unload(self.pipe, self.name)
 
     def _train(
-        self, learner: _Learner, class_pictures: Examples | None, checkpoints: Checkpoints | None, about: dict[str, Any]
+        self,
+        learner: _Learner,
+        class_pictures: Examples | None,
+        checkpoints: Checkpoints | None,
+        since: Checkpoint | None,
+        about: dict[str, Any],
     ) -> None:
         settings, family = self.settings, self.family
         adapter, token, protection = learner.adapter, learner.token, learner.protection
@@ -171,30 +180,32 @@ class Customization:
         source = self._source(class_pictures, live)
         needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
         idle = Idle(family, needed)
-        parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
-        run = self.optimisation = Optimisation(
-            family, self.noising, parameters, source, settings, self.processes,
-            constrain=protection.apply if protection is not None else lambda: None,
-        )  # fmt: skip
-        if checkpoints is not None and (last := checkpoints.latest()) is not None:
-            groups = {group: last.tensors(group) for group in ("adapter", "optimizer")}
-            run.restore(last.step, groups, last.state)
         samples = None
         if self.out is not None:
             samples = Samples(self.pipe, folder_of(self.out), settings.sample_prompt or self.prompt, settings)
 
-        def after(step: int) -> None:
-            if samples is not None and settings.sample_every and step % settings.sample_every == 0:
+        def afterwards(done: int) -> None:
+            if samples is not None and settings.sample_every and done % settings.sample_every == 0:
                 with self.processes.together(), idle.back():
                     if self.processes.main:
-                        samples.draw(step)
+                        samples.draw(done)
 
+        parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
+        run = self.optimisation = Optimisation(
+            family, self.noising, parameters, source, settings, self.processes,
+            constrain=protection.apply if protection is not None else lambda: None,
+            identity=about, afterwards=afterwards,
+        )  # fmt: skip
         with ExitStack() as stack:
             stack.enter_context(recomputing(family.denoiser, settings.gradient_checkpointing))
             stack.enter_context(idle.away())
             if token is not None:
                 stack.enter_context(token.learning())
-            run.run(checkpoints=checkpoints, about=about, progress=self.progress, after=after)
+            every = settings.checkpoint_every
+            carry_out(
+                run, self.processes, checkpoints=checkpoints if every else None, every=(every,), since=since,
+                progress=self.progress,
+            )  # fmt: skip
         if token is not None:
             token.settle()
         for parameter in parameters.values():
@@ -238,21 +249,19 @@ class Customization:
         self.notes += made.notes
         return made
 
-    def _checkpoints(self, restart: bool, about: dict[str, Any]) -> Checkpoints | None:
-        if self.out is None:
-            return None
-        checkpoints = Checkpoints(folder_of(self.out) / "checkpoints", keep=self.settings.keep)
+    def _found(self, checkpoints: Checkpoints | None, about: dict[str, Any], restart: bool) -> Checkpoint | None:
+        """The checkpoint to go on from. To begin anew, what an earlier run made is deleted with its checkpoints."""
+        found = find_checkpoint(checkpoints, about, self.processes, restart=restart)
         with self.processes.together():
-            if restart and self.processes.main:
-                checkpoints.clear()
-                for made in (samples_in(folder_of(self.out)), class_in(folder_of(self.out))):
-                    shutil.rmtree(made, ignore_errors=True)
-        last = checkpoints.latest()
-        if last is not None:
-            check_settings(last, about)
-        elif self.out.exists() and not restart:
-            raise StoreError(f"{self.out} is there already, and no run to go on with; name another file, or --restart")
-        return checkpoints
+            if self.out is not None and self.processes.main:
+                if restart:
+                    for made in (samples_in(folder_of(self.out)), class_in(folder_of(self.out))):
+                        shutil.rmtree(made, ignore_errors=True)
+                elif found is None and self.out.exists():
+                    raise StoreError(
+                        f"{self.out} is there already, and no run to go on with; name another file, or --restart"
+                    )
+        return found
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint must have been made with to go on from it."""

@@ -1,16 +1,17 @@
-"""The training loop: noise, prediction, error, step; checkpoints in between."""
+"""What a step of learning a concept does: noise, prediction, error, update; on :mod:`comcat.runs.loop`."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ...runs.checkpoints import Checkpoints
+from ...runs.loop import Run
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
 from ...runs.watching import LossWatch
@@ -21,9 +22,7 @@ from .settings import CustomizeSettings
 
 
 class Batch(NamedTuple):
-    """What one step sees, over all processes: latents (batch, channels, height, width), what goes with them, weights
-    (batch,).
-    """
+    """What all processes see in a step: latents (batch, channels, height, width), conditions, weights (batch,)."""
 
     latents: Tensor
     conditions: Conditions
@@ -43,39 +42,29 @@ def share_of(batch: Any, processes: Processes) -> Any:
     return batch[processes.index :: processes.count]
 
 
-def add_up(loss: Tensor, parameters: list[nn.Parameter], processes: Processes) -> float:
-    """The loss over all processes; the parameters' gradients become their sums.
-
-    What is trained is so small that one flat reduction costs nothing, and the models need no wrapper.
-    """
-    if processes.count > 1:
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-        flat = torch.cat([loss.detach().float().view(1), *(g.float().flatten() for g in gradients)])
-        torch.distributed.all_reduce(flat)
-        loss = flat[0]
-        for p, g in zip(parameters, flat[1:].split([p.numel() for p in parameters]), strict=True):
-            p.grad = g.view_as(p).to(p.dtype)
-    return float(loss.detach())
-
-
 @dataclass
 class Progress:
     """How far a run is."""
 
     step: int = 0
+    """Steps that are done."""
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     """Time in steps, since this process began."""
 
 
-class Optimisation:
+class Optimisation(Run):
     """AdamW on a few parameters of a frozen pipeline.
 
     Args:
         parameters: what is trained, by the names it has on disk.
         source: draws batches.
         constrain: called before the first step and after each.
+        identity: what a checkpoint to go on from must agree with.
+        afterwards: called with the number of steps done, when they are kept.
     """
+
+    name = "learning"
 
     def __init__(
         self,
@@ -86,8 +75,11 @@ class Optimisation:
         settings: CustomizeSettings,
         processes: Processes,
         constrain: Callable[[], None] = lambda: None,
+        identity: Mapping[str, Any] = MappingProxyType({}),
+        afterwards: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.constrain = constrain
+        self.constrain, self.afterwards = constrain, afterwards
+        self.steps, self.identity = settings.steps, identity
         constrain()
         self.family, self.noising, self.parameters = family, noising, dict(parameters)
         self.source, self.settings, self.processes = source, settings, processes
@@ -114,15 +106,16 @@ class Optimisation:
         errors = (predicted.float() - self.noising.target(latents, noise, times).float()).square().flatten(1).mean(1)
         return (errors * weights.to(errors) * self.noising.weight(times).to(errors)).sum()
 
-    def step(self) -> float:
-        """One step; returns the loss over all processes."""
+    def step(self, number: int, watch: LossWatch) -> Mapping[str, str]:
+        """One update by the batch of a step, shared out among the processes."""
         started = time.perf_counter()
-        number = self.progress.step
         trained = list(self.parameters.values())
+        self.optimizer.zero_grad(set_to_none=True)
         with shortage_explained(f"training at step {number}", self._what_would_fit()):
             loss = self.loss(number)
             self.scaler.scale(loss).backward()
-        value = add_up(loss, trained, self.processes)
+        value = self._summed(loss)
+        watch.check(value, number, self.parameters.items(), advice="a lower lr may help")
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(number)
         self.scaler.unscale_(self.optimizer)
@@ -130,57 +123,27 @@ class Optimisation:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.constrain()
-        self.progress.step += 1
+        self.progress.step = number + 1
         self.progress.losses.append(value)
         self.progress.seconds += time.perf_counter() - started
-        return value
+        return {"loss": f"{_recent(self.progress.losses):.4f}"}
 
-    def run(
-        self,
-        *,
-        checkpoints: Checkpoints | None = None,
-        about: Mapping[str, Any] | None = None,
-        progress: bool = False,
-        after: Callable[[int], None] = lambda step: None,
-    ) -> Progress:
-        """All steps that are left.
+    def _summed(self, loss: Tensor) -> float:
+        """The loss over all processes; the parameters' gradients become their sums.
 
-        Args:
-            checkpoints: where to save every ``checkpoint_every`` steps and at the end, with ``about`` as the settings.
-            after: called with the number of steps done, after each.
-
-        Raises:
-            NumericsError: if the loss is no number or explodes. MemoryShortage: if the device is out of memory.
+        What is trained is so small that one reduction costs nothing, and the models need no wrapper.
         """
-        from tqdm import tqdm
+        total = loss.detach().float().clone()
+        if self.processes.count > 1:
+            for parameter in self.parameters.values():
+                if parameter.grad is None:  # it had no part in this process's share
+                    parameter.grad = torch.zeros_like(parameter)
+        self.processes.add_([total, *(p.grad for p in self.parameters.values() if p.grad is not None)])
+        return float(total)
 
-        watch, settings, saved = LossWatch(), self.settings, self.progress.step
-        bar = tqdm(
-            total=settings.steps,
-            initial=saved,
-            desc="learning",
-            unit="step",
-            disable=not (progress and self.processes.main),
-        )
-        with bar:
-            while self.progress.step < settings.steps:
-                number = self.progress.step
-                self.optimizer.zero_grad(set_to_none=True)
-                value = self.step()
-                last = f"the last good checkpoint is at step {saved}" if saved else "there is no checkpoint before it"
-                watch.last_good = last
-                watch.check(value, number, self.parameters.items(), advice="a lower lr may help")
-                bar.update()
-                bar.set_postfix(loss=f"{_recent(self.progress.losses):.4f}", refresh=False)
-                done = self.progress.step
-                every = settings.checkpoint_every
-                if checkpoints is not None and every and (done % every == 0 or done == settings.steps):
-                    with self.processes.together():
-                        if self.processes.main:
-                            checkpoints.save(done, self.tensors(), {"settings": dict(about or {}), **self.state()})
-                    saved = done
-                after(done)
-        return self.progress
+    def after(self, done: int) -> None:
+        """What the owner of the run does between steps."""
+        self.afterwards(done)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The parameters and the optimizer's moments, by name."""
@@ -197,7 +160,8 @@ class Optimisation:
 
     @torch.no_grad()
     def restore(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`tensors` and :meth:`state` gave."""
+        """Go on from what :meth:`tensors` and :meth:`state` gave; the main process alone needs the tensors."""
+        tensors = self.processes.share(tensors)
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors["adapter"][name])
             own = {k: v for k, v in tensors["optimizer"].items() if k.rpartition(".")[0] == name}
