@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comcat.apply import apply_
+from comcat.errors import NumericsError
+from comcat.hosts import find_sites
+from comcat.measure import is_classifier
 from comcat.sites import Site
 from comcat.statistics import calibrate
 
@@ -192,3 +195,90 @@ def test_moments_of_linear_layers_are_those_of_a_naive_computation() -> None:
         assert relative_error(found.moments[site.name, "b"].moment, torch.stack(gradients[name]).mean(0)) < 1e-4
         mean = found.mean(site)
         assert mean is not None and relative_error(mean, torch.cat(rows[inputs]).mean(0)) < 1e-4
+
+
+class Wrapped(nn.Module):
+    """A classifier with a criterion beside it, as training code has it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def test_a_wrapper_does_not_change_the_method() -> None:
+    """What the output is, is decided by what the forward returns, not by how many children there are."""
+    subject = subject_of("timm-vit")
+    bare, wrapped = (
+        calibrate(m, [subject.images], sites=find_sites(m)) for m in (subject.copy(), Wrapped(subject.copy()))
+    )
+    for (site, side), moments in bare.moments.items():
+        assert torch.equal(moments.outer, wrapped.moments[f"model.{site}", side].outer), (site, side)
+    assert is_classifier(Wrapped(subject.copy()))
+
+
+class Decoded(nn.Module):
+    """A backbone with a dense decoder of so many channels."""
+
+    def __init__(self, backbone: nn.Module, channels: int, bias: float = 0.0) -> None:
+        super().__init__()
+        self.backbone, self.decode = backbone, nn.Conv2d(24, channels, 1)
+        self.num_classes, self.bias = channels if channels > 1 else 0, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.backbone.forward_features(x)[:, 1:]
+        return self.decode(tokens.mT.unflatten(2, (4, 4))).repeat_interleave(2, -1) + self.bias
+
+
+@pytest.mark.parametrize(("channels", "bias"), [(1, 0.0), (1, 50.0), (5, 0.0)])
+def test_dense_outputs_take_a_label_for_every_pixel(channels: int, bias: float) -> None:
+    """Drawn from the pixels' own distribution: Bernoulli for a mask, classes for a class map, noise for a depth map."""
+    subject = subject_of("timm-dinov2")
+    model = Decoded(subject.copy(), channels, bias).eval()
+    images = subject.case.images(6)
+    found = []
+    for seed in range(3):
+        seen = calibrate(model, [images], seed=seed, sites=find_sites(model).only("vo"))
+        found.append(float(seen.moments["backbone.blocks.1.attn:vo", "b"].moment.diagonal(dim1=-2, dim2=-1).sum()))
+    assert min(found) > 0 and max(found) < 3 * min(found)
+    with torch.no_grad():
+        model.decode.weight[:] = float("nan")
+    with pytest.raises(NumericsError, match="NaN"):
+        calibrate(model, [images], sites=find_sites(model).only("vo"))
+
+
+def test_activation_needs_nothing_of_the_output() -> None:
+    """A list of feature maps, a dictionary without logits: what flows in is what counts."""
+    subject = subject_of("timm-vit")
+
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = subject.copy()
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"maps": [self.vit.forward_features(x)], "text": "nothing"}
+
+    for statistic in ("activation", "loss"):
+        seen = calibrate(Features(), [subject.images], statistic=statistic)
+        assert not seen.unreached or set(seen.unreached) == {"vit.head"}
+
+
+def test_batches_that_are_mappings_pass_whole() -> None:
+    """What a forward takes by name goes along, cut to as many pictures."""
+    subject, seen = subject_of("timm-vit"), []
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = subject.copy()
+
+        def forward(self, pixel_values: Tensor, scale: Tensor, note: str = "") -> Tensor:
+            seen.append((len(pixel_values), len(scale), note))
+            return self.vit(pixel_values) * scale[:, None]
+
+    batch = {"pixel_values": subject.case.images(4), "scale": torch.ones(4), "note": "kept", "labels": torch.zeros(4)}
+    calibrate(Two(), [batch], limit=3)
+    assert seen == [(3, 3, "kept")]

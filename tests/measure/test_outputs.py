@@ -74,7 +74,7 @@ def test_plain_modules_and_wrappers():
     assert not is_classifier(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
     headed = nn.ModuleDict({"fc": nn.Identity(), "stem": nn.Linear(4, 3)})
     assert not is_classifier(headed)
-    headed["fc"] = nn.LayerNorm(3)
+    headed["fc"] = nn.Linear(4, 3)
     assert is_classifier(headed)
     assert is_classifier(nn.DataParallel(timm_vit())) and not is_classifier(nn.DataParallel(timm_vit(num_classes=0)))
     assert model_output(nn.Flatten(0), torch.ones(3, 1)).shape == (3, 1)

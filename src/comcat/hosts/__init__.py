@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..sites import Attention, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
+from .classes import classes_of
 from .feedforward import find_feedforwards
 from .ordinary import check_ordinary, not_replaceable
 from .timm import TimmHost
@@ -63,7 +64,7 @@ def find_sites(model: nn.Module) -> Sites:
     refused: list[Refusal] = []
     closed: list[str] = []  # paths whose insides are spoken for
     known: dict[tuple, tuple[str, Attention | Refusal]] = {}
-    uses, classes = _uses(model), _classes(model)
+    uses, classes = _uses(model), classes_of(model)
     linears: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
         if any(c in ("", path) or path.startswith(f"{c}.") for c in closed):
@@ -231,14 +232,3 @@ def _linear_site(path: str, module: nn.Linear, classes: frozenset[int]) -> Linea
     classifies = n in classes and block_of(path) == path
     biases = 0 if module.bias is None else n
     return LinearSite(path, "linear", path, min(m, n), m, n, biases=biases, classifies=classifies)
-
-
-def _classes(model: nn.Module) -> frozenset[int]:
-    """How many classes a model tells apart, as far as it says; else the width of its last layer, if that is linear."""
-    said = {getattr(module, "num_classes", None) for module in model.modules()}
-    said |= {getattr(getattr(model, "config", None), "num_labels", None)}
-    numbers = {n for n in said if isinstance(n, int) and n > 0}
-    if numbers:
-        return frozenset(numbers)
-    last = [module for module in model.modules() if next(module.children(), None) is None][-1:]
-    return frozenset(m.out_features for m in last if isinstance(m, nn.Linear))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..hosts.classes import classes_of
 from .running import call, describe, unwrap
 
 
@@ -55,8 +56,8 @@ def is_classifier(model: nn.Module) -> bool:
     """Whether the model's output is class logits.
 
     Models of transformers: an image-classification class or one with a ``classifier``, and at least one label. Others:
-    ``num_classes`` (timm, torchvision's ViT) where the model has it; else whether a ``head``, ``heads``, ``fc`` or
-    ``classifier`` is there, or the last layer is linear.
+    whether anything inside says how many classes there are (:func:`comcat.hosts.classes.classes_of`), so that a module
+    around a classifier is one too.
     """
     inner = unwrap(model)
     config = getattr(inner, "config", None)
@@ -65,11 +66,4 @@ def is_classifier(model: nn.Module) -> bool:
         named = any("ForImageClassification" in kind.__name__ for kind in type(inner).__mro__)
         has_head = not isinstance(head, nn.Identity) and (named or isinstance(head, nn.Module))
         return has_head and getattr(config, "num_labels", 0) > 0
-    classes = getattr(inner, "num_classes", None)
-    if isinstance(classes, int):
-        return classes > 0
-    heads = [child for name, child in inner.named_children() if name in ("head", "heads", "fc", "classifier")]
-    if heads:
-        return not all(isinstance(head, nn.Identity) for head in heads)
-    leaves = [module for module in inner.modules() if not any(True for _ in module.children())]
-    return isinstance(leaves[-1], nn.Linear)
+    return bool(classes_of(inner))

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.batches import parts_of_batch
-from ..errors import DataError, NumericsError, SettingsError, nearest
-from ..grad_mode import ordinary, outside_inference_mode
+from ..errors import DataError, SettingsError, nearest
+from ..grad_mode import outside_inference_mode
 from ..hosts import find_sites
-from ..measure import is_classifier, model_output
-from ..measure.running import evaluating
+from ..hosts.classes import classes_of
+from ..measure.running import call, evaluating
 from ..sites import Sites
+from .examples import Example, examples_of
+from .losses import sampled_loss
 from .recorder import Recorder
 from .seen import STATISTICS, StatisticName, Statistics
 
@@ -42,7 +41,7 @@ def calibrate(
 
     Args:
         batches: batches of pictures (batch, channels, height, width), or (pictures, labels) pairs, or dicts with
-            ``pixel_values`` or ``image``; labels are ignored.
+            ``pixel_values`` or ``image`` and whatever else the model's forward takes by name; labels are ignored.
         statistic: ``"activation"``: what flows in; ``"loss"``: and the gradients of the loss on labels drawn from the
             model's own predictions.
         sites: the sites to observe, by default all. limit: stop after so many pictures.
@@ -62,7 +61,7 @@ def calibrate(
     recorder = Recorder(sites, gradients=statistic == "loss", device=device)
     with recorder.attached(model):
         seen = _show(
-            model, _images(batches, limit, progress), device, recorder.begin, recorder.check,
+            model, examples_of(model, batches, limit, progress), device, recorder.begin, recorder.check,
             torch.Generator().manual_seed(seed) if statistic == "loss" else None,
         )  # fmt: skip
     reached = {name for name, _ in recorder.moments}
@@ -106,13 +105,13 @@ def watch_gradients(
         for path, name in layers.items():
             handle = model.get_submodule(path).register_forward_pre_hook(observe(name))
             stack.callback(handle.remove)
-        images = _images(batches, None, False)
-        return _show(model, images, device, begin, lambda: None, torch.Generator().manual_seed(seed))
+        shown = examples_of(model, batches)
+        return _show(model, shown, device, begin, lambda: None, torch.Generator().manual_seed(seed))
 
 
 def _show(
     model: nn.Module,
-    images: Iterable[Tensor],
+    examples: Iterable[Example],
     device: torch.device,
     begin: Callable[[int], None],
     end: Callable[[], None],
@@ -121,23 +120,23 @@ def _show(
     """Show batches of pictures to a frozen model in evaluation mode, backwards too where labels can be drawn; their
     number.
     """
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    wanted, classes = [(p, p.requires_grad) for p in model.parameters()], classes_of(model)
     seen = 0
     model.to(device)
     for p in model.parameters():
         p.requires_grad_(False)
     try:
         with evaluating(model):
-            for batch in images:
-                batch = ordinary(batch).to(device=device, dtype=next(model.parameters()).dtype)
-                begin(len(batch))
-                seen += len(batch)
+            for shown in examples:
+                example = shown.on(device, next(model.parameters()).dtype, gradients=labels is not None)
+                begin(shown.count)
+                seen += shown.count
                 if labels is None:
                     with torch.no_grad():
-                        model_output(model, batch)
+                        call(model, example)
                 else:
                     with torch.enable_grad():
-                        _sampled_loss(model, batch.requires_grad_(True), labels).backward()
+                        sampled_loss(call(model, example), classes, labels).backward()
                 end()
     finally:
         for p, flag in wanted:
@@ -145,45 +144,3 @@ def _show(
     if seen == 0:
         raise DataError("no pictures to calibrate on: got an empty iterable")
     return seen
-
-
-def _sampled_loss(model: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Summed loss on labels drawn from the model's own predictions; noise on the normalised feature for a backbone."""
-    output = model_output(model, images).float()
-    if is_classifier(model):
-        probabilities = output.detach().softmax(-1).cpu()
-        if not torch.isfinite(probabilities).all():
-            raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
-        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(output.device)
-        return F.cross_entropy(output, labels, reduction="sum")
-    feature = F.normalize(output.flatten(1), dim=-1)
-    return (feature * torch.randn(feature.shape, generator=generator).to(feature)).sum()
-
-
-def pictures_of(batch: Any, where: str = "a calibration batch") -> Tensor:
-    """The pictures (batch, channels, height, width) of a batch (:func:`~comcat.data.batches.parts_of_batch`).
-
-    Raises DataError for anything else.
-    """
-    images, _ = parts_of_batch(batch[:1] if isinstance(batch, tuple | list) else batch, where)
-    if images.ndim < 3 or not len(images):
-        raise DataError(
-            f"{where}: got a tensor of {tuple(images.shape)}, expected pictures (batch, channels, height, width)"
-        )
-    return images
-
-
-def _images(batches: Iterable, limit: int | None, progress: bool):
-    from tqdm import tqdm
-
-    if limit is not None and limit < 1:
-        raise DataError(f"got a limit of {limit} pictures, expected at least 1")
-    seen = 0
-    total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
-    for batch in tqdm(batches, total=total, desc="calibrating", unit="batch", disable=not progress, leave=False):
-        images = pictures_of(batch)
-        images = images if limit is None else images[: limit - seen]
-        seen += len(images)
-        yield images
-        if limit is not None and seen >= limit:
-            return
