@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+from contextlib import suppress
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ import torch
 from comcat import files
 from comcat.errors import StoreError
 from comcat.files import (
+    HASH,
     check_writable,
     read_tensors,
+    read_tensors_and_metadata,
     surviving,
     whole_file,
     whole_folder,
@@ -124,7 +127,28 @@ def test_metadata_goes_beside_tensors(tmp_path):
 
     write_tensors(tmp_path / "t", {"x": torch.ones(1)}, {"identifier": "V*"})
     with safe_open(tmp_path / "t", framework="pt") as file:
-        assert file.metadata() == {"identifier": "V*"}
+        metadata = file.metadata()
+    assert len(metadata.pop("sha256")) == 64 and metadata == {"identifier": "V*"}
+
+
+def test_any_bit_that_flips_in_a_tensor_file_is_noticed(tmp_path):
+    path = tmp_path / "t"
+    tensors = {
+        "half": torch.randn(3, 2).half(),
+        "none": torch.ones(0),
+        "one": torch.tensor(2),
+        "brain": torch.ones(5).bfloat16(),
+    }
+    write_tensors(path, {**tensors, "twin": tensors["half"]}, {"identifier": "V*"})
+    assert read_tensors(path)["twin"].equal(tensors["half"])
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with suppress(StoreError):
+            _, metadata = read_tensors_and_metadata(path)
+            assert HASH not in metadata, place  # its own name: who needs the hash must ask for it
 
 
 @pytest.mark.parametrize("content", [b"", b"nonsense"])

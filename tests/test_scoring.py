@@ -363,3 +363,26 @@ def test_the_command_line_takes_several_metrics():
 
     command = tyro.cli(Score, args=["pictures", "--against", "dog", "--metrics", "kid", "dino", "--json"])
     assert command.metrics == ("kid", "dino") and command.against == "dog" and command.json
+
+
+def test_no_pretrained_seed_and_dtype_are_honoured(networks, folders, capsys):
+    """``comcat score`` took these options and did as if they had not been given."""
+    from comcat.cli import main
+
+    def run(*more):
+        made, real = str(folders / "made"), str(folders / "real")
+        names = ["--features", str(networks / "timm"), "--clip", str(networks / "clip"), "--dino", str(networks / "hf")]
+        assert main(["score", made, "--against", real, "--json", "--device", "cpu", *names, *more]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return {m: found["values"][m].get("mean", found["values"][m].get("value")) for m in found["values"]}, found
+
+    plain, about = run()
+    assert run()[0] == plain and not any("random weights" in note for note in about["notes"])
+    random, about = run("--no-pretrained", "--seed", "1")
+    assert all(random[m] != plain[m] for m in plain) and any("random weights" in note for note in about["notes"])
+    assert run("--no-pretrained", "--seed", "1")[0] == random and run("--no-pretrained", "--seed", "2")[0] != random
+    assert run("--seed", "5")[0]["kid"] != plain["kid"]  # other subsets
+    half, _ = run("--dtype", "bfloat16")
+    assert all(
+        half[m] == pytest.approx(plain[m], rel=0.3, abs=0.05) and half[m] != plain[m] for m in ("clip-i", "dino")
+    )

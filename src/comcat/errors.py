@@ -2,6 +2,10 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from unicodedata import category
+
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+"""Characters that turn the direction of a line."""
 
 
 class ComcatError(Exception):
@@ -57,6 +61,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not matches:
         return ""
     return "; did you mean " + " or ".join(repr(m) for m in matches) + "?"
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's without what could steer a terminal: such characters are shown by their number."""
+    return "".join(ascii(c)[1:-1] if c not in "\n\t" and (category(c) == "Cc" or c in _TURNING) else c for c in text)
 
 
 def listed(phrases: list[str], most: int = 4) -> str:

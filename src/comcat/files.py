@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 _SHARED = "comcat_shared"
+HASH = "sha256"
+"""The key of a file's hash in its metadata."""
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM}
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, *_NO_EXCHANGE}
 """What a file system says that has no locks."""
@@ -87,7 +90,7 @@ def write_json(path: StrPath, content: Any) -> None:
 def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors, such as a state dict, as safetensors. Tensors that are one in memory are written once.
 
-    Raises StoreError for what safetensors cannot hold, and where the file cannot be written.
+    The metadata get a hash of all that is written, under ``sha256``. Raises StoreError for what safetensors cannot hold, and where the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -99,22 +102,47 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mappin
     }
     with whole_file(path) as new:
         try:
-            save_file(written, new, metadata=about)
+            save_file(written, new, metadata={**about, HASH: _content_hash(written, about)})
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise StoreError(f"{path} cannot be written: {error}; what was there is unchanged") from error
 
 
 def read_tensors(path: StrPath) -> dict[str, Tensor]:
     """The tensors that :func:`write_tensors` wrote. Raises StoreError if the file is damaged."""
+    tensors, metadata = read_tensors_and_metadata(path)
+    try:
+        shared = json.loads(metadata.get(_SHARED, "{}"))
+        return {**tensors, **{name: tensors[twin] for name, twin in shared.items()}}
+    except (ValueError, KeyError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+
+
+def read_tensors_and_metadata(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All that a safetensors file holds, whoever wrote it. Raises StoreError if it is damaged, or its hash is another."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            shared = json.loads((file.metadata() or {}).get(_SHARED, "{}"))
-        return {**tensors, **{name: tensors[twin] for name, twin in shared.items()}}
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read, it is damaged or no safetensors file: {error}") from error
+    noted = metadata.get(HASH)
+    if noted is not None and noted != _content_hash(tensors, {k: v for k, v in metadata.items() if k != HASH}):
+        raise StoreError(f"{path} is damaged: its content is not what was written")
+    return tensors, metadata
+
+
+def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Stands for every name, shape, type and value, and for the metadata."""
+    import torch
+
+    whole = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        whole.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        whole.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return whole.hexdigest()
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

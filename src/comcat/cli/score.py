@@ -25,12 +25,16 @@ class Score(Common, ScoreSettings):
 
 
 def run(command: Score) -> int:
+    import torch
+
     from ..scoring import score
 
     settings = part_of(ScoreSettings, command)
-    scores = score(
-        command.pictures, command.against, settings, device=pick_device(command.device), progress=not command.json
-    )
+    opening: dict[str, Any] = {
+        "device": pick_device(command.device), "dtype": getattr(torch, command.dtype),
+        "pretrained": command.pretrained, "seed": command.seed,
+    }  # fmt: skip
+    scores = score(command.pictures, command.against, settings, **opening, progress=not command.json)
     if command.json:
         print(json.dumps({"pictures": command.pictures, "against": command.against, **asdict(scores)}, indent=1))
         return 0

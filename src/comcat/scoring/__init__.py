@@ -5,7 +5,7 @@ kid(x, y).mean, fid(x, y)  # of features (pictures, features) from anywhere
 """
 
 from .distances import KID, fid, kid, mmd2, paired_cosine, pairwise_cosine
-from .features import Extractor, clean_resize, distance_extractor, embed, similarity_extractor
+from .features import Extractor, Opening, clean_resize, distance_extractor, embed, similarity_extractor
 from .scoring import Scores, score
 from .settings import METRICS, ScoreSettings
 
@@ -13,6 +13,7 @@ __all__ = [
     "KID",
     "METRICS",
     "Extractor",
+    "Opening",
     "ScoreSettings",
     "Scores",
     "clean_resize",

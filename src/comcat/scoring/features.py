@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ..data import Pictures
 from ..errors import ModelError
 from ..models import preprocess_of
+from ..runs.seeding import seeded
 from ..store import load_model
 
 PICKLED = (".pt", ".pth", ".pkl", ".ckpt", ".bin", ".jit")
@@ -32,6 +33,21 @@ class Extractor:
     encode: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """How the networks behind the scores are opened."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    pretrained: bool = True
+    """With False random weights: to try things out where no checkpoint can be had."""
+    seed: int = 0
+    """Of random weights."""
+
+
+AS_PUBLISHED = Opening()
+
+
 def clean_resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
     """A picture at ``size`` (height, width), (3, height, width) float32 in 0…255 and a little beyond, as clean-fid resizes.
 
@@ -45,13 +61,14 @@ def clean_resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(c) for c in resized]))
 
 
-def distance_extractor(spec: str, device: str = "cpu") -> Extractor:
-    """The extractor for KID and FID: any model that :func:`comcat.load_model` knows, on pictures resized by :func:`clean_resize`.
+def distance_extractor(spec: str, opening: Opening = AS_PUBLISHED) -> Extractor:
+    """The extractor for KID and FID: any model that :func:`comcat.load_model` knows, on pictures resized by
+    :func:`clean_resize`.
 
     Raises:
         ModelError: if the model is not found or takes no colour pictures.
     """
-    model = _load(spec, device)
+    model = _load(spec, opening)
     settings = preprocess_of(model)
     if settings.channels != 3:
         raise ModelError(f"{spec} takes grey pictures; KID and FID are of colour ones")
@@ -60,13 +77,17 @@ def distance_extractor(spec: str, device: str = "cpu") -> Extractor:
     def prepare(image: Image.Image) -> Tensor:
         return (clean_resize(image, settings.size) / 255 - mean) / std
 
-    return Extractor(spec, prepare, lambda images: pooled_features(model, images.to(device)))
+    return Extractor(spec, prepare, lambda images: pooled_features(model, images.to(opening.device, opening.dtype)))
 
 
-def similarity_extractor(spec: str, device: str = "cpu") -> Extractor:
-    """The extractor for DINO's similarity: pictures are prepared as the model's own settings say. Raises as :func:`distance_extractor`."""
-    model = _load(spec, device)
-    return Extractor(spec, preprocess_of(model), lambda images: pooled_features(model, images.to(device)))
+def similarity_extractor(spec: str, opening: Opening = AS_PUBLISHED) -> Extractor:
+    """The extractor for DINO's similarity: pictures are prepared as the model's own settings say.
+
+    Raises as :func:`distance_extractor`.
+    """
+    model = _load(spec, opening)
+    prepare = preprocess_of(model)
+    return Extractor(spec, prepare, lambda images: pooled_features(model, images.to(opening.device, opening.dtype)))
 
 
 def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
@@ -116,10 +137,11 @@ def _batched(pictures: Pictures, extractor: Extractor, size: int) -> Iterator[tu
         yield torch.stack(images), names
 
 
-def _load(spec: str, device: str) -> nn.Module:
+def _load(spec: str, opening: Opening) -> nn.Module:
     if spec.lower().endswith(PICKLED):
         raise ModelError(
             f"{spec}: weights that are pickled or TorchScript can run any code and are not opened; expected timm:NAME, hf:NAME "
             "or a folder with config.json and safetensors"
         )
-    return load_model(spec, device=device)
+    with seeded(opening.seed):
+        return load_model(spec, pretrained=opening.pretrained, device=opening.device, dtype=opening.dtype)

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data import Pictures, open_pictures
 from ..errors import DataError, ModelError, SettingsError
 from .clip import Clip
 from .distances import FEW_FOR_FID, fid, kid, paired_cosine, pairwise_cosine
-from .features import distance_extractor, embed, similarity_extractor
+from .features import Opening, distance_extractor, embed, similarity_extractor
 from .settings import INCEPTION, METRICS, ScoreSettings
 
 _LEAST = {"kid": 2, "fid": 2, "clip-i": 1, "dino": 1}
@@ -38,6 +39,9 @@ def score(
     settings: ScoreSettings | None = None,
     *,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    pretrained: bool = True,
+    seed: int = 0,
     progress: bool = False,
 ) -> Scores:
     """Score generated ``pictures``, all metrics but CLIP-T by comparison with real ones (``against``).
@@ -45,6 +49,12 @@ def score(
     KID and FID: how far the features' distributions lie apart (:func:`kid`, :func:`fid`); 0 is best. CLIP-I and DINO: the mean
     cosine between a generated and a real picture, CLIP-T: between a picture and its prompt (Ruiz et al. 2023); 1 is best.
     Unreadable pictures are left out and counted in the notes.
+
+    Args:
+        pictures, against: whatever :func:`comcat.open_pictures` takes.
+        device, dtype: where, and in what, the networks compute. pretrained: with False they have random weights, and
+            the scores mean nothing.
+        seed: of random weights and of KID's subsets.
 
     Raises:
         DataError: if there are no pictures, too few for a metric asked for by name, or no prompts for CLIP-T.
@@ -66,7 +76,10 @@ def score(
             notes.append(f"Without {metric}: {error}")
     if not metrics:
         raise DataError("nothing can be scored. " + " ".join(n for n in notes if n.startswith("Without")))
-    run = _Run(made, real, settings, device, progress)
+    if not pretrained:
+        notes.append("The networks have random weights: these numbers say nothing of the pictures.")
+    opening = Opening(device=device, dtype=dtype, pretrained=pretrained, seed=seed)
+    run = _Run(made, real, settings, opening, progress)
     values, extractors = run.distances({"kid", "fid"} & set(metrics), notes)
     for found in (run.clip({"clip-i", "clip-t"} & set(metrics), prompts), run.dino({"dino"} & set(metrics))):
         values |= found[0]
@@ -140,7 +153,7 @@ class _Run:
     made: _Side
     real: _Side | None
     settings: ScoreSettings
-    device: str
+    opening: Opening
     progress: bool
 
     def distances(self, wanted: set[str], notes: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -148,11 +161,11 @@ class _Run:
             return {}, {}
         spec = self.settings.features
         with _option("--features", wanted):
-            extractor = distance_extractor(spec, self.device)
+            extractor = distance_extractor(spec, self.opening)
         x, y = self._embed(self.made, extractor), self._embed(self._reference(), extractor)
         values: dict[str, Any] = {}
         if "kid" in wanted:
-            values["kid"] = asdict(kid(x, y))
+            values["kid"] = asdict(kid(x, y, seed=self.opening.seed))
         if "fid" in wanted:
             values["fid"] = {"value": fid(x, y)}
             if min(len(x), len(y)) < FEW_FOR_FID:
@@ -175,7 +188,7 @@ class _Run:
         if not wanted:
             return {}, {}
         with _option("--clip", wanted):
-            clip = Clip(self.settings.clip, self.device)
+            clip = Clip(self.settings.clip, self.opening)
         x, keys = embed(self.made.pictures, clip.images, batch_size=self.settings.batch_size, progress=self.progress)
         values: dict[str, Any] = {}
         if "clip-i" in wanted:
@@ -189,7 +202,7 @@ class _Run:
         if not wanted:
             return {}, {}
         with _option("--dino", wanted):
-            extractor = similarity_extractor(self.settings.dino, self.device)
+            extractor = similarity_extractor(self.settings.dino, self.opening)
         similarity = pairwise_cosine(self._embed(self.made, extractor), self._embed(self._reference(), extractor))
         return {"dino": {"value": similarity}}, {"dino": self.settings.dino}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import comcat.diffusion as diffusion
 from comcat.errors import SettingsError, StoreError
+from comcat.files import write_tensors
 
 from ..denoisers import CASES, Case, unet
 
@@ -39,9 +41,19 @@ def content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], Any]) -> Path:
+    """Change what a file says, with the hash that goes with it."""
     tensors, metadata = content(path)
+    metadata.pop("sha256", None)
     change(tensors, metadata)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+    write_tensors(path, tensors, metadata)
+    return path
+
+
+def as_format_1(path: Path) -> Path:
+    """As comcat wrote files before they had a hash and told the heads."""
+    tensors, metadata = content(path)
+    kept = {k: v for k, v in metadata.items() if k not in ("sha256", "heads")} | {"comcat_adapter": "1"}
+    save_file(tensors, path, metadata=kept)
     return path
 
 
@@ -63,7 +75,7 @@ def test_round_trip(case: Case, tmp_path: Path) -> None:
 def test_what_a_file_says_of_itself(dog: Path) -> None:
     file = diffusion.read(dog)
     assert (file.identifier, file.prompt, file.base, file.rank) == ("V*", "a photo of V* dog", "tiny/sd1", 2)
-    assert file.own_metadata == {"steps": "500"} and file.metadata["comcat_adapter"] == "1"
+    assert file.own_metadata == {"steps": "500"} and file.metadata["comcat_adapter"] == "2"
     assert set(file.factors[CROSS]) == {"q_up", "k_down", "v_down", "out_up"} and file.alphas[CROSS] == 2.0
     model = UNET.model()
     assert file.parameters == diffusion.find_adaptable(model).parameters(2)
@@ -71,7 +83,9 @@ def test_what_a_file_says_of_itself(dog: Path) -> None:
     again = diffusion.save(
         model, dog.with_name("again.safetensors"), name="dog", dtype=torch.float32, metadata={"by": "me"}
     )
-    assert diffusion.read(again).metadata == {**file.metadata, "by": "me"}
+    metadata = dict(diffusion.read(again).metadata)
+    assert metadata.pop("sha256") != file.metadata["sha256"]
+    assert metadata == {k: v for k, v in file.metadata.items() if k != "sha256"} | {"by": "me"}
     assert diffusion.read(diffusion.save(model, again, name="dog")).factors[CROSS]["q_up"].dtype is torch.float16
 
 
@@ -135,7 +149,7 @@ def test_a_model_of_another_shape(dog: Path) -> None:
     for other, expected in (
         (unet(cross_attention_dim=20), r"\(4 of its 4 modules\): .*attn2.k_down is \(4, 12\), expected \(4, 20\)"),
         (unet(block_out_channels=(16, 32)), r"out_up is \(8, 4\), expected \(16, 4\)"),
-        (unet(attention_head_dim=(8, 16)), "has 4 channels, which are no multiple of the [0-9]+ heads"),
+        (unet(attention_head_dim=(8, 16)), "attn2 is for 2 heads, and there are 8"),
         (CASES["sdxl"].model(), r"unet\.down_blocks\.0\..*attn2: there is no such attention"),
         (CASES["sd3"].model(), r"SD3Transformer2DModel \(4 of its 4 modules\): .*: the model has no unet"),
     ):
@@ -167,7 +181,22 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], str]
         lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"][:2]}), "attn2: its factors have 2 and 4 channels, expected one number"
     ),
     "no rank": (lambda t, m: m.pop("rank"), "its rank is None, expected a number"),
-    "another format": (lambda t, m: m.update(comcat_adapter="7"), "is of format 7, expected 1"),
+    "a rank of many digits": (lambda t, m: m.update(rank="9" * 5000), "its rank is '999.*expected a number"),
+    "another format": (lambda t, m: m.update(comcat_adapter="7"), "is of format 7, expected 2"),
+    "no heads": (lambda t, m: m.pop("heads"), "does not say how many heads each attention has"),
+    "heads of something else": (lambda t, m: m.update(heads='{"unet.x":2}'), "does not say how many heads"),
+    "an alpha of 1e30": (lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(1e30)}), r"attn2.alpha: got 1.*e\+30, expected"),
+    "an alpha of 0": (lambda t, m: t.update({f"{CROSS}.alpha": torch.zeros(())}), "attn2.alpha: got 0.0, expected a number above 0"),
+    "a negative alpha": (lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(-2.0)}), "attn2.alpha: got -2.0, expected"),
+    "integer factors": (
+        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"].long()}), "q_up is torch.int64, expected a floating type"
+    ),
+    "complex factors": (
+        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"].to(torch.complex64)}), "q_up is torch.complex64, expected"
+    ),
+    "a complex alpha": (
+        lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(2 + 1j)}), "alpha is torch.complex64, expected a floating"
+    ),
     "no factors": (lambda t, m: t.clear() or t.update({}), "it holds no factors"),
     "a stream that is not there": (
         lambda t, m: t.update({f"{CROSS}.add_k_down": t[f"{CROSS}.k_down"].clone()}), "add_k_down has no place there"
@@ -195,7 +224,7 @@ def test_files_that_are_something_else(dog: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="there is no adapter"):
         diffusion.read(tmp_path)
     dog.write_bytes(dog.read_bytes()[:2000])
-    with pytest.raises(StoreError, match="is damaged or no safetensors file"):
+    with pytest.raises(StoreError, match="it is damaged or no safetensors file"):
         diffusion.read(dog)
     dog.write_text("hello")
     with pytest.raises(StoreError, match="is damaged or no safetensors file"):
@@ -267,3 +296,76 @@ def test_copies_know_what_they_carry(dog: Path) -> None:
     copied = copy.deepcopy(model)
     diffusion.unload(model)
     assert diffusion.adapters(copied)["dog"].record.prompt == "a photo of V* dog"
+
+
+def test_20_of_20_flipped_data_bits_are_noticed(dog: Path) -> None:
+    whole = dog.read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for number in range(20):
+        place = start + number * (len(whole) - start) // 20
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << number % 8
+        dog.write_bytes(flipped)
+        with pytest.raises(StoreError, match="is damaged: its content is not what was written"):
+            diffusion.read(dog)
+
+
+def test_bits_that_flip_in_the_header_are_noticed(dog: Path) -> None:
+    """Names, shapes, metadata, and the hash itself."""
+    whole = dog.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    chance = random.Random(0)
+    for place in chance.sample(range(header), 200):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << chance.randrange(8)
+        dog.write_bytes(flipped)
+        with pytest.raises(StoreError):
+            diffusion.read(dog)
+
+
+def test_a_file_of_the_first_format_still_loads(dog: Path) -> None:
+    model = UNET.model()
+    diffusion.load(model, dog)
+    expected = UNET.run(model)
+    diffusion.unload(model)
+    diffusion.load(model, as_format_1(dog))
+    assert UNET.run(model).equal(expected)
+
+
+@pytest.mark.parametrize("first_format", [False, True])
+def test_a_file_for_4_heads_does_not_load_into_2_of_equal_width(tmp_path: Path, first_format: bool) -> None:
+    four: Any = unet(attention_head_dim=4)
+    diffusion.attach(four, init="random", rank=2)
+    dog = diffusion.save(four, tmp_path / "dog.safetensors")
+    said = (
+        "its rank is 2, and with the heads here it would be 4"
+        if first_format
+        else "attn2 is for 4 heads, and there are 2"
+    )
+    model = UNET.model()
+    with pytest.raises(StoreError, match=said):
+        diffusion.load(model, as_format_1(dog) if first_format else dog)
+    assert diffusion.adapters(model) == {}
+
+
+def test_escapes_in_metadata_and_names_never_reach_a_terminal(dog: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from comcat.cli import main
+
+    red = "\x1b[31mV*\x07\x9b2J\u202e"
+    path = rewrite(dog, lambda t, m: m.update({"identifier": red, "base": red, red: "x"}))
+    assert diffusion.read(path).identifier == r"\x1b[31mV*\x07\x9b2J\u202e"
+    assert main(["inspect", str(path)]) == 0
+    assert main(["inspect", str(rewrite(path, lambda t, m: t.update({f"unet.{red}.bias": torch.ones(2)})))]) == 1
+    printed = "".join(capsys.readouterr())
+    assert "\\x1b[31mV*" in printed and not {"\x1b", "\x07", "\x9b", "\u202e"} & set(printed)
+    model = UNET.model()
+    diffusion.attach(model, name="dog")
+    for about in ({"identifier": red}, {"prompt": red}, {"base": red}, {"metadata": {"by": red}}):
+        with pytest.raises(SettingsError, match="control characters"):
+            diffusion.save(model, dog, name="dog", **about)  # type: ignore[arg-type]
+
+
+def test_channels_of_the_first_format_that_are_no_multiple_of_the_heads(dog: Path) -> None:
+    other = unet(attention_head_dim=(8, 16))
+    with pytest.raises(StoreError, match=r"has 4 channels, which are no multiple of the [0-9]+ heads"):
+        diffusion.load(other, as_format_1(dog))

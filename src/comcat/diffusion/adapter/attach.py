@@ -17,6 +17,8 @@ from .places import Place, find_places, place_at
 from .records import Adapter, Record, adapters, check_unfused, check_whole, forget, located, records, remember
 from .tokenizers import refresh_tokens
 
+LARGEST_ALPHA = 1e6
+"""Of an adapter: the terms are multiplied by alpha / rank, and what is so large is a mistake, or a damaged file."""
 WhereToAttach = Literal["cross", "self", "all", "joint"]
 
 
@@ -138,6 +140,12 @@ def check_new(target: Any, name: str) -> None:
     check_unfused(target)
 
 
+def bad_alpha(alpha: float) -> str | None:
+    """What is wrong with an ``alpha``, or None."""
+    fits = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha <= LARGEST_ALPHA
+    return None if fits else f"got {alpha}, expected a number above 0 and up to {LARGEST_ALPHA:g}"
+
+
 def unknown(name: str, held: Mapping[str, Any]) -> str:
     """That there is no adapter of a name, and which there are."""
     there = f"there are {', '.join(map(repr, held))}" if held else "there are none"
@@ -154,8 +162,8 @@ def _check_settings(rank: int, where: str, init: str, alpha: float | None) -> No
         raise SettingsError(f"got rank {rank!r}, expected a whole number from 1")
     expect_one_of("where", where, get_args(WhereToAttach))
     expect_one_of("init", init, get_args(Init))
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise SettingsError(f"got alpha {alpha}, expected a positive number")
+    if alpha is not None and (why := bad_alpha(alpha)) is not None:
+        raise SettingsError(f"alpha: {why}")
 
 
 def _choose(component: Component, where: str) -> list[AdaptableAttention]:

@@ -7,9 +7,10 @@ module's ``.alpha``. Embeddings of learned tokens are ``<component>.token_embedd
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,19 @@ import torch
 from torch import Tensor
 
 from ..._version import __version__
-from ...errors import SettingsError, StoreError, listed
-from ...files import write_tensors
+from ...errors import SettingsError, StoreError, listed, printable
+from ...files import HASH, read_tensors_and_metadata, write_tensors
 from ...modules.adapters import CONTEXT, SIDES
 from ..pipeline.components import TEXT_ENCODERS
-from .attach import unknown
+from .attach import bad_alpha, unknown
 from .records import Record, adapters, remember
 
-FORMAT = "1"
-_MARK = "comcat_adapter"
-_OWN = (_MARK, "comcat_version", "torch_version", "rank", "identifier", "prompt", "base", "format")
+FORMAT, _FIRST = "2", "1"
+"""The format of files, and the one before it, which had neither hash nor heads."""
+_MARK, _HEADS = "comcat_adapter", "heads"
+_OWN = (_MARK, "comcat_version", "torch_version", "rank", _HEADS, "identifier", "prompt", "base", "format", HASH)
 _TOKENS = "token_embeddings"
+_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTORS = tuple(prefix + name for prefix in ("", CONTEXT) for name in SIDES.values())
 
 
@@ -37,7 +40,8 @@ class AdapterFile:
 
     Attributes:
         path: of the file. factors: by module (``unet.<path>``) and name. alphas: by module.
-        token_embeddings: by ``component.token``, each (width,). metadata: all of it, as text.
+        token_embeddings: by ``component.token``, each (width,). metadata: all of it, as text; what could steer a terminal
+            is shown by its number. heads: of the attention, by module; what it does not say is not there.
     """
 
     path: Path
@@ -45,6 +49,7 @@ class AdapterFile:
     alphas: Mapping[str, float]
     token_embeddings: Mapping[str, Tensor]
     metadata: Mapping[str, str]
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def identifier(self) -> str | None:
@@ -123,8 +128,9 @@ def save(
     known = {"identifier": record.identifier, "prompt": record.prompt, "base": record.base}
     text = {k: v for k, v in known.items() if v is not None}
     versions = {_MARK: FORMAT, "comcat_version": __version__, "torch_version": torch.__version__, "format": "pt"}
+    heads = json.dumps({path: terms.heads for path, terms in adapter.terms.items()}, separators=(",", ":"))
     path = Path(path).expanduser()
-    write_tensors(path, tensors, {**record.metadata, **text, **versions, "rank": str(adapter.rank)})
+    write_tensors(path, tensors, {**record.metadata, **text, **versions, "rank": str(adapter.rank), _HEADS: heads})
     remember(target, name, record)
     return path
 
@@ -135,18 +141,13 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
     Raises:
         StoreError: if it is missing, damaged, or no adapter of comcat's; a LoRA is told as one.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path).expanduser()
     if not path.is_file():
         raise StoreError(f"there is no adapter {str(path)!r}, expected a .safetensors file that comcat has saved")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise StoreError(f"{path} is damaged or no safetensors file: {error}") from error
+    tensors, metadata = read_tensors_and_metadata(path)
+    metadata = {printable(key): printable(value) for key, value in metadata.items()}
     _check_kind(path, metadata, tensors)
+    _check_values(path, tensors)
     factors: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     words: dict[str, Tensor] = {}
@@ -161,27 +162,42 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
         elif last in _FACTORS and tensor.ndim == 2:
             factors.setdefault(module, {})[last] = tensor
         else:
-            foreign.append(f"{key} {tuple(tensor.shape)}")
-    damaged = [f"{key} holds NaN or infinity" for key, t in tensors.items() if not t.isfinite().all()]
-    damaged += [f"{key} is unexpected" for key in foreign]
+            foreign.append(f"{printable(key)} {tuple(tensor.shape)}")
+    damaged = [f"{key} is unexpected" for key in foreign]
     damaged += [f"{key} is {tuple(t.shape)}, expected one row" for key, t in words.items() if t.ndim != 1]
     damaged += [f"{module}.alpha is missing" for module in factors if module not in alphas]
     damaged += [f"{module} has an alpha, but no factors" for module in alphas if module not in factors]
+    damaged += [f"{module}.alpha: {why}" for module, alpha in alphas.items() if (why := bad_alpha(alpha)) is not None]
     damaged += [f"{module}: {problem}" for module, held in factors.items() for problem in _incomplete(held)]
-    if not metadata.get("rank", "").isdecimal():
+    if not metadata.get("rank", "").isdecimal() or len(metadata["rank"]) > 9:
         damaged.append(f"its rank is {metadata.get('rank')!r}, expected a number")
+    heads = _heads_in(metadata)
+    if factors and metadata[_MARK] != _FIRST and (heads is None or set(heads) != set(factors)):
+        damaged.append("it does not say how many heads each attention has")
     if damaged or not factors:
         raise StoreError(f"{path} is damaged: {listed(damaged) if damaged else 'it holds no factors'}")
-    return AdapterFile(path, factors, alphas, words, metadata)
+    return AdapterFile(path, factors, alphas, words, metadata, heads or {})
+
+
+def _heads_in(metadata: Mapping[str, str]) -> dict[str, int] | None:
+    """The heads by module, None if they are not told or not as they should be."""
+    try:
+        heads = json.loads(metadata[_HEADS])
+    except (KeyError, ValueError):
+        return None
+    fits = isinstance(heads, dict) and all(isinstance(n, int) and n > 0 for n in heads.values())
+    return heads if fits else None
 
 
 def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
     if _MARK in metadata:
-        if metadata[_MARK] != FORMAT:
+        if metadata[_MARK] not in (_FIRST, FORMAT):
             raise StoreError(
                 f"{path} is of format {metadata[_MARK]}, expected {FORMAT}; it was written by comcat "
                 f"{metadata.get('comcat_version')}"
             )
+        if metadata[_MARK] != _FIRST and HASH not in metadata:
+            raise StoreError(f"{path} is damaged: its hash is missing")
         return
     kinds = {
         "a LoRA": ("lora_", ".lora", "_lora"),
@@ -194,8 +210,18 @@ def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, T
                 f"{path} is {kind}, not an adapter of comcat's; diffusers loads those with load_lora_weights or "
                 "load_attn_procs"
             )
-    first = ", ".join(list(tensors)[:3])
+    first = printable(", ".join(list(tensors)[:3]))
     raise StoreError(f"{path} is no adapter of comcat's: it holds {len(tensors)} tensors, {first or 'none at all'}")
+
+
+def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    wrong = [
+        f"{printable(key)} {f'is {t.dtype}, expected a floating type' if t.dtype not in _KINDS else 'holds NaN or infinity'}"
+        for key, t in tensors.items()
+        if t.dtype not in _KINDS or not t.isfinite().all()
+    ]
+    if wrong:
+        raise StoreError(f"{path} is damaged: {listed(wrong)}")
 
 
 def _incomplete(factors: Mapping[str, Tensor]) -> list[str]:
@@ -225,12 +251,15 @@ def _updated(
     metadata: Mapping[str, str] | None,
 ) -> Record:
     for what, text in (("identifier", identifier), ("prompt", prompt), ("base", base)):
-        if text is not None and (not isinstance(text, str) or not text.strip()):
-            raise SettingsError(f"got {what} {text!r}, expected text")
+        if text is not None and (not isinstance(text, str) or not text.strip() or printable(text) != text):
+            raise SettingsError(f"got {what} {text!r}, expected text without control characters")
     for key, value in (metadata or {}).items():
-        if key in _OWN or not isinstance(value, str):
-            why = f"{key!r} is comcat's own" if key in _OWN else f"{key!r} is a {type(value).__name__}, expected text"
-            raise SettingsError(f"metadata: {why}")
+        if key in _OWN:
+            raise SettingsError(f"metadata: {key!r} is comcat's own")
+        if not isinstance(value, str):
+            raise SettingsError(f"metadata: {key!r} is a {type(value).__name__}, expected text")
+        if printable(key + value) != key + value:
+            raise SettingsError(f"metadata: {key!r} holds control characters, expected text without")
     words = dict(record.token_embeddings)
     for key, value in (token_embeddings or {}).items():
         component, _, token = key.partition(".")

@@ -81,7 +81,7 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
             misfits.append(f"{path}: {refused[path]}")
         elif path not in places:
             misfits.append(f"{path}: there is no such attention")
-        elif problem := _misfit(places[path], factors):
+        elif problem := _misfit(places[path], factors, file.heads.get(path)):
             misfits.append(f"{path}{problem}")
         else:
             terms[path] = _build(place_at(components, path), places[path], factors, file.alphas[path])
@@ -91,10 +91,16 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
             f"{file.path}{base} does not fit this {_kind_of(target)} with a {type(denoiser_of(target).model).__name__} "
             f"({len(misfits)} of its {len(file.factors)} modules): {listed(misfits)}"
         )
+    rank = max(one.rank for one in terms.values())
+    if not file.heads and file.metadata and rank != file.rank:
+        raise StoreError(
+            f"{file.path} does not fit this {_kind_of(target)}: its rank is {file.rank}, and with the heads here it would "
+            f"be {rank}"
+        )
     return {path: terms[path] for path in places if path in terms}  # in the model's order; a file has none
 
 
-def _misfit(place: AdaptableAttention, factors: Mapping[str, Tensor]) -> str | None:
+def _misfit(place: AdaptableAttention, factors: Mapping[str, Tensor], heads: int | None) -> str | None:
     """How the factors of one module differ from what its attention can carry, as the end of a sentence that starts with
     its path.
     """
@@ -106,6 +112,8 @@ def _misfit(place: AdaptableAttention, factors: Mapping[str, Tensor]) -> str | N
         return f".{unexpected[0]} has no place there"
     channels = factors[next(iter(factors))]
     count = channels.shape[1 if next(iter(factors)).endswith(SIDES["out"]) else 0]
+    if heads is not None and heads != place.heads:
+        return f" is for {heads} heads, and there are {place.heads}"
     if count == 0 or count % place.heads:
         return f" has {count} channels, which are no multiple of the {place.heads} heads"
     for name, factor in factors.items():
