@@ -37,7 +37,7 @@ def main() -> None:
 
     def measured(plan: Plan) -> float:
         handle = apply_(model, plan, loss, sites=sites, factorizations=found)
-        divergence = evaluate(model, judged, reference=dense).divergence
+        divergence = evaluate(model, judged, against=dense).divergence
         handle.revert()
         return float(divergence or 0.0)
 

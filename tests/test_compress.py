@@ -63,7 +63,7 @@ def test_better_statistics_keep_more(model):
 
     def divergence(**settings) -> float:
         small = comcat.compress(model, calibration=loader, reduce=0.55, **settings)
-        return evaluate(small, held, reference=model).divergence
+        return evaluate(small, held, against=model).divergence
 
     assert divergence(statistic="loss") < divergence(statistic="weights", ranks="uniform")
 
@@ -78,7 +78,7 @@ def test_sequential_calibration_compresses_to_the_same_size(model):
 def test_max_drop_stays_within_it_on_the_held_out_pictures(model):
     held = pictures(64, 32, seed=2)
     small = comcat.compress(model, calibration=pictures(), held_out=held, max_drop=10.0)
-    assert 100 - evaluate(small, held, reference=model).agreement <= 10.0
+    assert 100 - evaluate(small, held, against=model).agreement <= 10.0
     assert count_parameters(small) < count_parameters(model)
     with pytest.raises(SettingsError, match="held_out"):
         comcat.compress(model, calibration=pictures(), max_drop=1.0)
@@ -113,7 +113,7 @@ def test_step_by_step_and_back(model):
 def test_a_backbone_without_classifier(model):
     backbone = tiny_vit(num_classes=0)
     small = comcat.compress(backbone, calibration=pictures(), reduce=0.4)
-    result = evaluate(small, pictures(), reference=backbone)
+    result = evaluate(small, pictures(), against=backbone)
     assert result.top1 is None and result.agreement is None and result.cosine > 0.8
 
 
@@ -286,7 +286,7 @@ def test_one_product_of_the_two_alone(kind, library):
     small = comcat.compress(model, calibration=pictures(), reduce=0.1, only=(kind,))
     assert all(n.endswith(f":{kind}") for n in small.comcat_record.plan.sites)
     assert count_parameters(small) <= 0.9 * count_parameters(model)
-    assert evaluate(small, pictures(), reference=model).cosine > 0.9
+    assert evaluate(small, pictures(), against=model).cosine > 0.9
 
 
 def test_an_iterator_of_batches_serves_sequential_calibration_too(model):

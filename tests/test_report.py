@@ -625,12 +625,12 @@ def tuned_model(digits, plan=None, **settings):
     before, small = tiny_vit(num_classes=10), tiny_vit(num_classes=10)
     loader = batches(pictures, preprocess, batch_size=20)
     done = compress_(small, loader, CompressSettings(statistic="activation", pictures=20, reduce=0.5), plan=plan)
-    compressed = evaluate(small, loader, reference=before)
+    compressed = evaluate(small, loader, against=before)
     tune(
         small, pictures, teacher=before, evaluation=pictures, preprocess=preprocess, batch_size=20, crop_scale=None,
         **settings,
     )  # fmt: skip
-    after = evaluate(small, loader, reference=before)
+    after = evaluate(small, loader, against=before)
     return before, small, done, (evaluate(before, loader), compressed, after)
 
 

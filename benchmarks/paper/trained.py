@@ -103,7 +103,7 @@ class Run:
 
     def judge(self, model: nn.Module) -> Evaluation:
         judged = batches(self.evaluation, self.preprocess, batch_size=64)
-        return evaluate(model, judged, reference=None if model is self.model else self.model, progress=True)
+        return evaluate(model, judged, against=None if model is self.model else self.model, progress=True)
 
     def searched(self, label: str, **changes: Any) -> Plan:
         settings = replace(self.search, **changes)

@@ -33,17 +33,22 @@ def test_evaluation_by_hand():
 
 def test_evaluation_against_a_reference_by_hand():
     reference = Says(7, factor=-1.0)
-    found = evaluate(Says(7), [LOGITS], reference=reference)
+    found = evaluate(Says(7), [LOGITS], against=reference)
     p, q = (-LOGITS).flatten(1).softmax(1), LOGITS.flatten(1).softmax(1)
     assert found.count == 5 and found.top1 is found.top5 is found.loss is None
     assert found.cosine == pytest.approx(-1, abs=1e-6) and found.agreement == 0
     assert found.divergence == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-5)
-    same = evaluate(Says(7), [LOGITS], reference=Says(7))
+    same = evaluate(Says(7), [LOGITS], against=Says(7))
     assert (same.agreement, same.divergence) == (100, 0) and same.cosine == pytest.approx(1)
-    rounding = evaluate(Says(7, 1 + 1e-6), [LOGITS * 30], reference=Says(7))
+    rounding = evaluate(Says(7, 1 + 1e-6), [LOGITS * 30], against=Says(7))
     assert 0 <= rounding.divergence < 1e-4
     itself = Says(7)
-    assert evaluate(itself, [LOGITS], reference=itself).agreement == 100
+    assert evaluate(itself, [LOGITS], against=itself).agreement == 100
+
+
+def test_the_old_word_for_the_other_model_still_counts():
+    with pytest.warns(DeprecationWarning, match="say against="):
+        assert evaluate(Says(7), [LOGITS], reference=Says(7)).agreement == 100
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -76,7 +81,7 @@ def test_few_classes_have_no_top5():
 def test_features_are_compared_by_cosine_alone():
     images = torch.randn(3, 3, 32, 32)
     model, other = hub("dinov2"), hub("dinov2")
-    found = evaluate(model, [(images, torch.tensor([0, 1, 999]))], reference=other)
+    found = evaluate(model, [(images, torch.tensor([0, 1, 999]))], against=other)
     with torch.no_grad():
         a, b = (m.eval()(images).pooler_output for m in (model, other))
     cosine = float((a * b).sum(1).div(a.norm(dim=1) * b.norm(dim=1)).mean())
@@ -86,12 +91,12 @@ def test_features_are_compared_by_cosine_alone():
 def test_votes_need_classes_on_both_sides():
     features = nn.Flatten()
     for model, reference in ((features, Says(7)), (Says(7), features)):
-        assert evaluate(model, [LOGITS], reference=reference) == Evaluation(count=5, cosine=pytest.approx(1))
+        assert evaluate(model, [LOGITS], against=reference) == Evaluation(count=5, cosine=pytest.approx(1))
 
 
 def test_real_classifiers_evaluate(capsys):
     images, labels = torch.randn(5, 3, 32, 32), torch.tensor([0, 1, 2, 3, 6])
-    found = evaluate(hub("vit"), [(images, labels)], reference=timm_vit(), progress=True)
+    found = evaluate(hub("vit"), [(images, labels)], against=timm_vit(), progress=True)
     assert None not in found.to_dict().values()
     assert "evaluate" in capsys.readouterr().err
 
@@ -154,16 +159,16 @@ def test_numbers_must_be_sound(bad):
     images[3, 2] = bad
     with pytest.raises(NumericsError, match="batch 1: the model's output for picture 3 has NaN or infinity"):
         evaluate(Says(7), [LOGITS, images])
-    with pytest.raises(NumericsError, match="the reference's output for picture 0"):
-        evaluate(Says(7), [LOGITS], reference=Says(7, bad))
+    with pytest.raises(NumericsError, match="the other model's output for picture 0"):
+        evaluate(Says(7), [LOGITS], against=Says(7, bad))
 
 
 def test_models_must_match_and_be_there():
-    with pytest.raises(ModelError, match="gives 7 numbers a picture, the reference 3"):
-        evaluate(Says(7), [LOGITS], reference=nn.Sequential(nn.Flatten(), nn.Linear(7, 3)))
+    with pytest.raises(ModelError, match="gives 7 numbers a picture, the other model 3"):
+        evaluate(Says(7), [LOGITS], against=nn.Sequential(nn.Flatten(), nn.Linear(7, 3)))
     with pytest.raises(ModelError, match="the model is on cpu, expected meta; move it there"):
         evaluate(Says(7), [LOGITS], device="meta")
-    with pytest.raises(ModelError, match="the reference has no weights"):
-        evaluate(Says(7), [LOGITS], reference=Says(7).to("meta"))
+    with pytest.raises(ModelError, match="the other model has no weights"):
+        evaluate(Says(7), [LOGITS], against=Says(7).to("meta"))
     with pytest.raises(ModelError, match="Linear cannot run"):
         evaluate(nn.Linear(3, 3), [LOGITS])

@@ -23,7 +23,7 @@ def fails_to_count(model: nn.Module, x: Tensor) -> None:
         lambda model, x: count_macs(model, x),
         lambda model, x: peak_memory(model, x),
         lambda model, x: evaluate(model, [x]),
-        lambda model, x: evaluate(nn.Identity(), [x], reference=model),
+        lambda model, x: evaluate(nn.Identity(), [x], against=model),
         lambda model, x: benchmark({"m": model}, x, repeats=1, min_seconds=0),
         fails_to_count,
     ],

@@ -170,8 +170,8 @@ def test_a_teacher_alone_is_enough(unlabelled, teacher):
 def test_distillation_goes_to_the_teacher(data, teacher, distillation):
     net = model()
     tune(net, data, teacher=teacher, distillation=distillation, alpha=1.0, temperature=2.0, epochs=12, **PLAIN)
-    agreement = evaluate(net, [torch.stack([x]) for x, _ in inputs(data, net)], reference=teacher).agreement
-    assert agreement > evaluate(model(), [torch.stack([x]) for x, _ in inputs(data, net)], reference=teacher).agreement
+    agreement = evaluate(net, [torch.stack([x]) for x, _ in inputs(data, net)], against=teacher).agreement
+    assert agreement > evaluate(model(), [torch.stack([x]) for x, _ in inputs(data, net)], against=teacher).agreement
     assert result(net)["teacher"] == "vit_tiny_patch16_224"
 
 

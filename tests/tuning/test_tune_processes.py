@@ -171,7 +171,7 @@ def test_evaluation_counts_each_picture_once(places, count):
     shake(reference, 0.3)
     from comcat.data import batches
 
-    alone = evaluate(net, batches(pictures, preprocess_of(net), batch_size=4), reference=reference)
+    alone = evaluate(net, batches(pictures, preprocess_of(net), batch_size=4), against=reference)
     for found in in_processes(3, _evaluated, places[1], count):
         assert found.count == count
         for key, value in alone.to_dict().items():
@@ -182,7 +182,7 @@ def _evaluated(place, count):
     net, reference = model(), model()
     shake(reference, 0.3)
     pictures = open_pictures(place).take(count, seed=0)
-    return evaluate_together(net, pictures, preprocess_of(net), Processes(cpu=True), batch_size=4, reference=reference)
+    return evaluate_together(net, pictures, preprocess_of(net), Processes(cpu=True), batch_size=4, against=reference)
 
 
 def test_processes_agree():

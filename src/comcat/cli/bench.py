@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ..terminal import LABELS, number, table
 from .common import Common, Positional, at_least_one, load, time_models
+from .terminal import LABELS, number, table
 
 
 @dataclass(frozen=True, kw_only=True)

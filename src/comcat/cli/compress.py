@@ -13,7 +13,6 @@ from ..errors import DataError, SettingsError
 from ..methods.compress import CompressSettings
 from ..methods.search import SearchOptions, SearchSettings
 from ..settings import part_of
-from ..terminal import print_report
 from ..tuning.settings import TuneSettings
 from .common import (
     Common,
@@ -27,6 +26,7 @@ from .common import (
     skip_notes,
     time_models,
 )
+from .terminal import print_report
 
 FEW = 20
 """So few pictures are not split into some to calibrate on and some to measure on."""
@@ -143,7 +143,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
         plan=plan,
         progress=True,
     )
-    compressed = measure.evaluate(model, batches(judged), reference=before, progress=True) if tunes else None
+    compressed = measure.evaluate(model, batches(judged), against=before, progress=True) if tunes else None
     if tunes:
         tune_(
             model,
@@ -160,7 +160,7 @@ def compress_model(command: Compress, model: Any, *, shown: str | None = None) -
         notes.append("Measured on pictures of --data that calibration did not see, for want of --eval.")
     say = (
         measure.evaluate(before, batches(judged), progress=True),
-        measure.evaluate(model, batches(judged), reference=before, progress=True),
+        measure.evaluate(model, batches(judged), against=before, progress=True),
     )
     timings = time_models({"before": before, "after": model}, done.prepared.example, command) if command.bench else None
     report = collect(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..terminal import table
 from .common import Common, Positional, pick_device
 from .compress import Compress, compress_model
+from .terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)

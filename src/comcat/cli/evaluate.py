@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ..terminal import LABELS, number, table
 from .common import Common, Loader, Positional, load, open_for, skip_notes
+from .terminal import LABELS, number, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def run(command: Eval) -> int:
     batches = Loader(preprocess_of(model), command.batch_size)
     result = {
         k: v
-        for k, v in evaluate(model, batches(pictures), reference=against, progress=not command.json).to_dict().items()
+        for k, v in evaluate(model, batches(pictures), against=against, progress=not command.json).to_dict().items()
         if v is not None
     }
     if command.json:

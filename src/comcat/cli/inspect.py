@@ -6,8 +6,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..terminal import table
 from .common import Common, Positional, load, pick_device
+from .terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)

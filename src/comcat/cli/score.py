@@ -8,8 +8,8 @@ from typing import Any
 
 from ..scoring.settings import ScoreSettings
 from ..settings import part_of
-from ..terminal import table
 from .common import Common, Positional, pick_device
+from .terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)

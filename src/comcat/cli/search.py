@@ -13,8 +13,8 @@ from ..errors import DataError, SettingsError
 from ..files import check_writable
 from ..methods.search import SearchSettings
 from ..settings import part_of
-from ..terminal import table
 from .common import Common, Positional, in_processes, load, skip_notes
+from .terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import DataError, SettingsError
 from ..settings import part_of
-from ..terminal import LABELS, number, table
 from ..tuning.settings import TuneSettings
 from .common import Common, Positional, check_out, command_line, in_processes, load, plain_settings, skip_notes
+from .terminal import LABELS, number, table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """How a model does on pictures: against labels, and against another model."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -91,16 +92,17 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    reference: nn.Module | None = None,
+    against: nn.Module | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = False,
+    reference: nn.Module | None = None,
 ) -> Evaluation:
     """How the model does on every picture of ``batches``, each once: against labels, and against another model.
 
     ``batches`` yields pictures (batch, channels, height, width), tuples of pictures and labels (batch,) or None, or
     mappings with ``pixel_values`` or ``image`` and maybe ``labels`` or ``label``; a DataLoader of any of these will do.
-    Labels count where the model is a classifier (:func:`is_classifier`). Against ``reference`` come the cosine of the
+    Labels count where the model is a classifier (:func:`is_classifier`). Against another model come the cosine of the
     outputs, be they logits or features, and, where both are classifiers, agreement and divergence. Pictures go to each
     model's own device and type; ``device`` states where the models must be. ``dtype`` bfloat16 or float16 computes
     under autocast where it is not the weights' own type. ``progress`` shows a bar.
@@ -109,16 +111,19 @@ def evaluate(
     have labels; NumericsError for NaN or infinity in an output; ModelError where a model fails, is on another device,
     or says something of another width than the reference; SettingsError for another ``dtype``.
     """
-    scores, votes = is_classifier(model), reference is not None and is_classifier(model) and is_classifier(reference)
+    if reference is not None:
+        warnings.warn("evaluate(reference=…) is deprecated, say against=…", DeprecationWarning, stacklevel=2)
+        against = reference
+    scores, votes = is_classifier(model), against is not None and is_classifier(model) and is_classifier(against)
     speak = _speaker(model, device, dtype, "model")
-    refer = None if reference is None else _speaker(reference, device, dtype, "reference")
+    refer = None if against is None else _speaker(against, device, dtype, "other model")
     sums = dict.fromkeys(("top1", "top5", "loss", "agreement", "cosine", "divergence"), 0.0)
     count, width, labelled = 0, 0, None
     if progress:
         from tqdm.auto import tqdm
 
         batches = tqdm(batches, desc="evaluate", unit="batch")
-    with evaluating(model, *([] if reference is None else [reference])), torch.no_grad():
+    with evaluating(model, *([] if against is None else [against])), torch.no_grad():
         for index, batch in enumerate(batches):
             where = f"batch {index}"
             images, labels = _split(batch, where)
@@ -143,7 +148,7 @@ def evaluate(
                 other = refer(images, where).to(output.device)
                 if other.shape != output.shape:
                     raise ModelError(
-                        f"the model gives {width} numbers a picture, the reference {other.shape[1]}; expected as many"
+                        f"the model gives {width} numbers a picture, the other model {other.shape[1]}; expected as many"
                     )
                 sums["cosine"] += F.cosine_similarity(output, other).sum().item()
                 if votes:

@@ -41,7 +41,7 @@ def largest_within(
             joint_refit=settings.joint_refit,
         )
         try:
-            measured = evaluate(model, held_out, reference=None if dense.top1 is not None else reference)
+            measured = evaluate(model, held_out, against=None if dense.top1 is not None else reference)
         finally:
             handle.revert()
         if dense.top1 is not None and measured.top1 is not None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import ModelError, NumericsError
 from ..measure.running import call, tensors_in
@@ -96,5 +95,5 @@ def first_unsound_output(model: nn.Module, images: Tensor) -> str | None:
 
 def _finite(tensor: Tensor) -> bool:
     tensor = tensor.detach()
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    whole: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()  # of a tensor that is spread over processes
     return not whole.is_floating_point() or bool(torch.isfinite(whole).all())

@@ -23,7 +23,7 @@ def evaluate_together(
     processes: Processes,
     *,
     batch_size: int,
-    reference: nn.Module | None = None,
+    against: nn.Module | None = None,
     dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """What :func:`comcat.measure.evaluate` says, with the pictures shared out among the processes; all must call it.
@@ -36,13 +36,13 @@ def evaluate_together(
     Raises what ``evaluate`` raises, in all processes.
     """
     if processes.count == 1:
-        return evaluate(model, batches(pictures, preprocess, batch_size=batch_size), reference=reference, dtype=dtype)
+        return evaluate(model, batches(pictures, preprocess, batch_size=batch_size), against=against, dtype=dtype)
     share = pictures.share(processes.index, processes.count)
     blank = torch.zeros(1, preprocess.channels, *preprocess.size)
     turns = _Turns(share, preprocess, batch_size, processes, model, blank)
     found, caught = None, None
     try:
-        found = evaluate(model, turns, reference=reference, dtype=dtype)
+        found = evaluate(model, turns, against=against, dtype=dtype)
     except ComcatError as error:
         if not (isinstance(error, DataError) and turns.given == 0 and turns.ended):  # it had none, which is fine
             caught = error

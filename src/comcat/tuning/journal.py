@@ -117,7 +117,7 @@ class Journal:
             setup.preprocess,
             self.processes,
             batch_size=max(1, setup.data.batch_size // self.settings.accumulate),
-            reference=None if is_classifier(self.learner.bare) else setup.teacher,
+            against=None if is_classifier(self.learner.bare) else setup.teacher,
             dtype=_AUTOCAST[self.settings.precision],
         )
         return {name: value for name, value in found.to_dict().items() if value is not None}

@@ -239,7 +239,7 @@ class Search(Run):
         self.mixture.decide()
         chosen = self.parts["ranks"].take(HELD_OUT_CHECK, self.settings.seed)
         shown = batches(chosen, self.preprocess, batch_size=self.settings.batch_size)
-        found = evaluate(self.model, shown, reference=self.labeller)
+        found = evaluate(self.model, shown, against=self.labeller)
         self.mixture.leave_open()
         return float(found.top1 if found.top1 is not None else found.agreement or 0.0)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import StoreError
-from .files import NO_LOCKS
+from ..errors import StoreError
+from ..files import NO_LOCKS
 
 
 @contextmanager

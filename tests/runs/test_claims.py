@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from comcat.claims import claimed
 from comcat.errors import StoreError
+from comcat.runs.claims import claimed
 
 HOLD = """
 import sys
-from comcat.claims import claimed
+from comcat.runs.claims import claimed
 with claimed(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
