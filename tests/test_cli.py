@@ -79,19 +79,57 @@ def test_compress_writes_a_folder_that_loads(small, folder, capsys):
     assert "--reduce 0.5" in page or "reduce" in page
 
 
-def test_inspect(folder, small, capsys):
+def test_inspect_tells_a_feed_forward_once(folder, small, capsys):
+    """Its hidden units are the row; its layers are the alternative, so that no parameter is counted twice."""
     assert main(["inspect", str(folder), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert {s["site"] for s in said["sites"]} >= {
-        "blocks.0.attn:qk",
-        "blocks.1.attn:vo",
-        "blocks.0.mlp.fc1",
-        "head",
-    } - {"head"}
+    rows = {row["site"]: row for row in said["sites"]}
+    block = ["attn:qk", "attn:vo", "mlp:units"]
+    assert list(rows) == [f"blocks.{i}.{site}" for i in range(2) for site in block] + ["head"]
+    feedforward = rows["blocks.0.mlp:units"]
+    assert (feedforward["kind"], feedforward["full_units"], feedforward["break_even_units"]) == ("units", 192, 191)
+    assert feedforward["parameters"] == 48 * 192 * 2 + 192 + 48
+    ranks = {layer["site"]: layer["break_even_rank"] for layer in feedforward["layers"]}
+    assert ranks == {"blocks.0.mlp.fc1": 38, "blocks.0.mlp.fc2": 38}  # below 48 · 192 / (48 + 192)
+    assert [name for name, row in rows.items() if row["kept_by_default"]] == ["head"]
+    model = comcat.load_model(str(folder))
+    held = sum(
+        p.numel() for n, p in model.named_parameters() if n.partition(".")[0] in ("blocks", "head") and ".norm" not in n
+    )
+    assert sum(row["parameters"] for row in rows.values()) == held < said["parameters"]
+    assert rows["blocks.0.attn:qk"]["full_rank"] == 16 and "rank_for_90_percent" in rows["blocks.0.attn:qk"]
+
+
+def test_inspect_prints_what_can_shrink_and_what_stays(folder, small, capsys):
     assert main(["inspect", str(folder)]) == 0
-    assert "blocks.0.attn:qk" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    line = next(line for line in shown.splitlines() if line.startswith("blocks.0.mlp:units"))
+    assert "feed-forward" in line and "192 units" in line and "or ranks: fc1 up to 38, fc2 up to 38" in line
+    assert "keeps its size by default" in next(line for line in shown.splitlines() if line.startswith("head"))
+    assert "490 of them are in classifier heads" in shown and "--head" in shown
     assert main(["inspect", str(small)]) == 0
     assert "already compressed" in capsys.readouterr().out
+
+
+def test_inspect_says_why_a_layer_of_a_feed_forward_has_no_ranks(tmp_path, capsys):
+    """A feed-forward this narrow can lose units, while factors of its layers always cost more."""
+    import timm
+
+    place, shape = tmp_path / "narrow", {"img_size": 16, "patch_size": 8, "embed_dim": 2, "depth": 1, "num_heads": 1}
+    place.mkdir()
+    cfg = {"input_size": [3, 16, 16], "num_classes": 3}
+    arguments = {**shape, "mlp_ratio": 1.0}
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=3, **arguments)
+    save_file(model.state_dict(), place / "model.safetensors")
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 3, "model_args": arguments, "pretrained_cfg": cfg}
+    (place / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(place), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    feedforward = next(row for row in said["sites"] if row["kind"] == "units")
+    assert feedforward["full_units"] == 2
+    reasons = {layer["site"]: layer["refused"] for layer in feedforward["layers"]}
+    assert set(reasons) == {"blocks.0.mlp.fc1", "blocks.0.mlp.fc2"} and all("so small" in r for r in reasons.values())
+    assert not {row["site"] for row in said["refused"]} & set(reasons)
 
 
 def test_eval_and_bench(folder, small, capsys):

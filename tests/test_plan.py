@@ -42,7 +42,7 @@ def test_a_plan_says_which_model_it_was_made_for():
         ({"num_heads": 6}, r"there blocks\.0\.attn:qk is qk 3 × 16 of 48 → 48, here qk 6 × 8 of 48 → 48"),
         ({"depth": 3}, r"VisionTransformer, which has no blocks\.2\.attn:qk"),
         ({"depth": 1}, r"VisionTransformer, which has blocks\.1\.attn:qk"),
-        ({"mlp_ratio": 3}, r"there blocks\.0\.mlp\.fc1 is linear 48 → 192, here linear 48 → 144"),
+        ({"mlp_ratio": 3}, r"there blocks\.0\.mlp:units is units 192 of 48 → 48, here units 144 of 48 → 48"),
     ],
 )
 def test_a_plan_for_another_model_is_an_error_that_names_the_first_difference(changed, message):

@@ -221,6 +221,11 @@ class HiddenSite:
         """Parameters of one unit: its rows in, its column out, its biases."""
         return len(self.ups) * self.in_features + self.out_features + self.bias_per_unit
 
+    @property
+    def break_even(self) -> int:
+        """The largest number of units that costs fewer parameters than the feed-forward as it stands."""
+        return min(self.full, max(0, (self.parameters() - self.parameters(0) - 1) // self.parameters_per_unit))
+
     def parameters(self, units: int | None = None) -> int:
         """Parameters with so many units, or as it stands (None).
 

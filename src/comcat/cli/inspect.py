@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from ..sites import HiddenSite, Site, Sites
 from .common import Common, Positional, load, pick_device
 from .terminal import table
 
@@ -21,57 +23,87 @@ class Inspect(Common):
 
 
 def run(command: Inspect) -> int:
-    from ..factors import Weights, factorize_site
-    from ..hosts import find_sites
-    from ..measure import count_parameters
-    from ..report import rank_for_energy
-    from ..sites import HiddenSite
-
     path = Path(command.model).expanduser()
     if path.suffix == ".safetensors":
         return _inspect_adapter(command, path)
     if command.model.startswith("diffusers:") or (path / "model_index.json").is_file():
         return _inspect_pipeline(command)
+    return _inspect_model(command)
+
+
+def _inspect_model(command: Inspect) -> int:
+    from ..hosts import find_sites
+    from ..measure import count_parameters
+    from ..methods.allocate import shrinkable
+    from ..methods.ladders import searchable
+
     model = load(command, command.model)
     sites, total = find_sites(model), count_parameters(model)
-    rows = []
-    for name, site in sites.items():
-        if isinstance(site, HiddenSite):
-            continue
-        found = factorize_site(model, site, Weights()).singular_values
-        values = found.sum(0) if found.ndim > 1 else found
-        rows.append({
-            "site": name, "kind": site.kind, "heads": site.heads, "full_rank": site.full_rank, "parameters": site.parameters(),
-            "share": site.parameters() / total, "parameters_per_rank": site.parameters_per_rank, "break_even_rank": site.break_even,
-            "rank_for_90_percent": rank_for_energy(values.tolist(), 0.9),
-        })  # fmt: skip
+    decisions = searchable(sites)
+    by_default = shrinkable(decisions)
+    rows = [_row(model, site, sites, total, name not in by_default) for name, site in decisions.items()]
+    told = {layer["site"] for row in rows for layer in row.get("layers", ())}
+    refused = [{"site": r.name, "reason": r.reason} for r in sites.refused if r.name not in told]
     if command.json:
-        print(
-            json.dumps(
-                {
-                    "model": command.model,
-                    "parameters": total,
-                    "sites": rows,
-                    "refused": [{"site": r.name, "reason": r.reason} for r in sites.refused],
-                },
-                indent=1,
-            )
-        )
+        print(json.dumps({"model": command.model, "parameters": total, "sites": rows, "refused": refused}, indent=1))
         return 0
-    table(
-        ["site", "kind", "full rank", "90 % energy", "saves up to rank", "parameters", "share"],
-        [
-            [r["site"], r["kind"], f"{r['full_rank']} × {r['heads']}" if r["heads"] > 1 else str(r["full_rank"]), str(r["rank_for_90_percent"]), str(r["break_even_rank"]),
-             f"{r['parameters']:,}", f"{100 * r['share']:.1f} %"] for r in rows
-        ],
-    )  # fmt: skip
-    shrinkable = sum(r["parameters"] for r in rows)
-    print(f"\n{len(rows)} sites hold {shrinkable:,} of {total:,} parameters ({100 * shrinkable / total:.1f} %).")
-    if sites.refused:
+    head = ["site", "kind", "full", "90 % energy", "saves up to", "parameters", "share", ""]
+    table(head, [_cells(row) for row in rows], left=(1, 7))
+    held, kept = (sum(r["parameters"] for r in rows if r["kept_by_default"] in of) for of in ((True, False), (True,)))
+    print(f"\n{len(rows)} sites hold {held:,} of {total:,} parameters ({100 * held / total:.1f} %).")
+    if kept:
+        print(f"{kept:,} of them are in classifier heads, which keep their size by default; --head lets them shrink.")
+    if refused:
         print("\nCannot shrink:")
-        for refusal in sites.refused:
-            print(f"  {refusal.name}: {refusal.reason}")
+        for row in refused:
+            print(f"  {row['site']}: {row['reason']}")
     return 0
+
+
+def _row(model: Any, site: Site, sites: Sites, total: int, kept: bool) -> dict[str, Any]:
+    """What a site is and what it costs. A feed-forward is told by its hidden units; its layers are the alternative."""
+    from ..factors import Weights, factorize_site
+    from ..report import rank_for_energy
+
+    row = {"site": site.name, "kind": site.kind, "kept_by_default": kept}
+    row |= {"parameters": site.parameters(), "share": site.parameters() / total}
+    if isinstance(site, HiddenSite):
+        layers = [_layer(path, sites) for path in site.modules]
+        units = {"full_units": site.full, "break_even_units": site.break_even}
+        return {**row, **units, "parameters_per_unit": site.parameters_per_unit, "layers": layers}
+    found = factorize_site(model, site, Weights()).singular_values
+    values = found.sum(0) if found.ndim > 1 else found
+    return {
+        **row,
+        "heads": site.heads,
+        "full_rank": site.full,
+        "break_even_rank": site.break_even,
+        "parameters_per_rank": site.parameters_per_rank,
+        "rank_for_90_percent": rank_for_energy(values.tolist(), 0.9),
+    }
+
+
+def _layer(path: str, sites: Sites) -> dict[str, Any]:
+    """A layer of a feed-forward: the ranks that it could have instead of fewer units, or why it can have none."""
+    if path in sites:
+        return {"site": path, "full_rank": sites[path].full, "break_even_rank": sites[path].break_even}
+    reason = next((r.reason for r in sites.refused if r.name == path), "it has no ranks")
+    return {"site": path, "refused": reason}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    share = [f"{row['parameters']:,}", f"{100 * row['share']:.1f} %"]
+    if row["kind"] == "units":
+        prefix = f"{row['site'].partition(':')[0]}."
+        ranked = [layer for layer in row["layers"] if "break_even_rank" in layer]
+        ranks = [f"{layer['site'].removeprefix(prefix)} up to {layer['break_even_rank']}" for layer in ranked]
+        full = [f"{row['full_units']} units", "", str(row["break_even_units"])]
+        return [row["site"], "feed-forward", *full, *share, f"or ranks: {', '.join(ranks)}" if ranks else ""]
+    full = f"{row['full_rank']} × {row['heads']}" if row["heads"] > 1 else str(row["full_rank"])
+    note = "keeps its size by default" if row["kept_by_default"] else ""
+    return [
+        row["site"], row["kind"], full, str(row["rank_for_90_percent"]), str(row["break_even_rank"]), *share, note
+    ]  # fmt: skip
 
 
 def _inspect_pipeline(command: Inspect) -> int:

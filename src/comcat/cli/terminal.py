@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 LABELS = {
@@ -53,12 +54,14 @@ def print_report(report: Any, seconds: float) -> None:
     print(f"Took {seconds:.0f} s.")
 
 
-def table(head: list[str], rows: list[list[str]]) -> None:
+def table(head: list[str], rows: list[list[str]], *, left: Collection[int] = ()) -> None:
+    """Print a table. The first column and those at ``left`` begin at the left, the others end at the right."""
     widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
     for i, row in enumerate([head, *rows]):
         print(
             "  ".join(
-                c.ljust(w) if j == 0 else c.rjust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))
+                c.ljust(w) if j == 0 or j in left else c.rjust(w)
+                for j, (c, w) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
         )
         if i == 0:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..errors import ModelError
-from ..sites import Attention, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
+from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
 from .classes import classes_of
 from .feedforward import find_feedforwards
 from .ordinary import check_ordinary, not_replaceable
@@ -121,7 +121,18 @@ def find_sites(model: nn.Module) -> Sites:
             found[hidden.name] = hidden
     if not found and not refused:
         raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
-    return Sites(found, tuple(refused))
+    return Sites(_in_order(model, found), tuple(refused))
+
+
+def _in_order(model: nn.Module, found: dict[str, Site]) -> dict[str, Site]:
+    """Sites in the order of the model's modules, hidden units right before the layers that make and read them."""
+    place = {path: i for i, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+
+    def key(site: Site) -> tuple[int, bool]:
+        first = min(place[path] for path in site.modules) if isinstance(site, HiddenSite) else place[site.path]
+        return first, not isinstance(site, HiddenSite)
+
+    return {site.name: site for site in sorted(found.values(), key=key)}
 
 
 def _recognise(
