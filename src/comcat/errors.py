@@ -72,3 +72,10 @@ def listed(phrases: list[str], most: int = 4) -> str:
     """The first few phrases, and how many more there are."""
     more = f"; and {len(phrases) - most} more" if len(phrases) > most else ""
     return "; ".join(phrases[:most]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun in the right form: ``"1 picture"``, ``"2 pictures"``, ``"1 class"``, ``"2 classes"``."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

@@ -132,10 +132,9 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
 
 def open_for(model: Any, spec: str, notes: list[str]) -> Any:
     """Pictures labelled as the model counts its classes; what there is to say about it joins the notes."""
-    from ..data import open_pictures
     from ..models import in_classes_of
 
-    pictures, note = in_classes_of(model, open_pictures(spec))
+    pictures, note = in_classes_of(model, spec)
     if note is not None:
         notes.append(note)
     return pictures

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, nearest
-from .pictures import Pictures, default_workers, whole_number
+from .pictures import Pictures, whole_number
 from .preprocess import Preprocess
+from .reading import default_workers
 
 _PICTURES = ("pixel_values", "image", "images", "img")
 _LABELS = ("labels", "label")

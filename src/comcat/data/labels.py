@@ -1,11 +1,34 @@
-"""Which columns hold the picture and the label, and how labels become class indices."""
+"""Which columns hold the picture and the label, how labels become class indices, and the order of classes."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ..errors import DataError, nearest
+
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")  # pandas writes whole numbers with a point where some rows have none
+_TOO_LARGE = 2**31
+_NEARLY_LABEL = frozenset(
+    "class class_id class_name classes category cls label_id label_name labels target targets".split()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """What is known of the labels of a set of pictures as a whole.
+
+    ``origin`` says where they come from (None: there are none), ``names`` lists the classes by index (None: labels are
+    numbers alone), ``ordered`` says whether the classes are in natural order because nothing else said which, and
+    ``largest`` is the largest label, where all are known beforehand.
+    """
+
+    origin: str | None = None
+    names: tuple[str, ...] | None = None
+    ordered: bool = False
+    largest: int | None = None
 
 
 class LabelCoder:
@@ -17,22 +40,23 @@ class LabelCoder:
     def __init__(self, names: tuple[str, ...] | None = None) -> None:
         self.names = names
         self._positions = {name: position for position, name in enumerate(names or ())}
+        self._twice = {name for name, count in Counter(names or ()).items() if count > 1}
 
     def __call__(self, raw: object, where: str) -> int:
         """Raises :class:`~comcat.errors.DataError`, naming ``where``, on a label that is no class."""
+        if isinstance(raw, str) and raw in self._twice:
+            raise DataError(f"{where} has the label {_short(raw)}, the name of two classes")
         if isinstance(raw, str) and raw in self._positions:
             return self._positions[raw]
-        label = whole(raw)
-        if label is None and raw is None:
+        if is_missing(raw):
             raise DataError(f"{where} has no label, though other pictures of the set do")
+        label = whole(raw)
         if label is None and isinstance(raw, str) and self.names is not None:
-            raise DataError(f"{where} has the label {raw!r}, which is no class of the set{nearest(raw, self.names)}")
-        if label is None:
-            raise DataError(f"{where} has the label {raw!r}; expected a whole number from 0")
-        if label < 0:
             raise DataError(
-                f"{where} has the label {label}; expected a whole number from 0 (-1 in all rows: no labels)"
+                f"{where} has the label {_short(raw)}, which is no class of the set{nearest(raw, self.names)}"
             )
+        if label is None or not 0 <= label < _TOO_LARGE:
+            raise DataError(f"{where} has the label {_short(raw)}; expected a whole number from 0")
         if self.names is not None and label >= len(self.names):
             raise DataError(
                 f"{where} has the label {label}; expected one below {len(self.names)}, the number of classes"
@@ -40,32 +64,69 @@ class LabelCoder:
         return label
 
 
-def code_column(
-    raws: Sequence[object], names: tuple[str, ...] | None, where: Callable[[int], str]
-) -> tuple[list[int] | None, tuple[str, ...] | None]:
-    """A column of labels as indices, and the classes' names.
+def code_labels(
+    raws: Sequence[object], where: Callable[[int], str], *, origin: str, names: tuple[str, ...] | None = None
+) -> tuple[list[int] | None, Labelling, str | None]:
+    """The labels of all pictures as indices, what is known of them, and why there are none where some were expected.
 
-    Strings are sorted and numbered, unless all are whole numbers. A column of nothing but nulls or -1 holds no
-    labels: None. ``where(row)`` names a row in errors. Raises :class:`~comcat.errors.DataError` on a label that is
-    no class.
+    ``names`` are the classes where the data lists them; else words are put in natural order and numbered, and whole
+    numbers are indices. ``where(row)`` names a picture. Labels come all or not at all: one picture without, or
+    with one that is no class, and there are none, since the rest would not be the set that somebody meant to measure.
     """
-    if all(raw is None or whole(raw) == -1 for raw in raws):
-        return None, None
-    names = names or class_names_of(raws)
+    missing = [row for row, raw in enumerate(raws) if is_missing(raw)]
+    if len(missing) == len(raws):
+        return None, Labelling(), None
+    if missing:
+        return None, Labelling(), _left_out(
+            f"no label in {origin} for {len(missing)} of {len(raws)} pictures, the first is {where(missing[0])}"
+        )  # fmt: skip
+    ordered = False
+    if names is None:
+        if any(isinstance(raw, str) for raw in raws):
+            raws = [str(raw) for raw in raws]
+        names = class_names_of(raws)
+        ordered = names is not None
     coder = LabelCoder(names)
-    return [coder(raw, where(row)) for row, raw in enumerate(raws)], names
+    labels: list[int] = []
+    try:
+        labels += (coder(raw, "") for raw in raws)
+    except DataError as error:
+        return None, Labelling(), _left_out(f"{where(len(labels))}{error}")
+    return labels, Labelling(origin=origin, names=names, ordered=ordered, largest=max(labels)), None
 
 
-def class_names_of(raws: Sequence[object]) -> tuple[str, ...] | None:
-    """The different strings among the labels, sorted; None if all of them are whole numbers or there are no strings."""
-    strings = {raw for raw in raws if isinstance(raw, str)}
-    if not strings or all(whole(string) is not None for string in strings):
+def _short(raw: object) -> str:
+    text = repr(raw)
+    return text if len(text) <= 60 else f"{text[:56]} …"
+
+
+def _left_out(reason: str) -> str:
+    return f"{reason}: all labels were left out"
+
+
+def class_names_of(raws: Iterable[object]) -> tuple[str, ...] | None:
+    """The different words among the labels, in natural order; None if there are none, or if they spell different whole numbers."""
+    words = {raw for raw in raws if isinstance(raw, str) and not is_missing(raw)}
+    numbers = {whole(word) for word in words}
+    if None not in numbers and len(numbers) == len(words):
         return None
-    return tuple(sorted(strings))
+    return in_natural_order(words)
 
 
-def choose_columns(kinds: Mapping[str, str], where: str) -> tuple[str, str | None]:
-    """The names of the picture column and of the label column, if any.
+def in_natural_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Names sorted with the numbers in them by value and letters whatever their case, as timm's reader of folders does."""
+    return tuple(sorted(names, key=lambda name: (_natural_key(name), name)))
+
+
+def _natural_key(name: str) -> list[tuple[int, str]]:
+    parts = re.split(r"([0-9]+)", name.lower())  # words and numbers by turns
+    for place in range(1, len(parts), 2):
+        parts[place] = parts[place].lstrip("0")
+    return [(len(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
+
+
+def choose_columns(kinds: Mapping[str, str], where: str) -> tuple[str, str | None, list[str]]:
+    """The names of the picture column and of the label column, if any, and what there is to say about the choice.
 
     ``kinds`` maps each column to ``"picture"``, ``"class"`` or another type. A column named ``image`` or ``label``
     goes before others of its kind. Raises :class:`~comcat.errors.DataError` listing the columns if none holds pictures.
@@ -77,19 +138,34 @@ def choose_columns(kinds: Mapping[str, str], where: str) -> tuple[str, str | Non
         raise DataError(f"{where} has no column 'image'; its columns: {listed}{nearest('image', kinds)}")
     image = "image" if "image" in kinds else pictures[0]
     if "label" in kinds:
-        return image, "label"
-    if len(classes) > 1:
-        warnings.warn(
-            f"{where} has several columns of classes ({', '.join(classes)}); {classes[0]} is used",
-            stacklevel=6,
-        )
-    return image, classes[0] if classes else None
+        return image, "label", []
+    if classes:
+        several = f"{where} has several columns of classes ({', '.join(classes)}); {classes[0]} is used"
+        return image, classes[0], [several] if len(classes) > 1 else []
+    return image, None, no_label_column(kinds, where)
+
+
+def no_label_column(columns: Iterable[str], where: str) -> list[str]:
+    """What to say where there is no column ``label``, but one of nearly that name."""
+    nearly = [name for name in columns if name.lower() in _NEARLY_LABEL or name.lower().endswith(("label", "labels"))]
+    return [f"{where} has no column 'label', and {nearly[0]!r} is not read: no labels"] if nearly else []
+
+
+def is_missing(raw: object) -> bool:
+    """Whether a label says that there is none: null, an empty text, NaN, or -1 as data sets of the hub have it."""
+    if isinstance(raw, str):
+        return not raw.strip() or whole(raw) == -1
+    return raw is None or raw != raw or whole(raw) == -1
 
 
 def whole(raw: object) -> int | None:
     """The whole number that ``raw`` is or spells, or None."""
+    if isinstance(raw, str):
+        if not _WHOLE.fullmatch(raw := raw.strip()):
+            return None
+        raw = raw.partition(".")[0]
     try:
         number = int(raw)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):
         return None
-    return number if isinstance(raw, str | bytes) or number == raw else None
+    return number if isinstance(raw, str) or number == raw else None

@@ -43,6 +43,8 @@ def decode(content: Content | None) -> Image.Image:
 
         with fsspec.open(content, "rb") as remote:
             content = bytes(remote.read())  # type: ignore[union-attr]
+    if isinstance(content, Path) and not content.is_file():  # reading a pipe would wait for ever
+        raise FileNotFoundError("no file is there" if not content.exists() else "it is no regular file")
     with Image.open(content if isinstance(content, Path) else io.BytesIO(content)) as image:
         image.load()
         return plain(image)
@@ -52,7 +54,7 @@ def plain(image: Image.Image) -> Image.Image:
     """The same picture upright, 8 bits a channel, opaque: mode ``"L"`` or ``"RGB"``. A plain picture comes back itself.
 
     Transparent pixels are laid on white; 16-bit grey v becomes round(v / 257); the EXIF orientation is applied.
-    Raises ``ValueError`` on pixels without an agreed 8-bit scale (floating point, CIELAB).
+    Raises ``ValueError`` on pixels without an agreed 8-bit scale (floating point).
     """
     turn = _TURNS.get(_orientation(image))
     image = _eight_bit(image)

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
-import os
-import random
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import count as count_up
 from itertools import islice
@@ -18,13 +13,14 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from ..errors import DataError, SettingsError, nearest
-from .picture import content_hash, decode
-from .sources import Entry, Source, guarded
+from ..errors import DataError, SettingsError, counted, nearest
+from .parts import Share, SplitSide, key_hash
+from .picture import content_hash
+from .reading import Unreadable, ahead, attempt, default_workers, shuffle_buffer
+from .sources import Entry, Source, guarded, printable
 
 T = TypeVar("T")
 
-_SHUFFLE_BYTES = 64 * 2**20
 _HOPELESS = 100  # a stream whose first so many pictures are all unreadable is read no further
 
 
@@ -45,8 +41,10 @@ class Pictures:
     be read, and if there are none at all.
 
     ``name`` says what this is, ``class_names`` lists the classes' names where they are known, ``has_labels`` says
-    whether samples have labels. A picture's key is its path inside the source, or file and row; moving the source as a
-    whole changes neither keys nor what :meth:`take` and :meth:`split` choose.
+    whether samples have labels, ``labels_from`` where those come from and how they were matched to a model's classes
+    (None: there are none), ``largest_label`` which is the largest, if that is known, and ``notes`` what there is to say
+    of how the source was read. A picture's key is its path inside the source, or file and row; moving the source as a whole
+    changes neither keys nor what :meth:`take` and :meth:`split` choose.
     """
 
     def __init__(self, source: Source, *, max_unreadable: float = 0.1) -> None:
@@ -58,18 +56,37 @@ class Pictures:
         ):
             raise SettingsError(f"max_unreadable: got {max_unreadable!r}, expected a fraction from 0 to 1")
         self.name = source.name
-        self.class_names = source.class_names
-        self.has_labels = source.has_labels
+        self.class_names = source.labelling.names
+        self.labels_from = source.labelling.origin
+        self.largest_label = source.labelling.largest
+        self.order_note: str | None = None
+        self._notes = tuple(source.notes)
         self.skipped: list[str] = []
         self._source = source
         self._max_unreadable = max_unreadable
-        self._parts: tuple[_Part | _Share, ...] = ()
+        self._parts: tuple[SplitSide | Share, ...] = ()
         self._chosen: frozenset[str] | None = None
         self._places: tuple[int, ...] | None = None
         self._warned = False
 
     def __repr__(self) -> str:
         return f"Pictures({self.name!r}, count={self.count}, has_labels={self.has_labels})"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether samples have labels."""
+        return self.labels_from is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of how the pictures were read: what was not, why there are no labels, the order of
+        classes if it was guessed and still counts."""
+        return self._notes + ((self.order_note,) if self.order_note else ())
+
+    def describe(self) -> dict[str, str | int | None]:
+        """What a table of results should say of the pictures that it was measured on, as JSON holds it: ``name``,
+        ``pictures`` (how many; None: not known before a pass) and ``labels`` (see ``labels_from``)."""
+        return {"name": self.name, "pictures": self.count, "labels": self.labels_from}
 
     def __bool__(self) -> bool:  # else truth would ask for the length, which streams do not know
         return True
@@ -109,7 +126,7 @@ class Pictures:
         """
         whole_number("n", n, least=1)
         whole_number("seed", seed)
-        chosen = heapq.nsmallest(n, self._keys(), key=lambda key: _hash(f"take/{seed}/{key}"))
+        chosen = heapq.nsmallest(n, self._keys(), key=lambda key: key_hash(f"take/{seed}/{key}"))
         return self._view(f"{n} taken with seed {seed}", self._parts, frozenset(chosen))
 
     def split(self, fraction: float, seed: int) -> tuple[Pictures, Pictures]:
@@ -127,7 +144,7 @@ class Pictures:
         salt = f"split/{seed}/{len(self._parts)}/"
         views = []
         for held_out, what in ((False, "without"), (True, "only")):
-            part = _Part(salt, fraction, held_out)
+            part = SplitSide(salt, fraction, held_out)
             chosen = None if self._chosen is None else frozenset(key for key in self._chosen if part(key))
             views.append(self._view(f"{what} the {fraction:g} held out with seed {seed}", (*self._parts, part), chosen))
         return views[0], views[1]
@@ -135,9 +152,9 @@ class Pictures:
     def share(self, process: int, processes: int) -> Pictures:
         """The part of process ``process`` (from 0) of ``processes``: together they hold every picture once.
 
-        A picture's part is chosen by its hashed key, so that streams of unknown length can be shared as well; the parts are equal
-        on average, and one of few pictures may be empty (iterating over it raises :class:`~comcat.errors.DataError`). The
-        limit on unreadable pictures holds for each part. Raises :class:`~comcat.errors.SettingsError` unless
+        A picture's part is chosen by its hashed key, so that streams of unknown length can be shared as well; the parts
+        are equal on average, and one of few pictures may be empty (iterating over it raises
+        :class:`~comcat.errors.DataError`). The limit on unreadable pictures holds for each part. Raises :class:`~comcat.errors.SettingsError` unless
         0 ≤ ``process`` < ``processes``.
         """
         whole_number("processes", processes, least=1)
@@ -146,28 +163,54 @@ class Pictures:
             raise SettingsError(f"process: got {process}, expected one below {processes}, the number of processes")
         if processes == 1:
             return self
-        part = _Share(process, processes)
+        part = Share(process, processes)
         chosen = None if self._chosen is None else frozenset(key for key in self._chosen if part(key))
         return self._view(f"part {process + 1} of {processes}", (*self._parts, part), chosen)
 
     def in_terms_of(self, names: Sequence[str]) -> Pictures:
-        """The same pictures, labelled by their class's place in ``names``, whatever its place among the pictures' own ``class_names``.
+        """The same pictures, labelled by their class's place in ``names``, whatever its place among the pictures' own
+        ``class_names``.
 
-        Raises :class:`~comcat.errors.DataError` for a class that ``names`` lacks.
+        Raises :class:`~comcat.errors.DataError` for a class that ``names`` lacks or has twice, and where the pictures'
+        classes have no names.
         """
+        if self.class_names is None:
+            raise DataError(
+                f"{self.name}: its labels are numbers without names, so they cannot be put in terms of others"
+            )
         places = {name: place for place, name in enumerate(names)}
-        if missing := [name for name in self.class_names or () if name not in places]:
-            raise DataError(f"{self.name}: no class is called {missing[0]!r}{nearest(missing[0], places)}")
-        view = self._view("by name", self._parts, self._chosen)
-        theirs = tuple(places[name] for name in self.class_names or ())
-        view.name, view._places = self.name, theirs if self._places is None else tuple(theirs[p] for p in self._places)
-        view.class_names = tuple(names)
+        for name in self.class_names:
+            if name not in places:
+                raise DataError(f"{self.name}: no class is called {name!r}{nearest(name, places)}")
+            if list(names).count(name) > 1:
+                raise DataError(f"{self.name}: two classes are called {name!r}")
+        return self.relabelled([places[name] for name in self.class_names], names, "by name")
+
+    def relabelled(
+        self, places: Sequence[int], names: Sequence[str] | None, how: str, *, by_order: bool = False
+    ) -> Pictures:
+        """The same pictures, with label ``places[i]`` in place of i, and ``names`` for the classes so numbered.
+
+        ``how`` joins ``labels_from``: "by name", "by number". ``by_order`` says that the order of classes counts still.
+        Raises :class:`~comcat.errors.DataError` unless there is a place for each of the pictures' classes.
+        """
+        if not self.has_labels or len(places) != len(self.class_names or ()):
+            raise DataError(
+                f"{self.name}: got places for {counted(len(places), 'class')}, expected one for each of its own"
+            )
+        view = self._view("relabelled", self._parts, self._chosen)
+        view.name = self.name
+        view._places = tuple(places if self._places is None else [places[place] for place in self._places])
+        view.class_names = None if names is None else tuple(names)
+        view.labels_from = f"{self.labels_from}, {how}"
+        view.largest_label, view.order_note = max(view._places), self.order_note if by_order else None
         return view
 
     def without_labels(self) -> Pictures:
         """The same pictures with no labels."""
         view = self._view("without labels", self._parts, self._chosen)
-        view.name, view._places, view.class_names, view.has_labels = self.name, (), None, False
+        view.name, view._places, view.class_names = self.name, (), None
+        view.labels_from = view.largest_label = view.order_note = None
         return view
 
     def fingerprint(self, limit: int | None = 4096) -> frozenset[str]:
@@ -195,19 +238,19 @@ class Pictures:
         skipped = self.skipped = []
         seen = 0
         entries = self._entries(seed)
-        for entry, outcome in _ahead(entries, lambda entry: attempt(entry, work), workers):
+        for entry, outcome in ahead(entries, lambda entry: attempt(entry, work), workers):
             seen += 1
             if not isinstance(outcome, Unreadable):
                 yield outcome, entry
                 continue
-            skipped.append(f"{entry.key}: {outcome.reason}")
+            skipped.append(printable(f"{entry.key}: {outcome.reason}"))
             certain = self.count is not None and len(skipped) > self._max_unreadable * self.count
             if certain or (len(skipped) == seen >= _HOPELESS):
                 raise self._too_many(skipped, seen)
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"{entry.key} of {self.name} cannot be read ({outcome.reason}) and is left out, like all such",
+                    f"{printable(entry.key)} of {self.name} cannot be read ({printable(outcome.reason)}) and is left out, like all such",
                     stacklevel=3,
                 )
         if not seen:
@@ -248,7 +291,7 @@ class Pictures:
         if (places := self._places) is not None:
             # an entry may have no label of its own; without places none keeps one
             entries = (replace(e, label=None if e.label is None or not places else places[e.label]) for e in entries)
-        return entries if seed is None or self._source.shuffles_fully else _shuffle_buffer(entries, seed)
+        return entries if seed is None or self._source.shuffles_fully else shuffle_buffer(entries, seed)
 
     def _keep(self, key: str) -> bool:
         return key in self._chosen if self._chosen is not None else all(part(key) for part in self._parts)
@@ -258,18 +301,19 @@ class Pictures:
             return self._chosen
         return (key for key in self._source.keys() if self._keep(key))
 
-    def _view(self, what: str, parts: tuple[_Part | _Share, ...], chosen: frozenset[str] | None) -> Pictures:
+    def _view(self, what: str, parts: tuple[SplitSide | Share, ...], chosen: frozenset[str] | None) -> Pictures:
         view = Pictures(self._source, max_unreadable=self._max_unreadable)
         view.name = f"{self.name} ({what})"
         view._parts = parts
         view._chosen = chosen
-        view._places, view.class_names, view.has_labels = self._places, self.class_names, self.has_labels
+        view._places, view.class_names, view.labels_from = self._places, self.class_names, self.labels_from
+        view.largest_label, view._notes, view.order_note = self.largest_label, self._notes, self.order_note
         return view
 
     def _too_many(self, skipped: list[str], seen: int) -> DataError:
         first = "; ".join(skipped[:3]) + ("; …" if len(skipped) > 3 else "")
         return DataError(
-            f"{len(skipped)} of the first {seen} pictures of {self.name} cannot be read, and at most "
+            f"{len(skipped)} of the first {counted(seen, 'picture')} of {self.name} cannot be read, and at most "
             f"{self._max_unreadable:.0%} of {self.count or 'all'} may be unreadable (max_unreadable): {first}"
         )
 
@@ -277,99 +321,6 @@ class Pictures:
 def overlap(a: Pictures, b: Pictures) -> int:
     """How many different pictures (size and RGB pixels) are in both sets. Decodes every picture of both once."""
     return len(a.fingerprint(None) & b.fingerprint(None))
-
-
-def default_workers() -> int:
-    """Threads that decode pictures when nobody says how many."""
-    return min(8, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One side of a split: whether a key belongs to it."""
-
-    salt: str
-    fraction: float
-    held_out: bool
-
-    def __call__(self, key: str) -> bool:
-        return (_hash(self.salt + key) < self.fraction * 2**64) == self.held_out
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """One of several equal shares by hashed key: whether a key belongs to it."""
-
-    process: int
-    processes: int
-
-    def __call__(self, key: str) -> bool:
-        return _hash(f"share/{key}") % self.processes == self.process
-
-
-@dataclass(frozen=True, slots=True)
-class Unreadable:
-    """What :func:`attempt` makes of a picture that cannot be read."""
-
-    reason: str
-
-
-def attempt(entry: Entry, work: Callable[[Image.Image], T]) -> T | Unreadable:
-    """``work`` done on an entry's picture; a picture that cannot be decoded, or on which it raises DataError, is unreadable."""
-    try:
-        image = decode(entry.content)
-    except Exception as error:  # Pillow's readers raise many kinds on damaged files
-        return Unreadable(f"{type(error).__name__}: {error}")
-    try:
-        return work(image)
-    except DataError as error:
-        return Unreadable(str(error))
-
-
-def _ahead(entries: Iterator[Entry], work: Callable[[Entry], T], workers: int) -> Iterator[tuple[Entry, T]]:
-    """Each entry with the result of ``work``, in order; with several workers, a few entries ahead in threads."""
-    if workers <= 1:
-        yield from ((entry, work(entry)) for entry in entries)
-        return
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[tuple[Entry, Future[T]]] = deque()
-    try:
-        for entry in entries:
-            waiting.append((entry, pool.submit(work, entry)))
-            if len(waiting) >= 4 * workers:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _shuffle_buffer(entries: Iterator[Entry], seed: int) -> Iterator[Entry]:
-    """The entries in a random order, as far as a buffer of ``_SHUFFLE_BYTES`` of encoded pictures reaches."""
-    choose = random.Random(seed)
-    buffer: list[Entry] = []
-    held = 0
-    for entry in entries:
-        buffer.append(entry)
-        held += _size(entry)
-        while held > _SHUFFLE_BYTES and len(buffer) > 1:
-            position = choose.randrange(len(buffer))
-            buffer[position], buffer[-1] = buffer[-1], buffer[position]
-            out = buffer.pop()
-            held -= _size(out)
-            yield out
-    choose.shuffle(buffer)
-    yield from buffer
-
-
-def _size(entry: Entry) -> int:
-    return (len(entry.content) if isinstance(entry.content, bytes) else 0) + 512  # the rest of the entry, roughly
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
 
 
 def _same(image: Image.Image) -> Image.Image:

@@ -1,11 +1,9 @@
-"""What every source of pictures offers, and the sources that list their pictures: folders and the built-in digits."""
+"""What every source of pictures offers, and the two smallest: a single file and the built-in digits."""
 
 from __future__ import annotations
 
 import importlib
-import os
 import random
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 
 from ..errors import DataError
-from .picture import SUFFIXES, Content
+from .labels import Labelling
+from .picture import Content
 
 T = TypeVar("T")
 
@@ -44,13 +43,14 @@ class Entry:
 class Source(Protocol):
     """A stream of entries that can be passed over again and again, in the same order.
 
-    ``shuffles_fully`` says whether ``entries`` with a seed come in a fully random order, or are just reordered chunk
-    by chunk; ``lists_keys`` whether ``keys`` needs no pass over the data.
+    ``labelling`` says what is known of its labels, ``notes`` what a person should know of how it was read,
+    ``shuffles_fully`` whether ``entries`` with a seed come in a fully random order, or are just reordered chunk by
+    chunk, and ``lists_keys`` whether ``keys`` needs no pass over the data.
     """
 
     name: str
-    class_names: tuple[str, ...] | None
-    has_labels: bool
+    labelling: Labelling
+    notes: list[str]
     shuffles_fully: bool
     lists_keys: bool
 
@@ -72,8 +72,8 @@ class Listed(ABC):
     """A source whose pictures have positions 0…count − 1 and can be reached one by one."""
 
     name: str
-    class_names: tuple[str, ...] | None
-    has_labels: bool
+    notes: list[str]
+    labelling = Labelling()
     shuffles_fully = True
     lists_keys = True
 
@@ -96,71 +96,11 @@ class Listed(ABC):
                 yield self.entry(position)
 
 
-class FolderSource(Listed):
-    """Pictures in class sub-folders, as torchvision's ``ImageFolder`` reads them, or without labels."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises :class:`~comcat.errors.DataError` if the folder holds no pictures, or splits instead of classes."""
-        self.name = str(folder)
-        self._root = folder
-        self.has_labels = False
-        self.class_names = None
-        items = sorted((item.name, item.is_dir()) for item in os.scandir(folder) if not item.name.startswith("."))
-        if not items:
-            raise DataError(f"the folder {folder} is empty; expected pictures, or one sub-folder of them a class")
-        classes = [name for name, is_dir in items if is_dir]
-        self._files = [(name, None) for name, is_dir in items if not is_dir and _is_picture(name)]
-        inside = {name: sorted(_pictures_under(folder, name)) for name in classes}
-        nested = sum(len(files) for files in inside.values())
-        if not self._files and not nested:
-            raise DataError(
-                f"no pictures in the folder {folder}: expected names ending in {' '.join(sorted(SUFFIXES))}, "
-                f"found {', '.join(repr(name) for name, _ in items[:5])}{', …' if len(items) > 5 else ''}"
-            )
-        if self._files:  # a flat folder, in which sub-folders are no classes
-            if nested:
-                warnings.warn(
-                    f"{len(self._files)} pictures lie directly in {folder}, so its sub-folders are not taken for "
-                    "classes and its pictures have no labels",
-                    stacklevel=5,
-                )
-            self._files = sorted(self._files + [(file, None) for files in inside.values() for file in files])
-            return
-        if all(name.lower() in SPLITS for name in classes):
-            raise DataError(
-                f"the sub-folders of {folder} are splits, not classes ({', '.join(classes)}); open one of them, "
-                f"such as {folder / classes[0]}"
-            )
-        barren = [name for name, files in inside.items() if not files]
-        if barren:
-            warnings.warn(
-                f"{len(barren)} sub-folders of {folder} hold no pictures but count as classes: {', '.join(barren[:5])}",
-                stacklevel=5,
-            )
-        self.has_labels = True
-        self.class_names = tuple(classes)
-        self._files = [(file, label) for label, name in enumerate(classes) for file in inside[name]]
-
-    @property
-    def count(self) -> int:
-        return len(self._files)
-
-    def key(self, position: int) -> str:
-        return self._files[position][0]
-
-    def entry(self, position: int) -> Entry:
-        key, label = self._files[position]
-        return Entry(key, label, self._root / key)
-
-
 class FileSource(Listed):
     """A single picture file, without a label."""
 
-    has_labels = False
-    class_names: tuple[str, ...] | None = None
-
     def __init__(self, file: Path) -> None:
-        self.name = str(file)
+        self.name, self.notes = printable(str(file)), []
         self._file = file
 
     @property
@@ -180,12 +120,11 @@ class DigitsSource(Listed):
     The split is fixed: of each class, every fifth scan is for testing, the others for training.
     """
 
-    has_labels = True
-    class_names: tuple[str, ...] | None = tuple("0123456789")
+    labelling = Labelling(origin="scikit-learn's targets", names=tuple("0123456789"), largest=9)
 
     def __init__(self, part: str | None = None) -> None:
         digits = require("sklearn.datasets", "the built-in digits", package="scikit-learn").load_digits()
-        self.name = f"digits:{part}" if part else "digits"
+        self.name, self.notes = f"digits:{part}" if part else "digits", []
         self._scans = (digits.images * (255 / 16) + 0.5).astype("uint8")  # from 0…16
         self._labels = [int(label) for label in digits.target]
         seen = [0] * 10
@@ -238,20 +177,18 @@ def guarded(items: Iterator[T], what: str) -> Iterator[T]:
         yield item
 
 
-def _is_picture(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+_NOT_DATA = frozenset(
+    {"__macosx", "@eadir", "#recycle", "@recycle", "@tmp", "$recycle.bin", "system volume information", "lost+found"}
+    | {"__pycache__", "thumbs.db", "desktop.ini"}
+)
+"""What systems, network drives and tools leave in folders, in lower case."""
 
 
-def _pictures_under(root: Path, name: str, ancestors: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Paths, relative to ``root``, of all pictures below its sub-folder ``name``; hidden files and folders left out."""
-    real = os.path.realpath(root / name)
-    if real in ancestors:  # a symbolic link back up
-        return
-    for item in os.scandir(root / name):
-        if item.name.startswith("."):
-            continue
-        path = f"{name}/{item.name}"
-        if item.is_dir():
-            yield from _pictures_under(root, path, ancestors | {real})
-        elif _is_picture(item.name):
-            yield path
+def is_data(name: str) -> bool:
+    """Whether a file or folder belongs to the data: it is not hidden, and nothing that a system left there."""
+    return not name.startswith(".") and name.lower() not in _NOT_DATA
+
+
+def printable(text: str) -> str:
+    """The same text; bytes of a file name that are no UTF-8 become escapes, since no file or terminal takes them."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

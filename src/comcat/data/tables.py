@@ -1,24 +1,21 @@
-"""Pictures in rows: parquet files, and data sets of the ``datasets`` library, saved or streamed from the hub."""
+"""Pictures in rows: parquet files, and data sets that the ``datasets`` library saved."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, nearest
-from .labels import LabelCoder, choose_columns, class_names_of, code_column
+from ..errors import DataError
+from .labels import Labelling, choose_columns, code_labels
 from .picture import Content
-from .sources import Entry, Listed, guarded, require, shuffled
+from .sources import Entry, Listed, guarded, printable, require, shuffled
 
 _READ_ROWS = 64
-_HUB = re.compile(r"hf:(?P<name>[^:\[\]]+?)(?::(?P<split>[^:\[\]]+))?(?:\[:(?P<first>\d+)\])?")
 
 
 class ParquetSource:
@@ -34,19 +31,18 @@ class ParquetSource:
         """Raises :class:`~comcat.errors.DataError` on damaged files, missing columns and labels that are no classes."""
         parquet = require("pyarrow.parquet", "parquet files")
         self.name = name
+        self.notes: list[str] = []
         self._files = [(str(file), file.relative_to(root).as_posix()) for file in files]
         self._rows: list[int] = []
         self._groups: list[tuple[int, int, int, int]] = []  # file, row group, its first row in the file, its rows
-        columns: _Columns | None = None
+        columns: Columns | None = None
         raws: list[object] = []
         for index, (file, _) in enumerate(self._files):
             try:
                 with parquet.ParquetFile(file) as opened:
                     found = _parquet_columns(opened.schema_arrow, file)
                     columns = columns or found
-                    if (found.image, found.label) != (columns.image, columns.label):
-                        ours, first = (f"{c.image!r} and {c.label!r}" for c in (found, columns))
-                        raise DataError(f"{file} has the columns {ours}, but {self._files[0][0]} has {first}")
+                    _check_agreement(found, file, columns, self._files[0][0])
                     if found.label is not None:
                         raws += opened.read(columns=[found.label])[found.label].to_pylist()
                     self._rows.append(opened.metadata.num_rows)
@@ -63,8 +59,7 @@ class ParquetSource:
             raise DataError(f"{name} has no rows")
         self._image = columns.image
         self._offsets = [0, *accumulate(self._rows)][:-1]
-        self._labels, self.class_names = code_column(raws, columns.class_names, self._key)
-        self.has_labels = self._labels is not None
+        self._labels, self.labelling = columns.coded(raws, self._key, self.notes)
 
     @property
     def count(self) -> int:
@@ -89,7 +84,7 @@ class ParquetSource:
             for row, (cell, is_wanted) in enumerate(zip(cells, wanted, strict=True), first):
                 if is_wanted:
                     label = None if self._labels is None else self._labels[self._offsets[index] + row]
-                    yield Entry(f"{key}:{row}", label, _content(cell.as_py(), Path(file).parent))
+                    yield Entry(f"{key}:{row}", label, content_of(cell.as_py(), Path(file).parent))
 
     def _cells(self, file: str, group: int) -> Iterator[Any]:
         """The cells of the picture column in a row group, still arrow's."""
@@ -105,7 +100,7 @@ class SavedSource(Listed):
     def __init__(self, folder: Path) -> None:
         """Raises :class:`~comcat.errors.DataError` if the folder is damaged, holds several splits or no pictures."""
         datasets = require("datasets", "saved data sets")
-        self.name = str(folder)
+        self.name, self.notes = printable(str(folder)), []
         try:
             loaded = datasets.load_from_disk(str(folder))
         except Exception as error:
@@ -118,12 +113,11 @@ class SavedSource(Listed):
             loaded = next(iter(loaded.values()))
         if not len(loaded):
             raise DataError(f"{folder} has no rows")
-        columns = _declared_columns(loaded.features, self.name)
+        columns = declared_columns(loaded.features, self.name)
         self._image = columns.image
-        self._data = _undecoded(datasets, loaded, self._image)
+        self._data = undecoded(datasets, loaded, self._image)
         raws = [] if columns.label is None else list(loaded[columns.label])
-        self._labels, self.class_names = code_column(raws, columns.class_names, self.key)
-        self.has_labels = self._labels is not None
+        self._labels, self.labelling = columns.coded(raws, self.key, self.notes)
 
     @property
     def count(self) -> int:
@@ -134,97 +128,33 @@ class SavedSource(Listed):
 
     def entry(self, position: int) -> Entry:
         label = None if self._labels is None else self._labels[position]
-        return Entry(self.key(position), label, _content(self._data[position][self._image], None))
-
-
-class HubSource:
-    """A split of a hub data set, streamed: each pass reads it from the hub again, as far as it is needed."""
-
-    shuffles_fully = False
-
-    def __init__(self, source: str) -> None:
-        """Raises :class:`~comcat.errors.DataError` if the name is malformed or unknown, or lacks the split."""
-        datasets = require("datasets", "hub data sets")
-        match = _HUB.fullmatch(source)
-        if match is None:
-            raise DataError(
-                f"got {source!r}, expected hf:OWNER/NAME[/CONFIG][:SPLIT][[:FIRST]], such as hf:a/b:train[:5000]"
-            )
-        self.name = source
-        path, config = _hub_name(match["name"])
-        try:
-            splits = datasets.load_dataset(path, config, streaming=True)
-        except Exception as error:
-            raise DataError(f"the data set {source!r} cannot be opened: {error}") from error
-        split = match["split"]
-        if split is None and len(splits) > 1:
-            raise DataError(f"{source!r} has several splits; name one: {', '.join(f'{source}:{s}' for s in splits)}")
-        split = split or next(iter(splits))
-        if split not in splits:
-            known = [str(name) for name in splits]
-            raise DataError(f"{source!r}: no split {split!r}, there are {', '.join(known)}{nearest(split, known)}")
-        data = splits[split]
-        if data.features is None:
-            raise DataError(f"{source!r} does not say which columns it has, so its pictures cannot be found")
-        columns = _declared_columns(data.features, source)
-        self._image, self._label = columns.image, columns.label
-        self._data = _undecoded(datasets, data, self._image)
-        self._split = split
-        self._first = None if match["first"] is None else int(match["first"])
-        self.count = self._known_count(data.info)
-        self.lists_keys = self.count is not None
-        self.has_labels, self.class_names = self._peek(columns.class_names)
-        self._coder = LabelCoder(self.class_names)
-
-    def keys(self) -> Iterator[str]:
-        rows = range(self.count) if self.count is not None else (row for row, _ in self._read())
-        return (f"{self._split}:{row}" for row in rows)
-
-    def entries(self, keep: Callable[[str], bool] | None = None, seed: int | None = None) -> Iterator[Entry]:
-        for row, values in self._read():
-            key = f"{self._split}:{row}"
-            if keep is None or keep(key):
-                label = self._coder(values[self._label], key) if self.has_labels and self._label else None
-                yield Entry(key, label, _content(values[self._image], None, remote=True))
-
-    def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        rows = guarded(iter(self._data), f"the data set {self.name!r} cannot be read further")
-        return enumerate(islice(rows, self._first))
-
-    def _known_count(self, info: Any) -> int | None:
-        split = (info.splits or {}).get(self._split)
-        count = split.num_examples if split is not None and split.num_examples else None
-        return count if self._first is None or count is None else min(count, self._first)
-
-    def _peek(self, names: tuple[str, ...] | None) -> tuple[bool, tuple[str, ...] | None]:
-        """Whether the first row has a label, and the classes; if those are words not listed, all are read."""
-        first = next(self._read(), None)
-        if first is None:
-            raise DataError(f"{self.name!r} has no rows")
-        raw = None if self._label is None else first[1][self._label]
-        if raw is None or raw == -1:
-            return False, None
-        if names is None and isinstance(raw, str):
-            labels = (values[self._label] for values in islice(self._data.select_columns([self._label]), self._first))
-            names = class_names_of(list(guarded(labels, f"the labels of {self.name!r} cannot be read")))
-        return True, names
+        return Entry(self.key(position), label, content_of(self._data[position][self._image], None))
 
 
 @dataclass(frozen=True)
-class _Columns:
+class Columns:
     image: str
     label: str | None
     class_names: tuple[str, ...] | None
+    notes: list[str]
+
+    def coded(
+        self, raws: list[object], where: Callable[[int], str], notes: list[str]
+    ) -> tuple[list[int] | None, Labelling]:
+        """The labels of all rows, and what is known of them; what there is to say joins ``notes``."""
+        labels, labelling, note = code_labels(raws, where, origin=f"the column {self.label!r}", names=self.class_names)
+        notes += [*self.notes, *([note] if note else [])]
+        return labels, labelling
 
 
-def _declared_columns(features: Any, where: str) -> _Columns:
+def declared_columns(features: Any, where: str) -> Columns:
     """The columns by the types that ``datasets`` gives them."""
     kinds, names = _kinds_of(features.to_dict())
-    image, label = choose_columns(kinds, where)
-    return _Columns(image, label, names.get(label or ""))
+    image, label, notes = choose_columns(kinds, where)
+    return Columns(image, label, names.get(label or ""), notes)
 
 
-def _parquet_columns(schema: Any, file: str) -> _Columns:
+def _parquet_columns(schema: Any, file: str) -> Columns:
     """The columns by a parquet file's schema, and the types that ``datasets`` wrote into its metadata."""
     from pyarrow import types
 
@@ -236,18 +166,23 @@ def _parquet_columns(schema: Any, file: str) -> _Columns:
         kinds |= {name: kind for name, kind in declared.items() if name in kinds and kind in ("picture", "class")}
     except (ValueError, KeyError, TypeError, AttributeError):
         pass  # written by something else than `datasets`: the types alone must do
-    image, label = choose_columns(kinds, file)
+    image, label, notes = choose_columns(kinds, file)
     kind = schema.field(image).type
     fields = {field.name for field in kind} if types.is_struct(kind) else set()
     if not (fields & {"bytes", "path"} or types.is_binary(kind) or types.is_large_binary(kind)):
         raise DataError(f"{file}: column {image!r} has the type {kind}; expected binary or struct<bytes, path>")
-    if label is not None:
-        kind = schema.field(label).type
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        numbers = types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind) or types.is_null(kind)
-        if not (numbers or types.is_string(kind) or types.is_large_string(kind)):
-            raise DataError(f"{file}: column {label!r} has the type {kind}; expected whole numbers or strings")
-    return _Columns(image, label, names.get(label or ""))
+    return Columns(image, label, names.get(label or ""), notes)
+
+
+def _check_agreement(found: Columns, file: str, columns: Columns, first: str) -> None:
+    """Raises unless a parquet file has the same columns and classes as the first."""
+    if (found.image, found.label) != (columns.image, columns.label):
+        ours, theirs = (f"{c.image!r} and {c.label!r}" for c in (found, columns))
+        raise DataError(f"{file} has the columns {ours}, but {first} has {theirs}")
+    if found.class_names != columns.class_names:
+        raise DataError(
+            f"{file} names other classes than {first}, or in another order, so their labels do not go together"
+        )
 
 
 def _kinds_of(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tuple[str, ...]]]:
@@ -262,14 +197,14 @@ def _kinds_of(features: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, tu
     return kinds, names
 
 
-def _undecoded(datasets: Any, data: Any, column: str) -> Any:
+def undecoded(datasets: Any, data: Any, column: str) -> Any:
     """The same data with the pictures left encoded, so that a damaged one can be skipped and threads can decode."""
     if isinstance(data.features[column], datasets.Image):
         return data.cast_column(column, datasets.Image(decode=False))
     return data
 
 
-def _content(cell: object, folder: Path | None, *, remote: bool = False) -> Content | None:
+def content_of(cell: object, folder: Path | None, *, remote: bool = False) -> Content | None:
     """What a cell of the picture column holds: bytes, or a file beside the table (in a stream, maybe a URL)."""
     path = None
     if isinstance(cell, dict):
@@ -281,11 +216,3 @@ def _content(cell: object, folder: Path | None, *, remote: bool = False) -> Cont
     if remote and "://" in path:
         return str(path)
     return Path(path) if folder is None else folder / path
-
-
-def _hub_name(name: str) -> tuple[str, str | None]:
-    """Path and configuration: OWNER/NAME/CONFIG has two slashes; a local folder has no configuration."""
-    if name.startswith((".", "/", "~")):
-        return os.path.expanduser(name), None
-    owner_and_name, slash, config = name.rpartition("/")
-    return (owner_and_name, config) if slash and "/" in owner_and_name else (name, None)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
+import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import DataError, ModelError
+from ..errors import ModelError, counted, nearest
 from .architecture import nominal_size
 from .origins import library_of, remembered_origin, unwrapped
 from .transformers import image_processor
@@ -75,39 +78,136 @@ def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
     return names
 
 
-def in_classes_of(model: nn.Module, pictures: Pictures) -> tuple[Pictures, str | None]:
-    """Pictures labelled as a model counts its classes, and what there is to say about it.
+def in_classes_of(model: nn.Module, source: Pictures | str | os.PathLike[str]) -> tuple[Pictures, str | None]:
+    """Pictures, or what :func:`comcat.open_pictures` takes, labelled as a model counts its classes, and what there is
+    to say about it.
 
-    Classes are matched by name wherever both sides have names: a folder with two of a model's ten classes has other places for them. Where
-    all names differ and there are as many, or the model has no names, places count (ImageNet's folders have WordNet's numbers). Otherwise
-    labels would be wrong, and are left out.
+    Labels that have no names are the model's numbers. Classes with names are matched
 
-    Raises DataError if the pictures have more classes than the model.
+    - by name where the model names its own, exactly or but for case, spaces, ``-``, ``_`` and ``/``: a folder with two of a
+      model's ten classes has other places for them;
+    - by WordNet's numbers (``n01440764``) where the model has the classes of an ImageNet that timm knows;
+    - by place where the model names none and has as many;
+    - by number where it names none and has more, and the classes are numbers among its own.
+
+    Otherwise labels would be wrong, and are left out; so they are where there are more classes than the model has.
+    Raises what :func:`comcat.open_pictures` raises.
     """
+    from ..data import Pictures
+    from ..data.opening import find_pictures
+
+    opened = source if isinstance(source, Pictures) else find_pictures(source)
+    pictures, note = _matched(model, opened)
+    said = pictures.notes if opened is not source else ()
+    return pictures, " ".join([*(f"{line}." for line in said), *([note] if note else [])]) or None
+
+
+def _matched(model: nn.Module, pictures: Pictures) -> tuple[Pictures, str | None]:
     theirs = pictures.class_names
-    if theirs is None or not pictures.has_labels:
+    if not pictures.has_labels:
         return pictures, None
     try:
         ours = class_names_of(model)
     except ModelError:
         ours = None
     count = len(ours) if ours else getattr(unwrapped(model), "num_classes", None)
-    if not count or ours == theirs:
+    if not isinstance(count, int) or not count:
         return pictures, None
+    if theirs is None:
+        largest = pictures.largest_label
+        if largest is None or largest < count:
+            return pictures, None
+        return _unlabelled(pictures, f"has the label {largest}, the model {counted(count, 'class')}, 0 to {count - 1}")
     if len(theirs) > count:
-        raise DataError(f"{pictures.name} has {len(theirs)} classes, the model {count}")
-    if ours is None:
-        first = f"{pictures.name} has {len(theirs)} classes, taken for the first of the model's {count}, which has no names for them"
-        return pictures, first if len(theirs) < count else None
-    strange = [name for name in theirs if name not in ours]
-    if not strange:
-        return pictures.in_terms_of(ours), None
-    if len(theirs) == count and len(strange) == count:
-        return pictures, None
-    return pictures.without_labels(), (
-        f"{pictures.name} has {len(theirs)} classes, but the model has none called {strange[0]!r}: the labels were left out, since by "
-        "their places they would be wrong"
+        return _unlabelled(pictures, f"has {counted(len(theirs), 'class')}, the model {count}")
+    if ours is not None:
+        return _matched_by_name(pictures, theirs, ours)
+    if (places := _imagenet_places(theirs, None, count)) is not None:
+        return pictures.relabelled(places, None, "matched by WordNet's numbers"), None
+    if len(theirs) == count:
+        return pictures.relabelled(range(count), theirs, "matched by place", by_order=True), None
+    numbers = [int(name) if re.fullmatch("[0-9]{1,9}", name) else count for name in theirs]
+    several = f"has {counted(len(theirs), 'class')}, the model {count} without names"
+    if len(set(numbers)) == len(numbers) and max(numbers) < count:
+        note = f"{pictures.name} {several}: they are taken for the model's by the numbers that they are called by"
+        return pictures.relabelled(numbers, None, "matched by number"), note
+    return _unlabelled(pictures, f"{several}, so nothing says which of them {theirs[0]!r} is")
+
+
+def _matched_by_name(pictures: Pictures, theirs: tuple[str, ...], ours: tuple[str, ...]) -> tuple[Pictures, str | None]:
+    """Pictures matched to a model that names its classes."""
+    how = "matched by name"
+    if ours == theirs:
+        return pictures.relabelled(range(len(ours)), ours, how), None
+    ambiguous = next((name for name in theirs if ours.count(name) > 1), None)
+    if ambiguous is not None:
+        return _unlabelled(pictures, f"has the class {ambiguous!r}, which the model has twice")
+    exact = {name: place for place, name in enumerate(ours)}
+    loose = _once({_loosely(name): place for name, place in exact.items()}, [_loosely(name) for name in ours])
+    places = [exact.get(name, loose.get(_loosely(name))) for name in theirs]
+    found = [place for place in places if place is not None]
+    if len(found) == len(theirs) and len(set(found)) == len(found):
+        return pictures.relabelled(found, ours, how), None
+    if (numbered := _imagenet_places(theirs, ours, len(ours))) is not None:
+        return pictures.relabelled(numbered, ours, "matched by WordNet's numbers"), None
+    if not found:
+        way_out = (
+            "; if they are the model's numbers, write class_order=number" if all(map(str.isdecimal, theirs)) else ""
+        )
+        return _unlabelled(
+            pictures,
+            f"has none of the model's classes: its own are {_some(theirs)}, the model's {_some(ours)}{way_out}",
+        )
+    strange = next((name for name, place in zip(theirs, places, strict=True) if place is None), None)
+    if strange is None:
+        twice = next(place for place in found if found.count(place) > 1)
+        return _unlabelled(pictures, f"has several classes that may be the model's {ours[twice]!r}")
+    return _unlabelled(
+        pictures,
+        f"has {counted(len(theirs), 'class')}, but the model has none called {strange!r}{nearest(strange, ours)}",
     )
+
+
+def _unlabelled(pictures: Pictures, reason: str) -> tuple[Pictures, str]:
+    return pictures.without_labels(), f"{pictures.name} {reason}: the labels were left out, since they would be wrong"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+
+
+def _loosely(name: str) -> str:
+    """A name without what people and file systems write differently: case, spaces, hyphens, underscores, slashes."""
+    return re.sub(r"[\s_/-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
+
+
+def _once(places: dict[str, int], names: list[str]) -> dict[str, int]:
+    """Only names that stand for one class."""
+    return {name: place for name, place in places.items() if names.count(name) == 1}
+
+
+def _imagenet_places(theirs: tuple[str, ...], ours: tuple[str, ...] | None, count: int) -> list[int] | None:
+    """Places of classes called by their WordNet numbers among the ``count`` classes of an ImageNet, or None.
+
+    A model that names its classes must use the names of that ImageNet for nine in ten of them.
+    """
+    if not all(re.fullmatch(r"n[0-9]{8}", name) for name in theirs):
+        return None
+    try:
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+    except ImportError:
+        return None
+    subset = infer_imagenet_subset({"num_classes": count})
+    if subset is None:
+        return None
+    info = ImageNetInfo(subset)
+    places = {name: place for place, name in enumerate(info.label_names())}
+    if ours is not None:
+        known = [_loosely(text.partition(",")[0]) for text in info.label_descriptions()]
+        same = sum(_loosely(name.partition(",")[0]) == text for name, text in zip(ours, known, strict=True))
+        if same < 0.9 * count:
+            return None
+    return [places[name] for name in theirs] if all(name in places for name in theirs) else None
 
 
 def _for_channels(values: Any, channels: int) -> tuple[float, ...]:

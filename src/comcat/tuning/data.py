@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..data import open_pictures
-from ..data.pictures import Pictures, Unreadable, attempt, whole_number
+from ..data.pictures import Pictures, whole_number
+from ..data.reading import Unreadable, attempt
 from ..data.sources import Entry
 from ..errors import ComcatError, DataError, SettingsError
 from ..models import in_classes_of
@@ -280,7 +280,7 @@ def open_labelled(model: nn.Module, source: Pictures | str | os.PathLike[str]) -
 
     Warns where that is not certain.
     """
-    pictures, note = in_classes_of(model, source if isinstance(source, Pictures) else open_pictures(source))
+    pictures, note = in_classes_of(model, source)
     if note is not None:
         warnings.warn(note, stacklevel=3)
     return pictures
