@@ -108,7 +108,7 @@ def test_hub_labels_missing_or_in_words(labels, names, expected, tmp_path):
 def test_hub_pictures_may_be_files_or_urls(tmp_path):
     import fsspec
 
-    from comcat.data.picture import decode
+    from comcat.data.decoding import decode
 
     fill(tmp_path, {"d/train/a/x.png": 0, "d/train/b/y.png": 1})
     pictures = open_pictures(f"hf:{tmp_path}/d")

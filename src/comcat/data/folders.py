@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError, counted
+from .decoding import SUFFIXES
 from .labels import Labelling, code_labels, in_natural_order
 from .metadata import METADATA, labels_in
-from .picture import SUFFIXES
 from .sources import SPLITS, Entry, Listed, is_data, printable
 
 _SPLIT_WORD = re.compile(r"(?:^|[^a-z])(" + "|".join(SPLITS) + r")(?![a-z])")

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError, SettingsError, counted, nearest
+from .decoding import SUFFIXES
 from .folders import FolderSource
 from .hub import HubSource
 from .labels import in_natural_order, whole
 from .metadata import METADATA
-from .picture import SUFFIXES
 from .pictures import Pictures
 from .shards import ShardSource
 from .sources import SPLITS, DigitsSource, FileSource, Source, is_data, printable, require

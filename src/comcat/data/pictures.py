@@ -14,8 +14,8 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from ..errors import DataError, SettingsError, counted, nearest
+from .decoding import content_hash
 from .parts import Share, SplitSide, key_hash
-from .picture import content_hash
 from .reading import Unreadable, ahead, attempt, default_workers, shuffle_buffer
 from .sources import Entry, Source, guarded, printable
 

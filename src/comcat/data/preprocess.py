@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, SettingsError, nearest
-from .picture import plain
+from .decoding import plain
 
 _INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling}
 _MOST_PIXELS = 10**8

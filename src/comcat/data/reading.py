@@ -13,7 +13,7 @@ from typing import TypeVar
 from PIL import Image
 
 from ..errors import DataError
-from .picture import decode
+from .decoding import decode
 from .sources import Entry
 
 T = TypeVar("T")

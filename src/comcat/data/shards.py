@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError, counted
+from .decoding import SUFFIXES
 from .labels import code_labels
-from .picture import SUFFIXES
 from .sources import Entry, guarded, is_data, printable, shuffled
 
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

@@ -13,8 +13,8 @@ from typing import Any, Protocol, TypeVar
 from PIL import Image
 
 from ..errors import DataError
+from .decoding import Content
 from .labels import Labelling
-from .picture import Content
 
 T = TypeVar("T")
 

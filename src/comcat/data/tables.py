@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .decoding import Content
 from .labels import Labelling, choose_columns, code_labels
-from .picture import Content
 from .sources import Entry, Listed, guarded, printable, require, shuffled
 
 _READ_ROWS = 64

@@ -7,8 +7,8 @@ from itertools import islice
 from pathlib import Path
 
 from ..data import Pictures
-from ..data.picture import content_hash
-from ..data.pictures import default_workers
+from ..data.decoding import content_hash
+from ..data.reading import default_workers
 from ..errors import DataError
 
 SAMPLE = 4096

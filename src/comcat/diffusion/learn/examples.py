@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ...data import Pictures, open_pictures
-from ...data.picture import content_hash, plain
+from ...data.decoding import content_hash, plain
 from ...errors import DataError
 from ...runs.seeding import derive_seed
 

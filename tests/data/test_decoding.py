@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from comcat.data import open_pictures
-from comcat.data.picture import plain
+from comcat.data.decoding import plain
 from comcat.errors import DataError
 
 from .material import RGB8, encoded, picture, pixels
