@@ -48,8 +48,8 @@ def test_another_order_can_be_chosen(as_option, tmp_path):
 
     folder(tmp_path, "0", "2", "10")
     said = (
-        rf"the classes of {tmp_path} are numbered in natural order, as timm does: '2' is 1; in the order of text, as torchvision "
-        rf"does, '10' is\. Write {tmp_path}:class_order=text for that, or class_order=natural to say"
+        rf"the classes of {tmp_path} are numbered in natural order, as timm does: '2' is 1; in the order of text, as "
+        rf"torchvision does, '10' is\. Write {tmp_path}:class_order=text for that, or class_order=natural to say"
     )
     with pytest.warns(UserWarning, match=said):
         pictures = open_pictures(tmp_path)

@@ -116,3 +116,22 @@ def test_hub_pictures_may_be_files_or_urls(tmp_path):
     with fsspec.open("memory://pictures/z.png", "wb") as file:
         file.write(encoded(picture(5)))
     assert decode("memory://pictures/z.png").tobytes() == picture(5).tobytes()
+
+
+def test_every_worker_of_torch_sees_the_whole_stream(tmp_path):
+    """`datasets` gave each of two workers the rows of one file, numbered from 0: half of the pictures were lost."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Keys(IterableDataset):
+        def __init__(self, pictures):
+            self.pictures = pictures
+
+        def __iter__(self):
+            yield from ((entry.key, entry.label) for _, entry in self.pictures.entries())
+
+    for shard in range(2):
+        columns = {"image": cells(3, 3 * shard), "label": [3 * shard, 3 * shard + 1, 3 * shard + 2]}
+        write_parquet(tmp_path / "d" / f"train-{shard}.parquet", columns)
+    pictures = open_pictures(f"hf:{tmp_path}/d:train")
+    seen = map(tuple, DataLoader(Keys(pictures), batch_size=None, num_workers=2))
+    assert sorted(seen) == sorted([(f"train:{row}", row) for row in range(6)] * 2)

@@ -158,18 +158,14 @@ def test_some_of_a_models_twelve_classes(reader, numbers, tmp_path):
     assert pictures.labels_from is not None
 
 
+PICTURES = {f"{number}.png": encoded(picture(number)) for number in range(3)}
 PARTLY = {
     "csv": lambda folder: by_csv(fill(folder, {"9.png": 9}), [(0, "a"), (1, "b")]),
     "jsonl": lambda folder: by_jsonl(fill(folder, {"9.png": 9}), [(0, "a"), (1, "b")]),
     "parquet": lambda folder: write_parquet(folder / "a.parquet", {"image": cells(3), "label": [None, "a", "b"]}),
-    "cls": lambda folder: write_tar(
-        folder / "a.tar",
-        {"0.png": encoded(picture(0)), "1.png": encoded(picture(1)), "1.cls": b"1", "2.png": encoded(picture(2)), "2.cls": b"2"},
-    ),
-    "json": lambda folder: write_tar(
-        folder / "a.tar", {"0.png": encoded(picture(0)), "1.png": encoded(picture(1)), "1.json": b'{"label": 1}'}
-    ),
-}  # fmt: skip
+    "cls": lambda folder: write_tar(folder / "a.tar", PICTURES | {"1.cls": b"1", "2.cls": b"2"}),
+    "json": lambda folder: write_tar(folder / "a.tar", PICTURES | {f"{n}.json": b'{"label": 1}' for n in (1, 2)}),
+}
 
 
 @pytest.mark.parametrize("write", PARTLY.values(), ids=PARTLY)

@@ -89,8 +89,9 @@ def test_no_class_in_common_leaves_labels_out():
     strange, note = in_classes_of(_model(10, cifar), open_pictures("digits:test"))
     assert not strange.has_labels and {s.label for s in strange.take(3, 0)} == {None}
     assert note == (
-        "digits:test has none of the model's classes: its own are '0', '1', '2', …, the model's 'airplane', 'automobile', "
-        "'bird', …; if they are the model's numbers, write class_order=number: the labels were left out, since they would be wrong"
+        "digits:test has none of the model's classes: its own are '0', '1', '2', …, the model's 'airplane', "
+        "'automobile', 'bird', …; if they are the model's numbers, write class_order=number: the labels were left out, "
+        "since they would be wrong"
     )
     numbered, note = in_classes_of(_model(10, cifar), open_pictures("digits:test:class_order=number"))
     assert note is None and [s.label for s in numbered] == [s.label for s in open_pictures("digits:test")]

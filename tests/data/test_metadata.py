@@ -56,12 +56,32 @@ def test_a_split_of_its_own_may_lie_in_a_sub_folder(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "message", "labels"),
     [
-        ("metadata.csv", "file_name,label\na.png,1\nb.png,0\nc.png,1\nd.png,1\n", "names 2 pictures that are not there, such as 'c.png'", [1, 0]),
-        ("metadata.csv", "file_name,label\na.png,1\n", r"no label in metadata.csv for 1 of 2 pictures, the first is b.png", None),
+        (
+            "metadata.csv",
+            "file_name,label\na.png,1\nb.png,0\nc.png,1\nd.png,1\n",
+            "names 2 pictures that are not there, such as 'c.png'",
+            [1, 0],
+        ),
+        (
+            "metadata.csv",
+            "file_name,label\na.png,1\n",
+            r"no label in metadata.csv for 1 of 2 pictures, the first is b.png",
+            None,
+        ),
         ("metadata.csv", "file_name,label\na.png,1\nb.png,0\na.png,1\n", None, [1, 0]),
-        ("metadata.csv", "file_name,label\na.png,1\nb.png,0\na.png,0\n", "1 picture another label than before, such as a.png", None),
+        (
+            "metadata.csv",
+            "file_name,label\na.png,1\nb.png,0\na.png,0\n",
+            "1 picture another label than before, such as a.png",
+            None,
+        ),
         ("metadata.csv", "\ufefffile_name, label\r\na.png, cat\r\nb.png, ant\r\n", None, [1, 0]),
-        ("metadata.csv", "file_name;label\na.png;1\nb.png;0\n", "no column 'file_name'; its columns: 'file_name;label'", None),
+        (
+            "metadata.csv",
+            "file_name;label\na.png;1\nb.png;0\n",
+            "no column 'file_name'; its columns: 'file_name;label'",
+            None,
+        ),
         ("metadata.csv", "file_name,Label\na.png,1\nb.png,0\n", "has no column 'label', and 'Label' is not read", None),
         ("metadata.csv", "file_name,class\na.png,1\nb.png,0\n", "has no column 'label', and 'class' is not read", None),
         ("metadata.csv", "file_name,label\n..\\a.png,1\n/b.png,0\n", "names 2 pictures that are not there", None),
@@ -73,12 +93,22 @@ def test_a_split_of_its_own_may_lie_in_a_sub_folder(tmp_path):
         ("metadata.csv", "file_name,label\na.png,-1\nb.png,-1\n", None, None),
         ("metadata.jsonl", '{"file_name": "a.png", "label": 1}\n{"file_name": "b.png", "label": 0}', None, [1, 0]),
         ("metadata.jsonl", '{"file_name": "a.png", "label": "x"}\n{"file_name": "b.png", "label": 3}', None, [1, 0]),
-        ("metadata.jsonl", '{"file_name": "a.png", "label": [1]}\n{"file_name": "b.png", "label": [0]}', r"a.png has the label \[1\]", None),
-        ("metadata.jsonl", '{"file_name": "a.png", "label": 1}\n{"file_name": ', "cannot be read.*line 2 is no JSON", None),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "label": [1]}\n{"file_name": "b.png", "label": [0]}',
+            r"a.png has the label \[1\]",
+            None,
+        ),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "label": 1}\n{"file_name": ',
+            "cannot be read.*line 2 is no JSON",
+            None,
+        ),
         ("metadata.jsonl", '["a.png", 1]', "cannot be read.*line 1 is no JSON object", None),
         ("metadata.jsonl", '{"file_name": 3, "label": 1}', "names 1 picture that is not there, such as 3", None),
     ],
-)  # fmt: skip
+)
 def test_right_labels_or_none_and_the_reason(file, text, message, labels, tmp_path):
     fill(tmp_path, {"a.png": 0, "b.png": 1})
     (tmp_path / file).write_bytes(text.encode())

@@ -29,8 +29,16 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory):
+def sharded(tmp_path_factory):
     return open_pictures(shards(tmp_path_factory.mktemp("shards"), COUNT))
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    """As the hub streams it: of unknown length."""
+    folder = tmp_path_factory.mktemp("hub")
+    rows(folder / "train.parquet", COUNT)
+    return open_pictures(f"hf:{folder}")
 
 
 @pytest.fixture(scope="module")
@@ -235,8 +243,8 @@ def test_a_stream_shorter_than_its_epoch_is_an_error(stream, workers):
         list(data.epoch(0))
 
 
-def test_what_is_not_needed_is_not_decoded(stream, pictures, table):
-    for source in (stream, pictures, table):
+def test_what_is_not_needed_is_not_decoded(stream, sharded, pictures, table):
+    for source in (stream, sharded, pictures, table):
         decoded = []
 
         def noting(image, decoded=decoded):

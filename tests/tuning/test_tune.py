@@ -24,7 +24,7 @@ from comcat.tuning.step import Training
 from comcat.tuning.tune import tune
 from tests.models import shake
 
-from .material import CLASSES, folder, model, picture, shards
+from .material import CLASSES, folder, model, picture, rows, shards
 
 QUICK = {"batch_size": 8, "lr": 1e-3, "warmup": 0.0, "crop_scale": None}
 PLAIN = {**QUICK, "flip": 0.0}
@@ -314,7 +314,8 @@ def test_everything_at_once(data, evaluation, teacher, tmp_path):
 
 
 def test_grey_models_and_streams(tmp_path):
-    stream = open_pictures(shards(tmp_path, 23))
+    rows(tmp_path / "train.parquet", 23)
+    stream = open_pictures(f"hf:{tmp_path}")
     net = model(in_chans=1)
     settings = {**QUICK, "rand_augment": "rand-m9-mstd0.5-inc1", "crop_scale": (0.6, 1.0)}
     tune(net, stream, epoch_size=23, epochs=2, **settings)
@@ -348,6 +349,11 @@ def test_no_epochs_leave_the_model_as_it_is(data, evaluation):
 
 def test_one_class_and_batches_of_one(tmp_path):
     single = open_pictures(folder(tmp_path, 5, classes=1))
+    with pytest.raises(
+        DataError, match=r"has no labels \(.* has 1 class, the model 4 without names, so nothing says which"
+    ):
+        tune(model(), single, epochs=3, **QUICK)
+    single = single.relabelled([0], None, "by hand")
     net = model()
     tune(net, single, epochs=3, **{**QUICK, "batch_size": 1})
     assert result(net)["steps"] == 15 and result(net)["curve"][-1]["train_top1"] == 100
@@ -368,10 +374,14 @@ def test_a_batch_larger_than_the_data_counts_each_picture_once(data):
 
 
 def test_labels_outside_the_classes_are_refused(tmp_path, data):
-    with pytest.raises(DataError, match="has 6 classes, the model 4"):
+    with pytest.raises(DataError, match=r"has no labels \(.* has 6 classes, the model 4: the labels were left out"):
         tune(model(), folder(tmp_path / "named", 12, classes=6), **QUICK)
-    unnamed = open_pictures(shards(tmp_path / "shards", 10))  # whole numbers, whose range nobody knows before
     net = model(num_classes=3)
+    with pytest.raises(DataError, match=r"has no labels \(.* has the label 3, the model 3 classes, 0 to 2"):
+        tune(net, shards(tmp_path / "shards", 10), **QUICK)
+    (tmp_path / "hub").mkdir()
+    rows(tmp_path / "hub" / "train.parquet", 10)  # whole numbers, whose range nobody knows before
+    unnamed = open_pictures(f"hf:{tmp_path}/hub")
     with pytest.raises(DataError, match="got the label 3, expected 0 to 2: the model has 3 classes"):
         tune(net, unnamed, epoch_size=10, **QUICK)
     assert same(net, model(num_classes=3))
@@ -423,7 +433,7 @@ def test_nothing_to_learn_from_is_told(unlabelled, data, teacher):
         tune(model(), unlabelled, **QUICK)
     with pytest.raises(DataError, match="has no labels: let it learn of the teacher"):
         tune(model(), unlabelled, teacher=teacher, distillation="none", **QUICK)
-    with pytest.raises(DataError, match=r"the evaluation pictures .* have no labels"):
+    with pytest.raises(DataError, match=r"evaluation: .* has no labels, so there is no top-1"):
         tune(model(), data, evaluation=unlabelled, **QUICK)
 
 

@@ -128,25 +128,28 @@ def _killed_then_on(places, out, extra):
 
 def test_an_error_of_one_process_is_raised_in_all(tmp_path):
     """One label of four classes is 4; which of the processes meets it is a matter of the order."""
-    bad = _shards_with_a_bad_label(tmp_path)
+    bad = _stream_with_a_bad_label(tmp_path)
     for which in ("train", "eval"):
         for name, message, everywhere in in_processes(2, _told, bad, which, tmp_path / which):
             assert name == "DataError" and "4, expected 0 to 3" in message and everywhere
 
 
-def _shards_with_a_bad_label(tmp_path) -> str:
+def _stream_with_a_bad_label(tmp_path) -> str:
+    """Nobody knows a stream's labels before it is read."""
     import io
-    import tarfile
 
-    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        for number in range(16):
-            buffer = io.BytesIO()
-            picture(number % 4, number).save(buffer, "png")
-            for suffix, content in (("png", buffer.getvalue()), ("cls", b"4" if number == 9 else b"1")):
-                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return str(tmp_path / "bad.tar")
+    import pyarrow
+    from pyarrow import parquet
+
+    pictures = []
+    for number in range(16):
+        buffer = io.BytesIO()
+        picture(number % 4, number).save(buffer, "png")
+        pictures.append({"bytes": buffer.getvalue(), "path": None})
+    table = pyarrow.table({"image": pictures, "label": [4 if number == 9 else 1 for number in range(16)]})
+    (tmp_path / "bad").mkdir()
+    parquet.write_table(table, tmp_path / "bad" / "train.parquet")
+    return f"hf:{tmp_path}/bad"
 
 
 def _told(bad, which, tmp_path):

@@ -35,9 +35,8 @@ class FolderSource(Listed):
             found.check_splits(self.name, alone=False)
             self._files = sorted(found.pictures)
             raws = [labels.raws.get(file) for file in self._files]
-            values, self.labelling, note = code_labels(raws, self.key, origin=labels.origin)
+            values, self.labelling = code_labels(raws, self.key, origin=labels.origin)
             self._labels = values or [None] * len(raws)
-            self.notes += [note] if note else []
 
     def _label_by_folders(self, found: _Found) -> None:
         """Labels by the sub-folder that a picture lies in, unless some lie in none."""
@@ -49,18 +48,17 @@ class FolderSource(Listed):
             self._labels = [None] * len(self._files)
             direct = sum("/" not in file for file in self._files)
             if direct < len(self._files):
-                self.notes.append(
-                    f"because of {counted(direct, 'picture')} directly in {self.name}, its sub-folders are not taken for "
-                    "classes and its pictures have no labels"
+                self.labelling = Labelling(
+                    absent_because=f"because of {counted(direct, 'picture')} directly in {self.name}, its sub-folders "
+                    "are not taken for classes and its pictures have no labels"
                 )
             return
         found.check_splits(self.name)
         classes = in_natural_order(inside)
         barren = [printable(name) for name in classes if not inside[name]]
         if barren:
-            self.notes.append(
-                f"{counted(len(barren), 'sub-folder')} of {self.name} without pictures, counted as classes: {_some(barren)}"
-            )
+            held = f"{counted(len(barren), 'sub-folder')} of {self.name} without pictures"
+            self.notes.append(f"{held}, counted as classes: {_some(barren)}")
         deeper = sorted({"/".join(file.split("/")[:2]) for file in found.pictures})
         if all(file.count("/") > 1 for file in found.pictures) and len(deeper) > len(classes):
             self.notes.append(

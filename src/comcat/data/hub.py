@@ -81,8 +81,9 @@ class HubSource:
         return None
 
     def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        rows = guarded(iter(self._data), f"the data set {self.name!r} cannot be read further")
-        return enumerate(islice(rows, self._first))
+        # Batches of one: iterated over row by row, `datasets` gives each worker process of torch a share alone.
+        rows = ({name: cells[0] for name, cells in batch.items()} for batch in self._data.iter(batch_size=1))
+        return enumerate(islice(guarded(rows, f"the data set {self.name!r} cannot be read further"), self._first))
 
     def _known_count(self, info: Any) -> int | None:
         split = (info.splits or {}).get(self._split)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..errors import DataError, nearest
+from ..errors import DataError, counted, nearest
 
 _WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?")  # pandas writes whole numbers with a point where some rows have none
 _TOO_LARGE = 2**31
@@ -20,12 +20,14 @@ _NEARLY_LABEL = frozenset(
 class Labelling:
     """What is known of the labels of a set of pictures as a whole.
 
-    ``origin`` says where they come from (None: there are none), ``names`` lists the classes by index (None: labels are
-    numbers alone), ``ordered`` says whether the classes are in natural order because nothing else said which, and
-    ``largest`` is the largest label, where all are known beforehand.
+    ``origin`` says where they come from (None: there are none), ``absent_because`` why there are none where some were
+    expected, ``names`` lists the classes by index (None: labels are numbers alone), ``ordered`` says whether the
+    classes are in natural order because nothing else said which, and ``largest`` is the largest label, where all are
+    known beforehand.
     """
 
     origin: str | None = None
+    absent_because: str | None = None
     names: tuple[str, ...] | None = None
     ordered: bool = False
     largest: int | None = None
@@ -66,8 +68,8 @@ class LabelCoder:
 
 def code_labels(
     raws: Sequence[object], where: Callable[[int], str], *, origin: str, names: tuple[str, ...] | None = None
-) -> tuple[list[int] | None, Labelling, str | None]:
-    """The labels of all pictures as indices, what is known of them, and why there are none where some were expected.
+) -> tuple[list[int] | None, Labelling]:
+    """The labels of all pictures as indices, and what is known of them.
 
     ``names`` are the classes where the data lists them; else words are put in natural order and numbered, and whole
     numbers are indices. ``where(row)`` names a picture. Labels come all or not at all: one picture without, or
@@ -75,11 +77,10 @@ def code_labels(
     """
     missing = [row for row, raw in enumerate(raws) if is_missing(raw)]
     if len(missing) == len(raws):
-        return None, Labelling(), None
+        return None, Labelling()
     if missing:
-        return None, Labelling(), _left_out(
-            f"no label in {origin} for {len(missing)} of {len(raws)} pictures, the first is {where(missing[0])}"
-        )  # fmt: skip
+        first = f"for {len(missing)} of {counted(len(raws), 'picture')}, the first is {where(missing[0])}"
+        return None, _left_out(f"no label in {origin} {first}")
     ordered = False
     if names is None:
         if any(isinstance(raw, str) for raw in raws):
@@ -91,8 +92,8 @@ def code_labels(
     try:
         labels += (coder(raw, "") for raw in raws)
     except DataError as error:
-        return None, Labelling(), _left_out(f"{where(len(labels))}{error}")
-    return labels, Labelling(origin=origin, names=names, ordered=ordered, largest=max(labels)), None
+        return None, _left_out(f"{where(len(labels))}{error}")
+    return labels, Labelling(origin=origin, names=names, ordered=ordered, largest=max(labels))
 
 
 def _short(raw: object) -> str:
@@ -100,12 +101,12 @@ def _short(raw: object) -> str:
     return text if len(text) <= 60 else f"{text[:56]} …"
 
 
-def _left_out(reason: str) -> str:
-    return f"{reason}: all labels were left out"
+def _left_out(reason: str) -> Labelling:
+    return Labelling(absent_because=f"{reason}: all labels were left out")
 
 
 def class_names_of(raws: Iterable[object]) -> tuple[str, ...] | None:
-    """The different words among the labels, in natural order; None if there are none, or if they spell different whole numbers."""
+    """The different words among the labels, in natural order; None if there are none, or they spell whole numbers."""
     words = {raw for raw in raws if isinstance(raw, str) and not is_missing(raw)}
     numbers = {whole(word) for word in words}
     if None not in numbers and len(numbers) == len(words):
@@ -114,7 +115,7 @@ def class_names_of(raws: Iterable[object]) -> tuple[str, ...] | None:
 
 
 def in_natural_order(names: Iterable[str]) -> tuple[str, ...]:
-    """Names sorted with the numbers in them by value and letters whatever their case, as timm's reader of folders does."""
+    """Names sorted with the numbers in them by value, letters whatever their case, as timm's reader of folders does."""
     return tuple(sorted(names, key=lambda name: (_natural_key(name), name)))
 
 

@@ -1,4 +1,4 @@
-"""Labels in ``metadata.csv``, ``metadata.jsonl`` or ``metadata.parquet``: the imagefolder convention of ``datasets``."""
+"""Labels in ``metadata.csv``, ``metadata.jsonl`` or ``metadata.parquet``: imagefolder's convention in ``datasets``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .labels import is_missing, no_label_column
 from .sources import printable, require
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-"""Names of the files. Each row has ``file_name``, the path of a picture relative to the file, and what is known of it."""
+"""Names of the files. A row has ``file_name``, the path of a picture relative to the file, and what is known of it."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def _add(
         else:
             raws[path] = row.get("label")
     if absent:
-        notes.append(
-            f"{where} names {counted(len(absent), 'picture')} that {'is' if len(absent) == 1 else 'are'} not there, such as {absent[0]}"
-        )
+        are = "is" if len(absent) == 1 else "are"
+        notes.append(f"{where} names {counted(len(absent), 'picture')} that {are} not there, such as {absent[0]}")
     if torn:
         notes.append(
             f"{where} gives {counted(len(torn), 'picture')} another label than before, such as {printable(torn[0])}"

@@ -101,9 +101,9 @@ def _likely_order(source: Source, text: str) -> tuple[str | None, str | None]:
     if source.labelling.ordered and natural != by_text:
         place = next(place for place, pair in enumerate(zip(natural, by_text, strict=True)) if pair[0] != pair[1])
         return None, (
-            f"the classes of {source.name} are numbered in natural order, as timm does: {natural[place]!r} is {place}; in "
-            f"the order of text, as torchvision does, {by_text[place]!r} is. Write {text}:class_order=text for that, or "
-            "class_order=natural to say that this is meant"
+            f"the classes of {source.name} are numbered in natural order, as timm does: {natural[place]!r} is {place}; "
+            f"in the order of text, as torchvision does, {by_text[place]!r} is. Write {text}:class_order=text for "
+            "that, or class_order=natural to say that this is meant"
         )
     numbers = [whole(name) for name in names]
     if set(numbers) != set(range(len(names))) or numbers == list(range(len(names))):
@@ -111,12 +111,13 @@ def _likely_order(source: Source, text: str) -> tuple[str | None, str | None]:
     place = next(place for place, number in enumerate(numbers) if place != number)
     if names != by_text:
         return None, (
-            f"{source.name} has numbers for classes, but its own order of them: {names[place]!r} has the label {place}. Write "
-            f"{text}:class_order=number to have the numbers as labels"
+            f"{source.name} has numbers for classes, but its own order of them: {names[place]!r} has the label "
+            f"{place}. Write {text}:class_order=number to have the numbers as labels"
         )
     return "natural", (
-        f"{source.name} lists its classes, numbers, in the order of text ({names[place]!r} as {place}); here the numbers "
-        f"are the labels. Write {text}:class_order=text for the other, or class_order=natural to say that this is meant"
+        f"{source.name} lists its classes, numbers, in the order of text ({names[place]!r} as {place}); here the "
+        f"numbers are the labels. Write {text}:class_order=text for the other, or class_order=natural to say that this "
+        "is meant"
     )
 
 
@@ -182,8 +183,8 @@ def _folder(path: Path) -> Source:
             beside = [name for name in names if name.lower().endswith(tuple(SUFFIXES)) or os.path.isdir(path / name)]
             if beside:
                 found.notes.append(
-                    f"{found.name} is read as {counted(len(files), 'file')} such as {files[0].name}; pictures and folders "
-                    f"beside, such as {printable(beside[0])}, are not read"
+                    f"{found.name} is read as {counted(len(files), 'file')} such as {printable(files[0].name)}; "
+                    f"pictures and folders beside, such as {printable(beside[0])}, are not read"
                 )
             return found
     return FolderSource(path)

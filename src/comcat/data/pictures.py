@@ -42,9 +42,10 @@ class Pictures:
 
     ``name`` says what this is, ``class_names`` lists the classes' names where they are known, ``has_labels`` says
     whether samples have labels, ``labels_from`` where those come from and how they were matched to a model's classes
-    (None: there are none), ``largest_label`` which is the largest, if that is known, and ``notes`` what there is to say
-    of how the source was read. A picture's key is its path inside the source, or file and row; moving the source as a whole
-    changes neither keys nor what :meth:`take` and :meth:`split` choose.
+    (None: there are none), ``no_labels_because`` why there are none where some were expected, ``largest_label`` which
+    is the largest, if that is known, and ``notes`` what there is to say of how the source was read. A picture's key is
+    its path inside the source, or file and row; moving the source as a whole changes neither keys nor what :meth:`take`
+    and :meth:`split` choose.
     """
 
     def __init__(self, source: Source, *, max_unreadable: float = 0.1) -> None:
@@ -58,6 +59,7 @@ class Pictures:
         self.name = source.name
         self.class_names = source.labelling.names
         self.labels_from = source.labelling.origin
+        self.no_labels_because = source.labelling.absent_because
         self.largest_label = source.labelling.largest
         self.order_note: str | None = None
         self._notes = tuple(source.notes)
@@ -81,7 +83,12 @@ class Pictures:
     def notes(self) -> tuple[str, ...]:
         """What there is to say of how the pictures were read: what was not, why there are no labels, the order of
         classes if it was guessed and still counts."""
-        return self._notes + ((self.order_note,) if self.order_note else ())
+        return self._notes + tuple(note for note in (self.no_labels_because, self.order_note) if note)
+
+    @property
+    def unlabelled(self) -> str:
+        """That the pictures have no labels, and why, as an error says it."""
+        return f"{self.name} has no labels" + (f" ({self.no_labels_because})" if self.no_labels_because else "")
 
     def describe(self) -> dict[str, str | int | None]:
         """What a table of results should say of the pictures that it was measured on, as JSON holds it: ``name``,
@@ -154,8 +161,8 @@ class Pictures:
 
         A picture's part is chosen by its hashed key, so that streams of unknown length can be shared as well; the parts
         are equal on average, and one of few pictures may be empty (iterating over it raises
-        :class:`~comcat.errors.DataError`). The limit on unreadable pictures holds for each part. Raises :class:`~comcat.errors.SettingsError` unless
-        0 ≤ ``process`` < ``processes``.
+        :class:`~comcat.errors.DataError`). The limit on unreadable pictures holds for each part. Raises
+        :class:`~comcat.errors.SettingsError` unless 0 ≤ ``process`` < ``processes``.
         """
         whole_number("processes", processes, least=1)
         whole_number("process", process, least=0)
@@ -206,11 +213,12 @@ class Pictures:
         view.largest_label, view.order_note = max(view._places), self.order_note if by_order else None
         return view
 
-    def without_labels(self) -> Pictures:
-        """The same pictures with no labels."""
+    def without_labels(self, because: str | None = None) -> Pictures:
+        """The same pictures with no labels, ``because`` of what (see ``no_labels_because``)."""
         view = self._view("without labels", self._parts, self._chosen)
         view.name, view._places, view.class_names = self.name, (), None
         view.labels_from = view.largest_label = view.order_note = None
+        view.no_labels_because = because
         return view
 
     def fingerprint(self, limit: int | None = 4096) -> frozenset[str]:
@@ -243,15 +251,15 @@ class Pictures:
             if not isinstance(outcome, Unreadable):
                 yield outcome, entry
                 continue
-            skipped.append(printable(f"{entry.key}: {outcome.reason}"))
+            key, reason = printable(entry.key), printable(outcome.reason)
+            skipped.append(f"{key}: {reason}")
             certain = self.count is not None and len(skipped) > self._max_unreadable * self.count
             if certain or (len(skipped) == seen >= _HOPELESS):
                 raise self._too_many(skipped, seen)
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"{printable(entry.key)} of {self.name} cannot be read ({printable(outcome.reason)}) and is left out, like all such",
-                    stacklevel=3,
+                    f"{key} of {self.name} cannot be read ({reason}) and is left out, like all such", stacklevel=3
                 )
         if not seen:
             raise DataError(f"{self.name}: no pictures")
@@ -307,7 +315,8 @@ class Pictures:
         view._parts = parts
         view._chosen = chosen
         view._places, view.class_names, view.labels_from = self._places, self.class_names, self.labels_from
-        view.largest_label, view._notes, view.order_note = self.largest_label, self._notes, self.order_note
+        view.no_labels_because, view.largest_label = self.no_labels_because, self.largest_label
+        view._notes, view.order_note = self._notes, self.order_note
         return view
 
     def _too_many(self, skipped: list[str], seen: int) -> DataError:

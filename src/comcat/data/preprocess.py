@@ -87,7 +87,7 @@ class Preprocess:
         return self.tensor(self.fit(image))
 
     def fit(self, image: Image.Image) -> Image.Image:
-        """The picture resized and cropped, in the model's colours (mode ``"RGB"`` or ``"L"``). Raises as the whole does."""
+        """The picture resized and cropped, in the model's colours (mode ``"RGB"`` or ``"L"``). Raises as it does."""
         try:
             image = plain(image).convert("RGB" if self.channels == 3 else "L")
         except ValueError as error:

@@ -34,7 +34,7 @@ class Unreadable:
 
 
 def attempt(entry: Entry, work: Callable[[Image.Image], T]) -> T | Unreadable:
-    """``work`` done on an entry's picture; a picture that cannot be decoded, or on which it raises DataError, is unreadable."""
+    """``work`` done on an entry's picture; it is unreadable if it cannot be decoded, or ``work`` raises DataError."""
     try:
         image = decode(entry.content)
     except Exception as error:  # Pillow's readers raise many kinds on damaged files

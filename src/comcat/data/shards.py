@@ -11,11 +11,12 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from ..errors import DataError, counted
 from .decoding import SUFFIXES
-from .labels import code_labels
+from .labels import Labelling, code_labels
 from .sources import Entry, guarded, is_data, printable, shuffled
 
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -51,29 +52,33 @@ class ShardSource:
             if p not in found
         ]
         if left:
-            self.notes.append(
-                f"samples of {self.name} have several pictures, of which one is used: {counted(len(left), 'picture')} left "
-                f"out, such as {printable(left[0])}"
-            )
+            out = f"{counted(len(left), 'picture')} left out, such as {printable(left[0])}"
+            self.notes.append(f"samples of {self.name} have several pictures, of which one is used: {out}")
 
     def _label(self, contents: list[_Contents], labels: list[dict[str, object]]) -> None:
         """The labels of all samples, and what there is to say of them; ``labels`` are those of each shard, by key."""
         kinds = [".cls"] * any(shard.cls for shard in contents) + [".json"] * any(shard.json for shard in contents)
         raws = [raw for found in labels for raw in found.values()]
-        values, self.labelling, note = code_labels(raws, self._keys.__getitem__, origin=f"{' and '.join(kinds)} files")
+        values, self.labelling = code_labels(raws, self._keys.__getitem__, origin=f"{' and '.join(kinds)} files")
         self._labels = dict(zip(self._keys, values or [None] * len(raws), strict=True))
+        if values is None and self.labelling.absent_because is None:
+            self.labelling = Labelling(absent_because=self._why_none(contents, labels))
+
+    def _why_none(self, contents: list[_Contents], labels: list[dict[str, object]]) -> str | None:
+        """Why no picture has a label, if something in the shards looks like one."""
         stray = [
             key
             for shard, found in zip(contents, labels, strict=True)
             for stem in shard.cls
             if (key := shard.prefix + stem) not in found
         ]
-        folders = {name.rpartition("/")[0] for shard in contents for name in shard.pictures.values()}
-        if note is None and values is None and stray:
-            note = f"no labels: {counted(len(stray), 'file')} of {self.name} with a label belong to no picture, such as {printable(stray[0])}.cls"
-        elif note is None and values is None and len(folders) > 1:
-            note = f"no labels: the folders in {self.name} are not taken for classes; unpack it, or put .cls files beside the pictures"
-        self.notes += [note] if note else []
+        if stray:
+            held = f"{counted(len(stray), 'label file')} of {self.name} without a picture of the same name"
+            return f"no labels: {held}, such as {printable(stray[0])}.cls"
+        if len({name.rpartition("/")[0] for shard in contents for name in shard.pictures.values()}) > 1:
+            way_out = "unpack it, or put .cls files beside the pictures"
+            return f"no labels: the folders in {self.name} are not taken for classes; {way_out}"
+        return None
 
     def _no_pictures(self, held: list[str]) -> DataError:
         found = ", ".join(repr(printable(name)) for name in held[:5]) or "none"
@@ -213,7 +218,12 @@ def _members(file: Path) -> Iterator[tuple[int, str, Callable[[], bytes]]]:
         for place, member in enumerate(tar):
             parts = [part for part in member.name.split("/") if part not in (".", "..")]
             if member.isreg() and parts and all(map(is_data, parts)):
-                yield place, member.name, lambda member=member: tar.extractfile(member).read()  # type: ignore[union-attr]
+                yield place, member.name, partial(_bytes, tar, member)
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    opened = tar.extractfile(member)
+    return b"" if opened is None else opened.read()  # None for what is no regular file
 
 
 def _read(file: Path, wanted: dict[int, str]) -> Iterator[tuple[str, bytes]]:

@@ -142,8 +142,8 @@ class Columns:
         self, raws: list[object], where: Callable[[int], str], notes: list[str]
     ) -> tuple[list[int] | None, Labelling]:
         """The labels of all rows, and what is known of them; what there is to say joins ``notes``."""
-        labels, labelling, note = code_labels(raws, where, origin=f"the column {self.label!r}", names=self.class_names)
-        notes += [*self.notes, *([note] if note else [])]
+        labels, labelling = code_labels(raws, where, origin=f"the column {self.label!r}", names=self.class_names)
+        notes += self.notes
         return labels, labelling
 
 

@@ -84,8 +84,8 @@ def in_classes_of(model: nn.Module, source: Pictures | str | os.PathLike[str]) -
 
     Labels that have no names are the model's numbers. Classes with names are matched
 
-    - by name where the model names its own, exactly or but for case, spaces, ``-``, ``_`` and ``/``: a folder with two of a
-      model's ten classes has other places for them;
+    - by name where the model names its own, exactly or but for case, spaces, ``-``, ``_`` and ``/``: a folder with two
+      of a model's ten classes has other places for them;
     - by WordNet's numbers (``n01440764``) where the model has the classes of an ImageNet that timm knows;
     - by place where the model names none and has as many;
     - by number where it names none and has more, and the classes are numbers among its own.
@@ -98,8 +98,8 @@ def in_classes_of(model: nn.Module, source: Pictures | str | os.PathLike[str]) -
 
     opened = source if isinstance(source, Pictures) else find_pictures(source)
     pictures, note = _matched(model, opened)
-    said = pictures.notes if opened is not source else ()
-    return pictures, " ".join([*(f"{line}." for line in said), *([note] if note else [])]) or None
+    said = [f"{line}." for line in pictures.notes if opened is not source and line != note]
+    return pictures, " ".join([*said, *([note] if note else [])]) or None
 
 
 def _matched(model: nn.Module, pictures: Pictures) -> tuple[Pictures, str | None]:
@@ -131,7 +131,9 @@ def _matched(model: nn.Module, pictures: Pictures) -> tuple[Pictures, str | None
     if len(set(numbers)) == len(numbers) and max(numbers) < count:
         note = f"{pictures.name} {several}: they are taken for the model's by the numbers that they are called by"
         return pictures.relabelled(numbers, None, "matched by number"), note
-    return _unlabelled(pictures, f"{several}, so nothing says which of them {theirs[0]!r} is")
+    return _unlabelled(
+        pictures, f"{several}, so nothing says which of them {theirs[0]!r} is; the model's numbers as names would"
+    )
 
 
 def _matched_by_name(pictures: Pictures, theirs: tuple[str, ...], ours: tuple[str, ...]) -> tuple[Pictures, str | None]:
@@ -169,7 +171,8 @@ def _matched_by_name(pictures: Pictures, theirs: tuple[str, ...], ours: tuple[st
 
 
 def _unlabelled(pictures: Pictures, reason: str) -> tuple[Pictures, str]:
-    return pictures.without_labels(), f"{pictures.name} {reason}: the labels were left out, since they would be wrong"
+    because = f"{pictures.name} {reason}: the labels were left out, since they would be wrong"
+    return pictures.without_labels(because), because
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -78,7 +78,7 @@ def set_up(
     distillation = _distillation(settings, teacher, classifies=classifies)
     _check_something_to_learn(settings, data, teacher, distillation, classifies=classifies)
     if classifies and evaluation is not None and not evaluation.has_labels:
-        raise DataError(f"the evaluation pictures {evaluation.name} have no labels, so there is no top-1")
+        raise DataError(f"evaluation: {evaluation.unlabelled}, so there is no top-1")
     preprocess = preprocess_of(student) if preprocess is None else preprocess
     training = TrainingData(
         pictures=data,
@@ -104,8 +104,6 @@ def set_up(
     output, features = _tried(model, preprocess, ours)
     classes = output.shape[1]
     freeze_unused(model, [*([output] if labelled or distillation != "none" else []), *features])
-    if classifies and data.class_names is not None and len(data.class_names) > classes:
-        raise DataError(f"{data.name} has {len(data.class_names)} classes, the model {classes}")
     prepared = None
     if teacher is not None:
         check_teacher(teacher, student, preprocess, classes, logits=distillation != "none")
@@ -174,7 +172,7 @@ def _check_something_to_learn(
     instead = (
         "let it learn of the teacher (distillation=soft)" if teacher is not None else "give a teacher to learn from"
     )
-    raise DataError(f"{data.name} has no labels: {instead}, or give labelled pictures")
+    raise DataError(f"{data.unlabelled}: {instead}, or give labelled pictures")
 
 
 def _batch_size(settings: TuneSettings, processes: int) -> int:
