@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import common
 import torch
 from real.distil import distil
 from real.measure import Table, packed, paired, picture_error, resamples, summary
-from real.methods import METHODS, Shrinker, chosen_methods, unknown_settings
+from real.methods import METHODS, Shrinker, chosen_methods, needs_pictures, unknown_settings
 from real.tasks import TASKS, Task, outputs
 
 import comcat
@@ -72,7 +73,7 @@ def run(a: Any) -> dict[str, Any]:
         if unknown := unknown_settings(keywords):
             print(f"without {name!r}: this version of comcat does not know {', '.join(unknown)}")
             del methods[name]
-    bench = Bench(TASKS[a.task], a)
+    bench = Bench(TASKS[a.task], a, methods)
     print(f"{bench.task.about}: dense {bench.dense['score']:.2f} on {len(bench.judged)} pictures")
     rows = {(name, reduce): [] for reduce in a.budgets for name in methods}
     for seed in range(a.seeds):  # outermost: what a seed measures is shared by its rows
@@ -87,20 +88,17 @@ def run(a: Any) -> dict[str, Any]:
     return result
 
 
-def needs_pictures(keywords: dict[str, Any]) -> bool:
-    """Whether a row depends on the calibration sample."""
-    return "baselines" not in keywords and keywords.get("statistic") != "weights"
-
-
 class Bench:
     """One task on one model: what the dense model says, and every row."""
 
-    def __init__(self, task: Task, a: Any) -> None:
+    def __init__(self, task: Task, a: Any, methods: Mapping[str, Mapping[str, Any]]) -> None:
         self.task, self.a = task, a
         self.dtype = getattr(torch, a.dtype)
         self.judged = task.pixels("judged").first(a.judged)
         self.model = task.build().to(a.device)
-        self.shrinker = Shrinker(task, self.model, pictures=a.pictures)
+        asked = [k.get("forms", "ranks,units") for k in methods.values() if "baselines" not in k]
+        forms = ",".join(sorted({form for forms in asked for form in forms.split(",")})) or "ranks"
+        self.shrinker = Shrinker(task, self.model, pictures=a.pictures, forms=forms)
         self.said = self._said(self.model)
         self.weights = resamples(self.judged.origins.numpy())
         tables = self._tables(self.said)

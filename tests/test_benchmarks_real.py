@@ -319,16 +319,13 @@ def test_the_runner_keeps_rows_and_goes_on(tiny_task, tmp_path, monkeypatch, cap
     from real.measure import Table
     from real.methods import Shrinker
 
-    words = ("--methods", "ranks", "ranks, weights", "matrix + svd", "--budgets", "0.3", "0.97")
+    names = ("ranks", "ranks + units", "ranks, weights", "matrix + svd", "product + taylor, refitted")
+    words = ("--methods", *names, "--budgets", "0.3", "0.97")
     first = run(tmp_path, *words)
     written = json.loads(next((tmp_path / "results").rglob("real-classifier.json")).read_text())
-    assert {(r["method"], r["reduce"]) for r in written["rows"]} == {
-        ("ranks", 0.3),
-        ("ranks, weights", 0.3),
-        ("matrix + svd", 0.3),
-    }  # nothing saves 97 %
+    assert {(r["method"], r["reduce"]) for r in written["rows"]} == {(name, 0.3) for name in names}  # none saves 97 %
     rows = {r["method"]: r for r in written["rows"]}
-    assert len(rows["ranks"]["runs"]) == 2 and len(rows["ranks, weights"]["runs"]) == 1
+    assert {m: len(r["runs"]) for m, r in rows.items()} == dict(zip(names, (2, 2, 1, 1, 2), strict=True))
     for row in written["rows"]:
         assert all(Table.from_dict(r["pictures"]).score() == pytest.approx(r["scores"]["top1"]) for r in row["runs"])
         assert all(r["parameters"] <= 0.7 * written["parameters"] for r in row["runs"])
@@ -357,7 +354,11 @@ def test_rows_of_one_seed_share_what_is_measured_and_the_model_is_given_back(tin
     model = tiny_task.build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     shrinker = methods.Shrinker(tiny_task, model)
-    for keywords, reduce, seed in (({}, 0.3, 0), ({"ranks": "uniform"}, 0.5, 0), ({}, 0.3, 1)):
+    for keywords, reduce, seed in (
+        ({"forms": "ranks,units"}, 0.3, 0),
+        ({"forms": "ranks", "ranks": "uniform"}, 0.5, 0),
+        ({}, 0.3, 1),
+    ):
         handle, facts = shrinker.shrink(keywords, reduce, seed)
         assert facts["saved"] >= reduce and comcat.count_parameters(model) <= (1 - reduce) * 1.001 * sum(
             t.numel() for t in before.values()
@@ -409,7 +410,7 @@ def test_the_cheapest_choice_is_what_brute_force_finds():
 
     def options(count):
         costs = rng.integers(1, 20, count)
-        return tuple(Option(cost=float(c), loss=float(rng.random() / c), ranks={f"{c}": int(c)}) for c in costs)
+        return tuple(Option(cost=float(c), loss=float(rng.random() / c), entries={f"{c}": int(c)}) for c in costs)
 
     fixed = [Option(cost=0.0, loss=0.0), Option(cost=1.0, loss=0.3, gone=(1,))]
     choices = {n: Ladder(tuple((f, (options(4), options(3))) for f in fixed)) for n in ("a", "b")}
@@ -431,17 +432,17 @@ def test_the_cheapest_choice_is_what_brute_force_finds():
 
 
 def test_options_without_heads_cost_what_the_others_cost():
-    from real.whole_heads import attention_ladder, site_options
+    from real.whole_heads import attention_ladder, product_options
 
     model = tiny_vit()
     sites = comcat.find_sites(model)
     qk, vo = sites["blocks.0.attn:qk"], sites["blocks.0.attn:vo"]
     values = torch.rand(3, 16).sort(1, descending=True).values
     values[1] *= 0.1
-    every = site_options(vo, values)
+    every = product_options(vo, values)
     assert every[-1].cost == vo.parameters() and every[0].cost == vo.parameters(1)
     assert every[3].loss == pytest.approx(float(values[:, 4:].square().sum() / 2))
-    two = site_options(vo, values, [0, 2])
+    two = product_options(vo, values, [0, 2])
     assert two[3].cost - vo.parameters(0) == pytest.approx((every[3].cost - vo.parameters(0)) * 2 / 3)
     assert two[3].loss == pytest.approx(float(values[[0, 2], 4:].square().sum() / 2))
     ladder = attention_ladder(qk, vo, values, values, most=3)
@@ -468,7 +469,7 @@ def test_a_head_that_another_repeats_goes_without_loss(monkeypatch):
     plain = statistic.moments[site.name, "joint"].moment[0]  # not shrunk: then the refit is exact
     monkeypatch.setattr(type(statistic), "covariance", lambda *_: plain)
     expected = model(images)
-    small = applied(model, {"blocks.0.attn": SimpleNamespace(gone=(1,), ranks={})}, sites, statistic)
+    small = applied(model, {"blocks.0.attn": SimpleNamespace(gone=(1,), entries={})}, sites, statistic)
     assert torch.all(small.blocks[0].attn.proj.weight[:, 16:32] == 0)
     assert torch.allclose(small(images), expected, atol=1e-3)
     bare = tiny_vit(depth=1)

@@ -1,44 +1,55 @@
 """What is compared: rows of keywords, each a way to shrink a model by a share of its parameters.
 
-A row is ``{"forms": ("ranks",), "statistic": "activation", …}``, fields of
-:class:`comcat.methods.compress.CompressSettings`, or ``{"baselines": ("matrix", "svd")}``, names of
-:data:`comcat.methods.baselines.BASELINES`, one for each part of the model.
+A row is ``{"forms": "ranks", "statistic": "activation", …}``, fields of
+:class:`comcat.methods.settings.CompressSettings`, or ``{"baselines": ("matrix", "svd")}``, names of
+:data:`comcat.methods.baselines.BASELINES`, one for each part of the model. Sizes have multiple 1 unless a row says so.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 import comcat
 from comcat.errors import BudgetError, SettingsError, nearest
+from comcat.factors import Statistic
 from comcat.measure import count_parameters
-from comcat.methods.baselines import BASELINES
-from comcat.methods.compress import CompressSettings, Prepared, prepare, propose
+from comcat.methods.baselines import BASELINES, Baseline
+from comcat.methods.compress import propose
+from comcat.methods.prepare import Prepared, prepare
+from comcat.methods.sequential import apply_sequentially
+from comcat.methods.settings import CompressSettings
 
 from .tasks import Task
 
 METHODS: dict[str, dict[str, Any]] = {
-    "ranks + units": {"forms": ("ranks", "units")},
-    "ranks": {"forms": ("ranks",)},
-    "units": {"forms": ("units",)},
-    "ranks + units, activation": {"forms": ("ranks", "units"), "statistic": "activation"},
-    "ranks, activation": {"forms": ("ranks",), "statistic": "activation"},
-    "ranks, weights": {"forms": ("ranks",), "statistic": "weights"},
-    "ranks, uniform": {"forms": ("ranks",), "ranks": "uniform"},
-    "ranks, weights, uniform": {"forms": ("ranks",), "statistic": "weights", "ranks": "uniform"},
+    "ranks + units": {},
+    "ranks": {"forms": "ranks"},
+    "units": {"forms": "units"},
+    "ranks + units, multiple chosen": {"multiple": None},
+    "ranks + units, activation": {"statistic": "activation"},
+    "ranks, activation": {"forms": "ranks", "statistic": "activation"},
+    "ranks + units, uniform": {"ranks": "uniform"},
+    "ranks, uniform": {"forms": "ranks", "ranks": "uniform"},
+    "ranks + units, weights": {"statistic": "weights"},
+    "ranks, weights": {"forms": "ranks", "statistic": "weights"},
     "product + svd": {"baselines": ("product", "svd")},
     "paper code + svd": {"baselines": ("paper-code", "svd")},
     "unilateral + svd": {"baselines": ("unilateral", "svd")},
     "matrix + svd": {"baselines": ("matrix", "svd")},
     "product + tucker": {"baselines": ("product", "tucker")},
+    "product + magnitude": {"baselines": ("product", "magnitude")},
+    "product + magnitude, refitted": {"baselines": ("product", "magnitude-refit")},
+    "product + taylor": {"baselines": ("product", "taylor")},
+    "product + taylor, refitted": {"baselines": ("product", "taylor-refit")},
 }
-FREE = ("reduce", "ranks", "multiple", "tie", "per_head", "joint_refit", "sequential", "energy", "max_drop")
-"""Settings that do not touch what is measured and factorised, so that rows which differ in nothing else share it."""
+SHARED_BY = ("reduce", "forms", "ranks", "multiple", "tie", "per_head", "joint_refit", "sequential")
+"""Settings that do not touch what is measured and decomposed: rows that differ in these alone share it."""
 
 
 def chosen_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -53,83 +64,115 @@ def unknown_settings(keywords: Mapping[str, Any]) -> list[str]:
     """Settings of a row that this version of the library does not know; such a row cannot be run."""
     if "baselines" in keywords:
         return [name for name in keywords["baselines"] if name not in BASELINES]
-    known = {
-        *CompressSettings.__dataclass_fields__,
-        *(() if tuple(keywords.get("forms", ())) != ("ranks",) else ("forms",)),
-    }
-    return [name for name in keywords if name not in known]
+    return [name for name in keywords if name not in CompressSettings.__dataclass_fields__]
+
+
+def needs_pictures(keywords: Mapping[str, Any]) -> bool:
+    """Whether a row depends on the calibration sample."""
+    if "baselines" in keywords:
+        return any(BASELINES[name].needs_pictures for name in keywords["baselines"])
+    return keywords.get("statistic") != "weights"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A model made small in one or several steps: what there is to know of it, and the way back."""
+
+    steps: tuple[Any, ...]
+    plan: dict[str, Any]
+    made_by: Mapping[str, Any]
+
+    def revert(self) -> None:
+        for step in reversed(self.steps):
+            step.revert()
 
 
 class Shrinker:
-    """Applies rows to one model. What rows share is measured once and kept while the seed stays the same."""
+    """Applies rows to one model. What rows share is measured once and kept while the seed stays the same.
 
-    def __init__(self, task: Task, model: nn.Module, *, pictures: int | None = None) -> None:
-        self.task, self.model = task, model
+    ``forms`` are those of all the rows together, so a row of ranks takes longer where another has units.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, *, pictures: int | None = None, forms: str = "ranks,units"
+    ) -> None:
+        self.task, self.model, self.forms = task, model, forms
         self.pictures = pictures or task.calibration
         self.sites = comcat.find_sites(model).only(*task.only)
         self._seed: int | None = None
-        self._kept: dict[CompressSettings, tuple[Prepared, float]] = {}
+        self._kept: dict[Any, Any] = {}
 
-    def shrink(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Any, dict[str, Any]]:
-        """Shrink the model in place by a share of its parameters. Gives the handle that takes it back, and facts."""
+    def shrink(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Applied, dict[str, Any]]:
+        """Shrink the model in place by a share of its parameters. Gives the way back, and facts."""
+        if seed != self._seed:
+            self._kept, self._seed = {}, seed
+        by = self._by_baselines if "baselines" in keywords else self._by_settings
+        applied, shared, seconds = by(keywords, reduce, seed)
+        facts = {name: applied.made_by.get(name) for name in ("saved", "predicted_loss", "statistic")}
+        return applied, {**facts, "prepare_seconds": shared, "seconds": seconds, "plan": applied.plan}
+
+    def _by_settings(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Applied, float, float]:
+        asked = {"multiple": 1, "pictures": self.pictures, **keywords, "reduce": reduce, "seed": seed}
+        settings = CompressSettings(**{**asked, "only": self.task.only})
+        prepared, shared = self._prepared(settings)
         start = time.perf_counter()
-        if "baselines" in keywords:
-            handle, shared = self._by_baselines(keywords["baselines"], reduce), 0.0
-        else:
-            handle, shared = self._by_settings(keywords, reduce, seed)
-        seconds = time.perf_counter() - start
-        made_by = dict(handle.plan.made_by)
-        facts = {
-            "saved": made_by.get("saved"),
-            "predicted_loss": made_by.get("predicted_loss"),
-            "statistic": made_by.get("statistic"),
-        }
-        return handle, {**facts, "prepare_seconds": shared, "seconds": seconds, "plan": handle.plan.to_dict()["sites"]}
-
-    def _by_settings(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Any, float]:
-        known = {k: v for k, v in keywords.items() if k != "forms" or k in CompressSettings.__dataclass_fields__}
-        asked = {
-            "multiple": 1,
-            "pictures": self.pictures,
-            **known,
-            "reduce": reduce,
-            "seed": seed,
-            "only": self.task.only,
-        }
-        settings = CompressSettings(**asked)
-        prepared, seconds = self._prepared(settings)
         plan = propose(self.model, prepared, settings)
-        more = {"sites": prepared.sites, "factorizations": prepared.factorizations, "joint_refit": settings.joint_refit}
-        return comcat.apply_(self.model, plan, prepared.statistic, **more), seconds
+        if settings.sequential:
+            batches = self.task.calibration_batches(seed, self.pictures)
+            handle = apply_sequentially(self.model, plan, prepared, batches, settings, False)
+        else:
+            handle = comcat.apply_(
+                self.model,
+                plan,
+                prepared.statistic,
+                sites=prepared.sites,
+                factorizations=prepared.factorizations,
+                joint_refit=settings.joint_refit,
+            )
+        return Applied((handle,), plan.to_dict()["sites"], plan.made_by), shared, time.perf_counter() - start
 
     def _prepared(self, settings: CompressSettings) -> tuple[Prepared, float]:
         """What does not depend on the budget, and the seconds that it took when it was made."""
-        if settings.seed != self._seed:
-            self._kept, self._seed = {}, settings.seed
-        default = CompressSettings(reduce=0.5)
-        key = replace(settings, **{name: getattr(default, name) for name in FREE})
+        default = CompressSettings(reduce=0.5, forms=self.forms)
+        key = replace(settings, **{name: getattr(default, name) for name in SHARED_BY})
         if key not in self._kept:
             start = time.perf_counter()
             batches = self.task.calibration_batches(settings.seed, self.pictures)
-            prepared = prepare(self.model, batches, settings)
+            prepared = prepare(self.model, batches, key)
             self._kept[key] = (prepared, time.perf_counter() - start)
         return self._kept[key]
 
-    def _by_baselines(self, names: Sequence[str], reduce: float) -> Any:
+    def _by_baselines(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Applied, float, float]:
         """One baseline a part of the model; every part saves the same share, so that the whole saves ``reduce``."""
+        names = tuple(keywords["baselines"])
         parts = [BASELINES[name] for name in names]
-        dense = sum(s.parameters() for part in parts for s in part.sites(self.sites).values())
+        dense = [sum(s.parameters() for s in part.sites(self.sites).values()) for part in parts]
         whole = count_parameters(self.model)
-        share = reduce * whole / dense
+        share = reduce * whole / sum(dense)
         if share >= 1:
-            raise BudgetError(
-                f"got reduce={reduce:g}, but the parts of {' + '.join(names)} are {dense / whole:.2f} of the model"
-            )
-        plans = [part(self.model, self.sites, share) for part in parts]
-        sites = {name: entry for plan in plans for name, entry in plan.sites.items()}
-        saved = sum(
-            p.made_by["saved"] * sum(s.parameters() for s in b.sites(self.sites).values())
-            for p, b in zip(plans, parts, strict=True)
-        )
-        plan = comcat.Plan(sites=sites, made_by={"baselines": list(names), "saved": saved / whole})
-        return comcat.apply_(self.model, plan, parts[0].statistic, sites=self.sites)
+            told = f"the parts of {' + '.join(names)} are {sum(dense) / whole:.2f} of the model"
+            raise BudgetError(f"got reduce={reduce:g}, but {told}")
+        statistics = [self._measured(name, part, seed) for name, part in zip(names, parts, strict=True)]
+        start = time.perf_counter()
+        plans = [p(self.model, self.sites, share, None, s) for p, (s, _) in zip(parts, statistics, strict=True)]
+        with ExitStack() as undo:  # where one part fails, those before it go back
+            steps = []
+            for plan, (statistic, _) in zip(plans, statistics, strict=True):
+                steps.append(comcat.apply_(self.model, plan, statistic, sites=self.sites))
+                undo.callback(steps[-1].revert)
+            undo.pop_all()
+        saved = sum(plan.made_by["saved"] * d for plan, d in zip(plans, dense, strict=True)) / whole
+        entries = {name: entry for plan in plans for name, entry in plan.to_dict()["sites"].items()}
+        seconds = time.perf_counter() - start
+        return Applied(tuple(steps), entries, {"saved": saved}), sum(s for _, s in statistics), seconds
+
+    def _measured(self, name: str, part: Baseline, seed: int) -> tuple[Statistic, float]:
+        """The statistic of a baseline, and the seconds that it took when it was made."""
+        if not part.needs_pictures:
+            return part.statistic, 0.0
+        if name not in self._kept:
+            start = time.perf_counter()
+            batches = self.task.calibration_batches(seed, self.pictures)
+            found = part.measured(self.model, self.sites, batches, seed=seed)
+            self._kept[name] = (found, time.perf_counter() - start)
+        return self._kept[name]

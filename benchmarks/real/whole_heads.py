@@ -5,7 +5,7 @@
 
 Every attention may keep all its heads, with free ranks of QK and VO, or lose the j heads whose VO product is
 predicted to lose least (½ Σ σ² of that head); their QK then costs and loses nothing. Other heads keep free ranks.
-Feed-forward layers have ranks in both cases. At a price a parameter each site takes what is best for it, so the least
+Feed-forwards choose as usual in both cases. At a price a parameter each site takes what is best for it, so the least
 predicted loss of all is the dual value at the budget: exact for equal parameters. Where that falls by more than
 ``--verify`` (a share), both plans are applied and judged.
 """
@@ -28,23 +28,24 @@ import common
 
 import comcat
 from comcat.errors import BudgetError, ComcatError
-from comcat.factors import Statistic
-from comcat.linalg import Factorization, refit
+from comcat.factors import Spectrum, Statistic
+from comcat.linalg import refit
 from comcat.measure import count_parameters
-from comcat.methods.allocate import spectra
-from comcat.sites import Attention, Site, Sites
+from comcat.methods.allocate import of_forms, spectra
+from comcat.methods.costs import Parameters
+from comcat.methods.ladders import check_forms, ladders
+from comcat.sites import ProductSite, Site, Sites
 from real.measure import paired, resamples
 from real.tasks import TASKS, outputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One state of a site or an attention: what it costs and loses, its ranks by site (None: as it stands), the heads
-    that go."""
+    """One state of a part of the model: what it costs and loses, what its sites become, the heads that go."""
 
     cost: float
     loss: float
-    ranks: Mapping[str, int | None] = field(default_factory=dict)
+    entries: Mapping[str, comcat.SitePlan] = field(default_factory=dict)
     gone: tuple[int, ...] = ()
 
 
@@ -59,25 +60,25 @@ class Ladder:
         taken = []
         for fixed, parts in self.combinations:
             best = [min(part, key=lambda o: (o.loss + price * o.cost, o.cost)) for part in parts]
-            ranks = {name: rank for option in best for name, rank in option.ranks.items()}
+            entries = {name: entry for option in best for name, entry in option.entries.items()}
             cost, loss = (getattr(fixed, n) + sum(getattr(o, n) for o in best) for n in ("cost", "loss"))
-            taken.append(Option(cost=cost, loss=loss, ranks=ranks, gone=fixed.gone))
+            taken.append(Option(cost=cost, loss=loss, entries=entries, gone=fixed.gone))
         return min(taken, key=lambda o: (o.loss + price * o.cost, o.cost))
 
 
-def site_options(site: Site, values: Tensor, kept: Sequence[int] | None = None) -> tuple[Option, ...]:
-    """A site at every rank, and as it stands; with ``kept``, of these heads alone (singular values (heads, width) or
-    (width,))."""
+def product_options(site: ProductSite, values: Tensor, kept: Sequence[int] | None = None) -> tuple[Option, ...]:
+    """A product at every rank, and as it stands; with ``kept``, of these heads alone. ``values``: (heads, width)."""
     heads = site.heads if kept is None else len(kept)
     values = values if kept is None else values[list(kept)]
     if not heads:
-        return (Option(cost=site.parameters(0), loss=0.0, ranks={site.name: None}),)
+        return (Option(cost=site.parameters(0), loss=0.0),)
     tail, fixed = _tail(values), site.parameters(0)
     each = site.parameters_per_rank / site.heads * heads
     whole = fixed + (site.parameters() - fixed) * heads / site.heads
-    ranks = [r for r in range(1, site.full_rank + 1) if fixed + r * each < whole]
-    options = [Option(cost=fixed + r * each, loss=tail[r], ranks={site.name: r}) for r in ranks]
-    return (*options, Option(cost=whole, loss=0.0, ranks={site.name: None}))
+    ranks = [r for r in range(1, site.full + 1) if fixed + r * each < whole]
+    plans = {r: {site.name: comcat.SitePlan(keep=r, full=site.full)} for r in ranks}
+    options = [Option(cost=fixed + r * each, loss=tail[r], entries=plan) for r, plan in plans.items()]
+    return (*options, Option(cost=whole, loss=0.0))
 
 
 def _tail(values: Tensor) -> list[float]:
@@ -87,7 +88,7 @@ def _tail(values: Tensor) -> list[float]:
     return [*square.flip(0).cumsum(0).flip(0).tolist(), 0.0]
 
 
-def attention_ladder(qk: Site, vo: Site, qk_values: Tensor, vo_values: Tensor, most: int) -> Ladder:
+def attention_ladder(qk: ProductSite, vo: ProductSite, qk_values: Tensor, vo_values: Tensor, most: int) -> Ladder:
     """All heads, or without the 1 … ``most`` heads of least loss."""
     losses = vo_values.double().square().sum(1) / 2
     order = losses.argsort().tolist()
@@ -95,22 +96,26 @@ def attention_ladder(qk: Site, vo: Site, qk_values: Tensor, vo_values: Tensor, m
     for gone in (tuple(order[:j]) for j in range(most + 1)):
         kept = [h for h in range(vo.heads) if h not in gone] if gone else None
         fixed = Option(cost=0.0, loss=float(losses[list(gone)].sum()), gone=gone)
-        combinations.append((fixed, (site_options(qk, qk_values, kept), site_options(vo, vo_values, kept))))
+        combinations.append((fixed, (product_options(qk, qk_values, kept), product_options(vo, vo_values, kept))))
     return Ladder(tuple(combinations))
 
 
-def ladders(sites: Sites, found: Mapping[str, Factorization], whole_heads: bool) -> dict[str, Ladder]:
-    """One ladder for an attention with both its products, one for every other site."""
+def all_ladders(sites: Sites, found: Mapping[str, Spectrum], whole_heads: bool) -> dict[str, Ladder]:
+    """One ladder for an attention with both its products; the library's own for all else."""
     made: dict[str, Ladder] = {}
-    nothing = Option(cost=0.0, loss=0.0)
-    for name, site in sites.items():
+    for site in sites.only("qk").values():
         qk, vo = (sites.by_name.get(f"{site.path}:{kind}") for kind in ("qk", "vo"))
-        if site.kind in ("qk", "vo") and qk is not None and vo is not None:
-            most = vo.heads if whole_heads else 0
-            values = (found[s.name].singular_values for s in (qk, vo))
-            made.setdefault(site.path, attention_ladder(qk, vo, *values, most))
-        else:
-            made[name] = Ladder(((nothing, (site_options(site, found[name].singular_values),)),))
+        if isinstance(qk, ProductSite) and isinstance(vo, ProductSite):
+            values = (found[s.name].singular_values for s in (qk, vo))  # type: ignore[union-attr]
+            made[site.path] = attention_ladder(qk, vo, *values, most=vo.heads if whole_heads else 0)
+    rest = sites.without([name for name, site in sites.items() if site.path in made])
+    for ladder in ladders(rest, found, Parameters()):
+        table, choices = ladder.table(Parameters())
+        options = [
+            Option(cost=float(cost), loss=float(loss), entries=choice.entries)
+            for cost, loss, choice in zip(table.costs, table.losses, choices, strict=True)
+        ]
+        made[ladder.name] = Ladder(((Option(cost=0.0, loss=0.0), (tuple(options),)),))
     return made
 
 
@@ -164,10 +169,9 @@ def kept_channels(site: Site, gone: Sequence[int]) -> Tensor:
 def remove_heads_(model: nn.Module, site: Site, gone: Sequence[int], statistic: Statistic) -> None:
     """Take heads out of W_O: their columns become zero, their mean goes into the bias, and the other heads' columns
     are refitted."""
-    attention: Attention | None = site.attention
     covariance, mean = statistic.covariance(site), statistic.mean(site)
-    assert attention is not None and covariance is not None and mean is not None
-    out: Any = model.get_submodule(attention.out)
+    assert isinstance(site, ProductSite) and covariance is not None and mean is not None
+    out: Any = model.get_submodule(site.attention.out)
     kept = kept_channels(site, gone).to(covariance).bool()
     weight, mean = out.weight.detach().double(), mean.double()
     new = torch.zeros_like(weight)
@@ -184,8 +188,7 @@ def applied(model: nn.Module, chosen: Mapping[str, Option], sites: Sites, statis
     gone = {path: option.gone for path, option in chosen.items() if option.gone}
     for path, heads in gone.items():
         remove_heads_(small, sites[f"{path}:vo"], heads, statistic)
-    ranks = {n: r for option in chosen.values() for n, r in option.ranks.items() if r is not None}
-    plan = comcat.Plan(sites={n: comcat.SitePlan(keep=r, full=sites[n].full) for n, r in ranks.items()})
+    plan = comcat.Plan(sites={n: entry for option in chosen.values() for n, entry in option.entries.items()})
     comcat.apply_(small, plan, KeptHeads(statistic, gone), sites=sites)
     return small
 
@@ -194,11 +197,13 @@ def compared(task_name: str, a: Any) -> list[dict[str, Any]]:
     """One task at every budget."""
     task = TASKS[task_name]
     model = task.build()
-    sites = comcat.find_sites(model).only(*task.only).only("qk", "vo", "linear")
+    sites = comcat.find_sites(model).only(*task.only)
+    sites = of_forms(sites, check_forms(a.forms))
     statistic = comcat.calibrate(model, task.calibration_batches(a.seed, a.pictures), sites=sites, seed=a.seed)
     found = spectra(model, sites, statistic)
-    both = {whole: ladders(sites, found, whole) for whole in (False, True)}
-    dense, whole = sum(s.parameters() for s in sites.values()), count_parameters(model)
+    both = {whole: all_ladders(sites, found, whole) for whole in (False, True)}
+    dense = sum(ladder.at(0.0).cost for ladder in both[False].values())  # at no price everything stays as it is
+    whole = count_parameters(model)
     judge = judging(task, model, a)
     rows = []
     for reduce in a.budgets:
@@ -245,6 +250,7 @@ def main(given: list[str] | None = None) -> list[dict[str, Any]]:
     p = common.parser(__doc__)
     p.add_argument("--task", nargs="+", choices=TASKS, default=["classifier", "saliency"])
     p.add_argument("--budgets", type=float, nargs="+", default=[0.3, 0.5, 0.6])
+    p.add_argument("--forms", default="ranks,units", help="what parts may become: ranks, units or both")
     p.add_argument("--pictures", type=int, help="calibration pictures; by default the task's own number")
     p.add_argument("--judged", type=int, default=1000)
     p.add_argument("--seed", type=int, default=0)
