@@ -227,3 +227,15 @@ def test_a_place_is_tried_before_the_work(tmp_path, monkeypatch):
     assert names(tmp_path) == ["file"]
     with pytest.raises(StoreError, match="nothing can be written"):
         check_writable(tmp_path / "file" / "below")
+
+
+def test_the_same_tensors_are_the_same_file_byte_for_byte(tmp_path):
+    """safetensors orders metadata by chance, anew for each file."""
+    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.ones(4, dtype=torch.float16)}
+    about = {"format": "pt", "naïve": 'a "quoted"\nline', "z": "1", "y": "2"}
+    written = set()
+    for number in range(8):
+        write_tensors(tmp_path / f"{number}.safetensors", tensors, about)
+        written.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(written) == 1
+    assert read_tensors(tmp_path / "0.safetensors")["b"].equal(tensors["b"])

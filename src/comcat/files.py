@@ -103,8 +103,26 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mappin
     with whole_file(path) as new:
         try:
             save_file(written, new, metadata={**about, HASH: _content_hash(written, about)})
+            _order_metadata(new)
         except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise StoreError(f"{path} cannot be written: {error}; what was there is unchanged") from error
+
+
+def _order_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in the order of their names: the same content is the same file, byte for byte.
+
+    The library writes them in an order that changes from run to run. Nothing moves, since the header keeps its length.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        old = file.read(length)
+        header = json.loads(old)
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        new = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(new) == length:
+            file.seek(8)
+            file.write(new)
 
 
 def read_tensors(path: StrPath) -> dict[str, Tensor]:
