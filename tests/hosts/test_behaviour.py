@@ -157,17 +157,26 @@ def test_attention_dropout_in_parts_keeps_the_value_bias() -> None:
     assert relative_error(outputs[0], subject.output) > 0.05
 
 
-def test_windows_can_be_resized_while_compressed() -> None:
-    """timm resizes a Swin's position tables through its attention modules."""
-    subject = subject_of("timm-swin")
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("timm-swin", {"img_size": (96, 64), "window_size": (6, 4)}),
+        ("timm-beit", {"img_size": (64, 32)}),
+        ("timm-relpos", {"img_size": (64, 32)}),
+    ],
+)
+def test_position_tables_can_be_resized_while_compressed(name: str, sizes: dict[str, Any]) -> None:
+    """timm resizes them through its attention modules, some by a method, some through their ``rel_pos``."""
+    subject = subject_of(name)
     outputs = []
     for compress in (False, True):
         model = subject.copy()
         if compress:
             apply_(model, full_plan(subject.sites))
-        model.set_input_size(img_size=(96, 64), window_size=(6, 4))
+        model.set_input_size(**sizes)
+        images = torch.randn(2, 3, *sizes["img_size"], generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            outputs.append(model(torch.randn(2, 3, 96, 64, generator=torch.Generator().manual_seed(0))))
+            outputs.append(model(images))
     assert relative_error(outputs[1], outputs[0]) < 1e-5
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.plan import apply_
+from comcat.apply import apply_
 
 from ..models import tiny_vit
 from .conftest import subject_of

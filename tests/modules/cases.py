@@ -89,6 +89,14 @@ def of_timm(module: str, name: str, **settings: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def fewer_units() -> nn.Module:
+    """A feed-forward with fewer hidden units: plain linear layers of another width."""
+    layers = nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Linear(20, WIDTH))
+    model = nn.Sequential(layers, nn.Linear(WIDTH, WIDTH))
+    apply_(model, Plan(sites={"0:units": SitePlan(form="units", keep=7, full=20)}))
+    return model[0]
+
+
 def rel_pos(kind: str) -> Callable[[int], nn.Module]:
     def build(num_heads: int, **factory: Any) -> nn.Module:
         from timm import layers
@@ -137,6 +145,7 @@ CASES = [
     Case(name="padded-values", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, keep=8, bias=True), layers=HEADS),
     Case(name="narrow-heads", build=lambda: NarrowHeads(3, 2, 4, 8), layers=HEADS),
     Case(name="concat", build=lambda: ConcatLinear([LowRankLinear(WIDTH, 4, 2), nn.Linear(WIDTH, 3, bias=False)]), layers=("first", "last")),
+    Case(name="units", build=fewer_units, layers=("0", "2")),
     Case(name="tucker", build=tucker(out=[8], into=[WIDTH], ranks=[3, 3])),
     Case(name="tucker-of-modes", build=tucker(out=[2, 4], into=[3, 4], ranks=[2, 3, 2, 3])),
     Case(name="tensor-train", build=lambda: TensorTrainLinear(WIDTH, 8, {"out": [2, 4], "in": [3, 4], "ranks": [3]})),

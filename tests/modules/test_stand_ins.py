@@ -164,6 +164,14 @@ def test_attributes_of_a_users_own(case: Case) -> None:
         assert twin.inner.note == {"layer": 3}
 
 
+@on_cases([case.name for case in CASES if hasattr(case.build(), "weight")])
+def test_the_weight_that_it_answers_is_what_it_multiplies_by(case: Case) -> None:
+    layer = case.model().inner
+    x = torch.randn(2, 5, layer.in_features)
+    assert layer.weight.shape == (layer.out_features, layer.in_features)
+    close(nn.functional.linear(x, layer.weight, layer.bias), layer(x), 1e-5)
+
+
 @on_cases(STEADY)
 def test_fx(case: Case) -> None:
     model = case.model()

@@ -81,11 +81,19 @@ class RelaxedLinear(LowRankLinear):
     def decide(self, rank: int | None) -> None:
         """Fix the rank, or with None let the distribution speak."""
         self.soft.rank = rank
-        self.kept = (
-            None
-            if rank is None
-            else (nn.Parameter(self.first.weight.data[:rank]), nn.Parameter(self.last.weight.data[:, :rank]))
-        )
+        if rank is None:
+            self.kept = None
+            return
+        first, last = self.first.weight, self.last.weight
+        self.kept = (_like(first, first.data[:rank]), _like(last, last.data[:, :rank]))
+
+    def product(self) -> Tensor:
+        return (self.last.weight * self.soft.mask().to(self.last.weight.dtype)) @ self.first.weight
+
+    @property
+    def bias(self) -> Tensor:
+        center = self.get_buffer("center")
+        return self.last.bias + self.last.weight @ (center * (1 - self.soft.mask().to(center.dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
         center, rank = self.get_buffer("center"), self.soft.rank
@@ -97,6 +105,10 @@ class RelaxedLinear(LowRankLinear):
             return checkpoint(_through, x, first, last, bias, use_reentrant=False, preserve_rng_state=False)
         mask = self.soft.mask().to(x.dtype)
         return self.last(self.first(x) * mask + center * (1 - mask))
+
+
+def _like(whole: Tensor, part: Tensor) -> nn.Parameter:
+    return nn.Parameter(part, requires_grad=whole.requires_grad)
 
 
 def _through(x: Tensor, first: Tensor, last: Tensor, bias: Tensor) -> Tensor:
