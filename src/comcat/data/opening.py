@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError, SettingsError, counted, nearest
+from ..settings import expect_one_of
 from .decoding import SUFFIXES
 from .folders import FolderSource
 from .hub import HubSource
@@ -87,9 +88,8 @@ def _with_order(source: str | os.PathLike[str], order: str | None) -> tuple[str 
         if order not in (None, match["order"]):
             raise SettingsError(f"got class_order={order!r} and {source!r}; expected one order of classes")
         source, order = match["source"], match["order"]
-    if order is not None and order not in _ORDERS:
-        known = ", ".join(map(repr, _ORDERS))
-        raise SettingsError(f"class_order: got {order!r}, expected one of {known}{nearest(str(order), _ORDERS)}")
+    if order is not None:
+        expect_one_of("class_order", order, _ORDERS)
     return source, order
 
 
@@ -127,9 +127,8 @@ def _in_order(pictures: Pictures, order: str) -> Pictures:
     if names is None:
         return pictures
     if order != "number":
-        ordered = tuple(sorted(names)) if order == "text" else in_natural_order(names)
-        places = [ordered.index(name) for name in names]
-        return pictures.relabelled(places, ordered, f"in the order {order!r}")
+        ordered = sorted(names) if order == "text" else in_natural_order(names)
+        return pictures.in_terms_of(ordered, f"in the order {order!r}")
     numbers = [whole(name) for name in names]
     for name, number in zip(names, numbers, strict=True):
         if number is None or number < 0:

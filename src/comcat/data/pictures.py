@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -174,9 +175,9 @@ class Pictures:
         chosen = None if self._chosen is None else frozenset(key for key in self._chosen if part(key))
         return self._view(f"part {process + 1} of {processes}", (*self._parts, part), chosen)
 
-    def in_terms_of(self, names: Sequence[str]) -> Pictures:
+    def in_terms_of(self, names: Sequence[str], how: str = "by name") -> Pictures:
         """The same pictures, labelled by their class's place in ``names``, whatever its place among the pictures' own
-        ``class_names``.
+        ``class_names``. ``how`` joins ``labels_from``.
 
         Raises :class:`~comcat.errors.DataError` for a class that ``names`` lacks or has twice, and where the pictures'
         classes have no names.
@@ -185,13 +186,12 @@ class Pictures:
             raise DataError(
                 f"{self.name}: its labels are numbers without names, so they cannot be put in terms of others"
             )
-        places = {name: place for place, name in enumerate(names)}
+        places, counts = {name: place for place, name in enumerate(names)}, Counter(names)
         for name in self.class_names:
-            if name not in places:
-                raise DataError(f"{self.name}: no class is called {name!r}{nearest(name, places)}")
-            if list(names).count(name) > 1:
-                raise DataError(f"{self.name}: two classes are called {name!r}")
-        return self.relabelled([places[name] for name in self.class_names], names, "by name")
+            if counts[name] != 1:
+                what = "two classes are" if counts[name] else "no class is"
+                raise DataError(f"{self.name}: {what} called {name!r}{'' if counts[name] else nearest(name, places)}")
+        return self.relabelled([places[name] for name in self.class_names], names, how)
 
     def relabelled(
         self, places: Sequence[int], names: Sequence[str] | None, how: str, *, by_order: bool = False

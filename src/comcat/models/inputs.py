@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -141,11 +142,12 @@ def _matched_by_name(pictures: Pictures, theirs: tuple[str, ...], ours: tuple[st
     how = "matched by name"
     if ours == theirs:
         return pictures.relabelled(range(len(ours)), ours, how), None
-    ambiguous = next((name for name in theirs if ours.count(name) > 1), None)
+    counts, loose_counts = Counter(ours), Counter(map(_loosely, ours))
+    ambiguous = next((name for name in theirs if counts[name] > 1), None)
     if ambiguous is not None:
         return _unlabelled(pictures, f"has the class {ambiguous!r}, which the model has twice")
     exact = {name: place for place, name in enumerate(ours)}
-    loose = _once({_loosely(name): place for name, place in exact.items()}, [_loosely(name) for name in ours])
+    loose = {key: place for name, place in exact.items() if loose_counts[key := _loosely(name)] == 1}
     places = [exact.get(name, loose.get(_loosely(name))) for name in theirs]
     found = [place for place in places if place is not None]
     if len(found) == len(theirs) and len(set(found)) == len(found):
@@ -182,11 +184,6 @@ def _some(names: tuple[str, ...]) -> str:
 def _loosely(name: str) -> str:
     """A name without what people and file systems write differently: case, spaces, hyphens, underscores, slashes."""
     return re.sub(r"[\s_/-]+", " ", unicodedata.normalize("NFKC", name).casefold()).strip()
-
-
-def _once(places: dict[str, int], names: list[str]) -> dict[str, int]:
-    """Only names that stand for one class."""
-    return {name: place for name, place in places.items() if names.count(name) == 1}
 
 
 def _imagenet_places(theirs: tuple[str, ...], ours: tuple[str, ...] | None, count: int) -> list[int] | None:
