@@ -99,6 +99,7 @@ class Bench:
         asked = [k.get("forms", "ranks,units") for k in methods.values() if "baselines" not in k]
         forms = ",".join(sorted({form for forms in asked for form in forms.split(",")})) or "ranks"
         self.shrinker = Shrinker(task, self.model, pictures=a.pictures, forms=forms)
+        self.code = code_version()
         self.said = self._said(self.model)
         self.weights = resamples(self.judged.origins.numpy())
         tables = self._tables(self.said)
@@ -153,7 +154,7 @@ class Bench:
         return {
             **facts,
             "seed": seed,
-            "code": code_version(),
+            "code": self.code,
             "scores": scores,
             "pictures": tables[self.first].to_dict(),
         }
