@@ -59,7 +59,7 @@ def prepare(
     example = None
     if calibration is not None:
         calibration = kept(calibration)
-        example = _first_picture(calibration)
+        example = _first_picture(model, calibration)
     if settings.statistic == "weights":
         statistic: Statistic = Weights()
     else:
@@ -134,7 +134,8 @@ def kept(batches: Iterable) -> Iterable:
     return list(batches) if isinstance(batches, Iterator) else batches
 
 
-def _first_picture(calibration: Iterable) -> Tensor:
+def _first_picture(model: nn.Module, calibration: Iterable) -> Tensor:
+    """One picture (1, channels, height, width), on the model's device and in its type: loaders' are on the CPU."""
     for batch in calibration:
-        return pictures_of(batch)[:1]
+        return pictures_of(batch)[:1].to(next(model.parameters()))
     raise DataError("no pictures to calibrate on: got an empty iterable")
