@@ -86,8 +86,9 @@ def build(a: argparse.Namespace) -> Any:
 
     torch.manual_seed(0)
     smoke = a.smoke
-    unet = UNet2DConditionModel(**UNETS[a.model] | (SMOKE if smoke else {}))
-    vae = AutoencoderKL(**VAE | ({"block_out_channels": (8,) * 4, "norm_num_groups": 4} if smoke else {}))
+    with torch.device(a.device):  # billions of random weights take minutes on a CPU
+        unet = UNet2DConditionModel(**UNETS[a.model] | (SMOKE if smoke else {}))
+        vae = AutoencoderKL(**VAE | ({"block_out_channels": (8,) * 4, "norm_num_groups": 4} if smoke else {}))
     words = "a photo of dog".split()
     tokenizer = make_tokenizer(words, identifiers=[IDENTIFIER], length=77)
 
@@ -98,11 +99,11 @@ def build(a: argparse.Namespace) -> Any:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.eos_token_id,
         }
-        return kind(
-            CLIPTextConfig(
-                **shape, vocab_size=49408, max_position_embeddings=77, projection_dim=shape["hidden_size"], **ids
-            )
+        config = CLIPTextConfig(
+            **shape, vocab_size=49408, max_position_embeddings=77, projection_dim=shape["hidden_size"], **ids
         )
+        with torch.device(a.device):
+            return kind(config)
 
     beta: dict[str, Any] = {
         "beta_schedule": "scaled_linear",

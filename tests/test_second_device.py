@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import comcat
-from comcat.elimination import eliminate, refit_units
+from comcat.linalg.elimination import eliminate, refit_units
 from comcat.methods.baselines import BASELINES
 
 from .elsewhere import Elsewhere, second_device
