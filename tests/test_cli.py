@@ -198,16 +198,14 @@ def test_max_drop_never_reads_the_evaluation_set_to_decide(folder, tmp_path, mon
 
 
 def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, monkeypatch):
-    from comcat.cli.common import Loader
+    from comcat.workflows import compress
 
-    seen = []
-    monkeypatch.setattr(
-        Loader, "__call__", lambda self, pictures, own=Loader.__call__: seen.append(pictures) or own(self, pictures)
-    )
-    out = tmp_path / "small"
-    assert main(max_drop(folder, out)) == 0
-    calibration, deciding, judged = ({s.key for s in pictures} for pictures in seen[:3])
-    assert deciding and judged and not (deciding & judged or calibration & (deciding | judged))
+    seen, batches = [], compress.batches
+    monkeypatch.setattr(compress, "batches", lambda pictures, **how: seen.append(pictures) or batches(pictures, **how))
+    assert main(max_drop(folder, tmp_path / "small")) == 0
+    deciding, calibration, judged = ({s.key for s in pictures} for pictures in seen[:3])
+    assert len(calibration) == 16 and len(deciding) > 50 and len(judged) > 50
+    assert not (deciding & judged or calibration & (deciding | judged))
 
 
 @pytest.mark.parametrize(
@@ -221,15 +219,13 @@ def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, m
         (["compress", "FOLDER", "--data", "digits:train", "--out", "OUT"], "how far"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.99", "--pictures", "16", "--out", "OUT"], "at most"),
         (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits:train", "--reduce", "0.5", "--out", "OUT"], "both"),
-        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits", "--reduce", "0.5", "--pictures", "16", "--out", "OUT"], "also in --eval"),
+        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits", "--reduce", "0.5", "--pictures", "16", "--out", "OUT"], "also in the evaluation set"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "FOLDER"], "not empty"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--plan", "OUT/plan.json", "--out", "OUT"], "no plan"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--batch-size", "0"], "batch-size"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--device", "cuda:99"], "device"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "BLOCKED"], "nothing can be written"),
         (["inspect", "FOLDER", "--device", "meta"], "holds no values"),
         (["inspect", "FOLDER", "--seed", "99999999999999999999999"], "seed=99999999999999999999999, expected a whole number from 0"),
-        (["bench", "FOLDER", "--threads", "0"], "--threads 0"),
         (["eval", "FOLDER", "--data", "EMPTY"], "picture"),
         (["compress", "--recipe", "OUT.yaml", "--out", "OUT"], "no recipe"),
     ],
@@ -261,6 +257,7 @@ def test_bad_input_is_one_clear_line(arguments, said, folder, tmp_path, capsys):
         (["--multiple", "0"], "got multiple=0, expected a whole number from 1"),
         (["--statistic", "los"], "los"),
         (["--pictures", "many"], "many"),
+        (["--batch-size", "0"], "got batch_size=0, expected a whole number from 1"),
     ],
 )
 def test_an_option_that_does_not_fit_fails_with_what_was_expected(options, said, folder, capsys):
@@ -268,6 +265,20 @@ def test_an_option_that_does_not_fit_fails_with_what_was_expected(options, said,
         main(["compress", str(folder), "--data", "digits:train", "--out", "out", *options])
     shown = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert stopped.value.code == 2 and said in shown and "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "x", "--threads", "0"], "got threads=0"),
+        (["bench", "x", "--batch-size", "0"], "got batch_size=0"),
+        (["eval", "x", "--data", "y", "--limit", "0"], "got limit=0"),
+    ],
+)
+def test_numbers_of_other_verbs_are_checked_as_well(arguments, said, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from ._version import __version__
 
 _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate", "apply_": "apply",
-    "batches": "data", "calibrate": "statistics", "compress": "methods.compress", "evaluate": "measure", "benchmark": "measure",
+    "batches": "data", "calibrate": "statistics", "compress": "methods.compress", "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
     "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
-    "search": "methods.search", "tune": "tuning.tune", "ComcatError": "errors",
+    "search": "methods.search", "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
 }  # fmt: skip
 
 _PARTS = ("diffusion", "scoring")
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from .store import push_to_hub as push_to_hub
     from .store import save as save
     from .tuning.tune import tune as tune
+    from .workflows.compress import compress_to as compress_to
+    from .workflows.search import search_to as search_to
+    from .workflows.tune import tune_to as tune_to
 
 
 def __getattr__(name: str) -> Any:

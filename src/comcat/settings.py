@@ -46,7 +46,12 @@ def from_keywords(kind: type[T], keywords: Mapping[str, Any]) -> T:
 
 def part_of(kind: type[T], whole: Any) -> T:
     """The settings of a kind out of larger ones that have fields of the same names."""
-    return kind(**{f.name: getattr(whole, f.name) for f in fields(kind)})  # type: ignore[arg-type]
+    return kind(**keywords_of(kind, whole))
+
+
+def keywords_of(kind: type, whole: Any) -> dict[str, Any]:
+    """The values of a kind of settings within larger ones, by name."""
+    return {f.name: getattr(whole, f.name) for f in fields(kind)}
 
 
 def check_types(settings: Any) -> None:

@@ -71,7 +71,7 @@ def test_by_default_the_result_lies_beside_the_student(places, capsys):
     beside = places / "small-tuned"
     assert comcat.load(beside).comcat_record.results.tuning["curve"] == []
     assert main(command(places, "--epochs", "0")) == 1
-    assert "small-tuned' is not empty; say --overwrite" in capsys.readouterr().err
+    assert "small-tuned' is not empty; overwrite=True (--overwrite)" in capsys.readouterr().err
     assert main(command(places, "--epochs", "0", "--overwrite")) == 0
     shutil.rmtree(beside)
 

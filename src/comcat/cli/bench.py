@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from .common import Common, Positional, at_least_one, load, time_models
+from ..settings import expect
+from .common import Common, Positional, load
 from .terminal import LABELS, number, table
 
 
@@ -28,15 +29,16 @@ class Bench(Common):
     json: bool = False
     """Print JSON instead of a table."""
 
+    def __post_init__(self) -> None:
+        expect(self, "batch_size", "repeats", "threads", least=1)
+
 
 def run(command: Bench) -> int:
     import torch
 
-    from ..measure import count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
+    from ..measure import benchmark, count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
     from ..models import preprocess_of
 
-    at_least_one("--threads", command.threads)
-    at_least_one("--batch-size", command.batch_size)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     models = {command.model: load(command, command.model)}
@@ -48,7 +50,7 @@ def run(command: Bench) -> int:
     example = torch.randn(
         command.batch_size, prepared.channels, *prepared.size, generator=torch.Generator().manual_seed(command.seed)
     ).to(p)
-    timings = time_models(models, example, command)
+    timings = benchmark(models, example, repeats=command.repeats, compile=command.compile)
     rows = {
         name: {
             "parameters": count_parameters(m), "macs": count_macs(m, example[:1]), "size_bytes": size_on_disk(m), "peak_memory_bytes": peak_memory(m, example),

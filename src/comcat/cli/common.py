@@ -5,14 +5,13 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import tyro
 
 from ..errors import ComcatError, SettingsError
-from ..files import check_writable
 
 Positional = tyro.conf.Positional
 
@@ -32,25 +31,6 @@ class Common:
     """Load the model's published weights (--no-pretrained: random ones, to look at structure and speed)."""
     seed: int = 0
     """Seed of everything random: which pictures, sampled labels, random weights."""
-
-
-def at_least_one(option: str, value: int | None) -> None:
-    """Raises SettingsError for an option's number below 1."""
-    if value is not None and value < 1:
-        raise SettingsError(f"got {option} {value}, expected at least 1")
-
-
-class Loader:
-    """Pictures to batches for one model's preprocessing."""
-
-    def __init__(self, preprocess: Any, batch_size: int) -> None:
-        self.preprocess, self.batch_size = preprocess, batch_size
-        at_least_one("--batch-size", batch_size)
-
-    def __call__(self, pictures: Any) -> Any:
-        from ..data import batches
-
-        return batches(pictures, self.preprocess, batch_size=self.batch_size)
 
 
 def load(command: Common, spec: str) -> Any:
@@ -78,34 +58,6 @@ def pick_device(name: str) -> str:
     return name
 
 
-def time_models(models: dict[str, Any], example: Any, command: Any) -> Any:
-    import torch
-
-    from ..measure import benchmark
-
-    p = next(next(iter(models.values())).parameters())
-    size = command.batch_size
-    if len(example) != size:
-        example = torch.randn(size, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-    return benchmark(
-        models, example.to(p), repeats=getattr(command, "repeats", 10), compile=getattr(command, "compile", False)
-    )
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raises unless a model may be saved to a folder and can be; what a run that was stopped has left there is no hindrance."""
-    from ..store.folder import RUN, check_replaceable
-
-    if out.is_file():
-        raise SettingsError(f"--out {str(out)!r} is a file, expected a folder to write to")
-    check_writable(out)
-    if out.is_dir() and not {p.name for p in out.iterdir()} <= RUN and not overwrite:
-        raise SettingsError(
-            f"--out {str(out)!r} is not empty; say --overwrite to replace an earlier result, or name another folder"
-        )
-    check_replaceable(out, overwrite=True)
-
-
 def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
     """Run the body of a verb in each of the processes that a launcher started; only the main one says what went wrong.
 
@@ -130,28 +82,6 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
         processes.close()
 
 
-def open_for(model: Any, spec: str, notes: list[str]) -> Any:
-    """Pictures labelled as the model counts its classes; what there is to say about it joins the notes."""
-    from ..models import in_classes_of
-
-    pictures, note = in_classes_of(model, spec)
-    if note is not None:
-        notes.append(note)
-    return pictures
-
-
-def skip_notes(pictures: Any) -> list[str]:
-    return (
-        [f"{len(pictures.skipped)} unreadable pictures were skipped, the first: {pictures.skipped[0]}"]
-        if pictures.skipped
-        else []
-    )
-
-
 def command_line() -> str:
     """What was typed, to be shown and repeated."""
     return "comcat " + shlex.join(sys.argv[1:])
-
-
-def plain_settings(command: Any) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(command).items() if v is not None}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from .common import Common, Loader, Positional, load, open_for, skip_notes
+from ..settings import expect
+from .common import Common, Positional, load
 from .terminal import LABELS, number, table
 
 
@@ -26,21 +27,26 @@ class Eval(Common):
     json: bool = False
     """Print JSON instead of a table."""
 
+    def __post_init__(self) -> None:
+        expect(self, "batch_size", "limit", least=1)
+
 
 def run(command: Eval) -> int:
+    from ..data import batches
     from ..measure import evaluate
     from ..models import preprocess_of
+    from ..workflows.places import pictures_for, said_of_skipped
 
     model = load(command, command.model)
     against = None if command.against is None else load(command, command.against)
     notes: list[str] = []
-    pictures = open_for(model, command.data, notes)
+    pictures = pictures_for(model, command.data, notes)
     if command.limit is not None:
         pictures = pictures.take(command.limit, command.seed)
-    batches = Loader(preprocess_of(model), command.batch_size)
+    shown = batches(pictures, preprocess_of(model), batch_size=command.batch_size)
     result = {
         k: v
-        for k, v in evaluate(model, batches(pictures), against=against, progress=not command.json).to_dict().items()
+        for k, v in evaluate(model, shown, against=against, progress=not command.json).to_dict().items()
         if v is not None
     }
     if command.json:
@@ -48,6 +54,6 @@ def run(command: Eval) -> int:
         print(json.dumps({"model": command.model, "data": command.data, **result, **said}, indent=1))
         return 0
     table(["measure", "value"], [[LABELS.get(k, k), number(k, v)] for k, v in result.items()])
-    for note in [*notes, *skip_notes(pictures)]:
+    for note in [*notes, *said_of_skipped(pictures)]:
         print(note)
     return 0

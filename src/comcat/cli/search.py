@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, SettingsError
-from ..files import check_writable
 from ..methods.search import SearchSettings
-from ..settings import part_of
-from .common import Common, Positional, in_processes, load, skip_notes
+from ..settings import keywords_of
+from .common import Common, Positional, in_processes, load
 from .terminal import table
 
 
@@ -39,47 +36,27 @@ class Search(Common, SearchSettings):
 
 def run(command: Search) -> int:
     folder = command.out.with_name(f"{command.out.stem}.run")
-    return in_processes(command.device, lambda processes: _run(command, folder, processes), folder)
+    return in_processes(command.device, lambda processes: _run(command, processes), folder)
 
 
-def _run(command: Search, folder: Path, processes: Any) -> int:
-    from ..data import open_pictures
-    from ..methods.search import search_
-    from ..tuning.leaks import check_apart, same_place
+def _run(command: Search, processes: Any) -> int:
+    from ..workflows.search import search_to
 
     started = time.monotonic()
-    note = None
     with processes.together():
-        _check_out(command)
-        pictures = open_pictures(command.data)
-        if command.eval is not None and same_place(command.data, command.eval):
-            raise DataError(
-                f"--data and --eval are both {command.eval!r}: ranks must not be found on the evaluation set; give separate ones"
-            )
-        if command.eval is not None and processes.main:
-            note = check_apart(pictures, open_pictures(command.eval))
         model = load(command, command.model)
-    settings = part_of(SearchSettings, command)
-    plan = search_(model, pictures, settings, out=folder, restart=command.restart, progress=True)
+    found = search_to(
+        command.out, model, command.data, evaluation=command.eval, overwrite=command.overwrite,
+        restart=command.restart, progress=True, **keywords_of(SearchSettings, command),
+    )  # fmt: skip
     if processes.main:
-        command.out.parent.mkdir(parents=True, exist_ok=True)
-        plan.save(command.out)
-        shutil.rmtree(folder, ignore_errors=True)
-        show(plan.made_by, len(plan.sites), time.monotonic() - started)
-        for line in [*([note] if note else []), *skip_notes(pictures)]:
-            print(line)
+        show(found.plan.made_by, len(found.plan.sites), time.monotonic() - started)
+        for note in found.notes:
+            print(note)
         print(
             f"\nSaved to {command.out}; next: comcat compress {command.model} --plan {command.out} --data … --out FOLDER"
         )
     return 0
-
-
-def _check_out(command: Search) -> None:
-    if command.out.is_dir() or command.out.suffix != ".json":
-        raise SettingsError(f"got --out {str(command.out)!r}, expected a file to write the plan to, such as plan.json")
-    check_writable(command.out.parent)
-    if command.out.exists() and not command.overwrite:
-        raise SettingsError(f"--out {str(command.out)!r} exists; say --overwrite to replace it, or name another file")
 
 
 def show(made_by: Mapping[str, Any], sites: int, seconds: float | None = None) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, SettingsError
-from ..settings import part_of
+from ..errors import SettingsError
+from ..settings import keywords_of
 from ..tuning.settings import TuneSettings
-from .common import Common, Positional, check_out, command_line, in_processes, load, plain_settings, skip_notes
+from .common import Common, Positional, command_line, in_processes, load
 from .terminal import LABELS, number, table
 
 
@@ -39,81 +40,33 @@ class Tune(Common, TuneSettings):
 
 def run(command: Tune) -> int:
     folder = Path(command.student).expanduser()
+    if command.out is None and not folder.is_dir():
+        raise SettingsError(
+            "say where to save, --out FOLDER: by default that is beside the student's folder, "
+            f"but {command.student!r} is none"
+        )
     out = folder.with_name(f"{folder.resolve().name}-tuned") if command.out is None else command.out
     return in_processes(command.device, lambda processes: _run(command, out, processes), out)
 
 
 def _run(command: Tune, out: Path, processes: Any) -> int:
-    from ..data import open_pictures
-    from ..store import save
-    from ..tuning.leaks import check_apart, same_place
-    from ..tuning.tune import tune_
+    from ..workflows.tune import tune_to
 
-    note = None
     with processes.together():
-        _check_out(command, out)
-        if command.eval is not None and same_place(command.data, command.eval):
-            raise DataError(
-                f"--data and --eval are both {command.eval!r}: accuracy on pictures that were trained on says nothing; give separate ones"
-            )
-        pictures = open_pictures(command.data)
-        evaluation = None if command.eval is None else open_pictures(command.eval)
-        if evaluation is not None and command.eval_limit is not None:
-            evaluation = evaluation.take(command.eval_limit, command.seed)
-        if evaluation is not None and processes.main:
-            note = check_apart(pictures, evaluation)
         student = load(command, command.student)
         teacher = None if command.teacher is None else load(command, command.teacher)
-    settings = part_of(TuneSettings, command)
-    tune_(
-        student,
-        pictures,
-        settings,
-        teacher=teacher,
-        evaluation=evaluation,
-        out=out,
-        restart=command.restart,
-        progress=True,
-    )
-    with processes.together():
-        if processes.main:
-            notes = [*([note] if note else []), *skip_notes(pictures)]
-            result = student.comcat_record.results.tuning
-            save(student, out, report=_report(command, student, notes) if result["curve"] else None)
-            _say(result, notes)
-            print(f"\nSaved to {out}; report: {(out / 'report.html').resolve()}; every step is in {out / 'log.jsonl'}")
+    done = tune_to(
+        out, student, command.data, evaluation=command.eval, eval_limit=command.eval_limit, teacher=teacher,
+        overwrite=command.overwrite, restart=command.restart, progress=True, name=command.student,
+        command=command_line(), **keywords_of(TuneSettings, command),
+    )  # fmt: skip
+    if processes.main:
+        _say(done.record.results.tuning or {}, done.notes)
+        print(f"\nSaved to {out}; report: {(out / 'report.html').resolve()}; every step is in {out / 'log.jsonl'}")
     return 0
 
 
-def _check_out(command: Tune, out: Path) -> None:
-    """Raises where nobody says where to save, or something else is there; checkpoints to go on from are not."""
-    from ..store.folder import check_replaceable
-    from ..tuning.setup import CHECKPOINTS
-
-    if command.out is None and not Path(command.student).expanduser().is_dir():
-        raise SettingsError(
-            f"say where to save, --out FOLDER: by default that is beside the student's folder, but {command.student!r} is none"
-        )
-    if (out / CHECKPOINTS).is_dir():
-        check_replaceable(out, overwrite=True)
-    else:
-        check_out(out, command.overwrite)
-
-
-def _report(command: Tune, student: Any, notes: list[str]) -> Any:
-    import torch
-
-    from ..models import preprocess_of
-    from ..report.collect import collect_tuning
-
-    p = preprocess_of(student)
-    return collect_tuning(
-        student, title=f"{command.student}, tuned", model=command.student, command=command_line(), settings=plain_settings(command),
-        example=torch.zeros(1, p.channels, *p.size), notes=tuple(notes),
-    )  # fmt: skip
-
-
-def _say(result: dict[str, Any], notes: list[str]) -> None:
+def _say(result: Mapping[str, Any], notes: Sequence[str]) -> None:
     before, after = result.get("before"), result.get("after")
     if before and after:
         keys = [key for key in ("top1", "top5", "loss", "cosine") if key in before and key in after]

@@ -97,6 +97,13 @@ def save(
     return target
 
 
+def check_savable(model: nn.Module) -> None:
+    """Raise what :func:`save` would raise because nothing says how to build the model again, before any work on it."""
+    model = _bare(model)
+    record = getattr(model, "comcat_record", None)
+    _origin(model, None, Record(plan=Plan(sites={})) if record is None else record)
+
+
 def _bare(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of ``torch.compile`` and data parallelism."""
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)

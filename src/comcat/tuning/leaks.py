@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,16 @@ SAMPLE = 4096
 def same_place(a: str, b: str) -> bool:
     """Whether two names of data sets are the same, or the same path."""
     return a == b or (Path(a).exists() and Path(b).exists() and Path(a).resolve() == Path(b).resolve())
+
+
+def check_sources(data: object, evaluation: object) -> None:
+    """Raises DataError where both are names of one place. Pictures that are open already are told apart by their pixels."""
+    names = (data, evaluation)
+    if all(isinstance(name, str | os.PathLike) for name in names) and same_place(*(os.fspath(n) for n in names)):  # type: ignore[arg-type]
+        raise DataError(
+            f"the pictures and the evaluation set are both {os.fspath(evaluation)!r}: "  # type: ignore[arg-type]
+            "accuracy on what a model was made from says nothing; give separate ones"
+        )
 
 
 def check_apart(training: Pictures, evaluation: Pictures, sample: int = SAMPLE) -> str:

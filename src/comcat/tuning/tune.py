@@ -20,6 +20,7 @@ from ..runs.processes import Processes
 from ..runs.state import whole_state
 from ..settings import from_keywords
 from .data import open_labelled
+from .leaks import check_apart, check_sources
 from .settings import TuneSettings
 from .setup import CHECKPOINTS, Setup, set_up
 from .step import Training
@@ -62,14 +63,22 @@ def tune(
 
     Raises:
         SettingsError: for settings or a teacher that do not fit. DataError: for labels outside the model's classes, too
-            many unreadable pictures, or no labels and no teacher. NumericsError: for a loss that is not finite or
+            many unreadable pictures, no labels and no teacher, or evaluation pictures that are also trained on. NumericsError: for a loss that is not finite or
             explodes; it names the step, the place and the last good checkpoint. StoreError: for checkpoints of another
             run, or where none can be written.
     """
+    chosen = from_keywords(TuneSettings, settings)
+    if evaluation is not None:
+        check_sources(data, evaluation)
+        data, evaluation = open_labelled(student, data), open_labelled(student, evaluation)
+        processes = Processes(cpu=next(student.parameters()).device.type == "cpu")
+        with processes.together():
+            if processes.main:
+                check_apart(data, evaluation)
     return tune_(
         student,
         data,
-        from_keywords(TuneSettings, settings),
+        chosen,
         teacher=teacher,
         evaluation=evaluation,
         out=out,

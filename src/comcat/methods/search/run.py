@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data import Pictures, Preprocess, batches
+from ...data import Pictures, Preprocess, batches, open_pictures
 from ...errors import DataError, ModelError, SettingsError
 from ...measure import evaluate, is_classifier, model_output
 from ...models import preprocess_of
@@ -24,6 +24,7 @@ from ...runs.state import fingerprint
 from ...runs.watching import LossWatch
 from ...settings import from_keywords
 from ...tuning.data import Batch, Feed, TrainingData, open_labelled
+from ...tuning.leaks import check_apart, check_sources
 from ..ladders import check_forms
 from ..prepare import Prepared, prepare
 from ..settings import CompressSettings
@@ -43,6 +44,7 @@ def search(
     model: nn.Module,
     data: Pictures | str | Path,
     *,
+    evaluation: Pictures | str | Path | None = None,
     preprocess: Preprocess | None = None,
     out: str | Path | None = None,
     restart: bool = False,
@@ -54,6 +56,7 @@ def search(
     Args:
         data: training pictures, or what :func:`comcat.open_pictures` takes. Labels are used where there are any; else
             the model's own predictions stand in for them. Never the evaluation set.
+        evaluation: the evaluation set, only to make sure that none of its pictures is in ``data``.
         preprocess: how pictures become inputs, by default as the model's data configuration says.
         out: folder for checkpoints: the same call goes on where it was stopped. ``restart`` forgets them first.
         settings: fields of :class:`SearchSettings`.
@@ -63,11 +66,18 @@ def search(
         expected cost (share of the whole model), loss, and for each round held-out top-1 at the ranks it settled on.
 
     Raises:
-        BudgetError: if even the smallest candidates cost too much. DataError: where a part of the pictures is empty, or
-            labels do not fit. NumericsError: if the loss is no number or explodes. StoreError: where checkpoints were
+        BudgetError: if even the smallest candidates cost too much. DataError: where a part of the pictures is empty,
+            labels do not fit, or pictures of the evaluation set are searched on. NumericsError: if the loss is no number or explodes. StoreError: where checkpoints were
             made with other settings.
     """
     chosen = from_keywords(SearchSettings, settings)
+    if evaluation is not None:
+        check_sources(data, evaluation)
+        data = open_labelled(model, data)
+        processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
+        with processes.together():
+            if processes.main:
+                check_apart(data, evaluation if isinstance(evaluation, Pictures) else open_pictures(evaluation))
     return search_(model, data, chosen, preprocess=preprocess, out=out, restart=restart, progress=progress)
 
 
