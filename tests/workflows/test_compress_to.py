@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.errors import ComcatError, DataError, ModelError, PlanError, SettingsError, StoreError
+from comcat.errors import BudgetError, ComcatError, DataError, ModelError, PlanError, SettingsError, StoreError
 from comcat.runs.claims import claimed
 from comcat.workflows import compress as module
 
@@ -85,6 +85,9 @@ def full(folder):
     return folder / "out"
 
 
+PLAN = comcat.Plan(sites={"nowhere:qk": comcat.SitePlan(keep=3, full=8)})
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
@@ -95,6 +98,13 @@ def full(folder):
         ({"data": "nowhere"}, DataError, "nowhere"),
         ({"plan": "nowhere.json"}, PlanError, "no plan"),
         ({"ranks": "search", "reduce": None}, SettingsError, "needs reduce"),
+        ({"reduce": None}, SettingsError, "how far to go"),
+        ({"reduce": 0.9999}, BudgetError, "at most"),
+        ({"reduce": 0.9999, "budget": "macs", "multiple": 8}, BudgetError, "at most"),
+        ({"only": ("attm",)}, SettingsError, "leaves no site"),
+        ({"model": "convolutions"}, ModelError, "nothing in this model can shrink"),
+        ({"model": "compressed"}, ModelError, "compressed already"),
+        ({"plan": PLAN}, ComcatError, "nowhere"),
         ({"reduce": 0.3, "max_drop": 1.0}, SettingsError, "both reduce and max_drop"),
         ({"redce": 0.3}, SettingsError, "did you mean 'reduce'"),
         ({"model": "own"}, ModelError, "origin"),

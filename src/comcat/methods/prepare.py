@@ -51,7 +51,7 @@ def prepare(
     """
     whole = find_sites(model)
     if plan is None:
-        sites = _chosen(whole, settings)
+        sites = chosen_sites(whole, settings)
     else:
         check_plan(plan, whole)
         sites = Sites({name: whole[name] for name in plan.sites}, whole.refused)
@@ -69,12 +69,7 @@ def prepare(
             )
         statistic = calibrated(model, calibration, settings, sites, progress)
         sites = sites.without(statistic.unreached)
-    total, cost = float(count_parameters(model)), Parameters()
-    if settings.budget == "macs":
-        if example is None:
-            raise SettingsError("budget 'macs' needs calibration pictures, at least one")
-        total = float(count_macs(model, example))
-        cost = Macs(_flows(model, sites, statistic, example))
+    total, cost = budget_of(model, settings, sites, statistic, example)
     return Prepared(
         sites=sites,
         statistic=statistic,
@@ -86,7 +81,7 @@ def prepare(
     )
 
 
-def _chosen(whole: Sites, settings: CompressSettings) -> Sites:
+def chosen_sites(whole: Sites, settings: CompressSettings) -> Sites:
     """The sites that may shrink, as the settings say. Raises where none is left."""
     sites = whole
     if settings.only:
@@ -102,6 +97,17 @@ def _chosen(whole: Sites, settings: CompressSettings) -> Sites:
         reasons = "; ".join(map(str, whole.refused[:3])) or f"no site can become {settings.forms}"
         raise ModelError(f"nothing in this model can shrink: {reasons}")
     return sites
+
+
+def budget_of(
+    model: nn.Module, settings: CompressSettings, sites: Sites, statistic: Statistic, example: Tensor | None
+) -> tuple[float, Cost]:
+    """What the whole model costs, and how a site's cost is counted."""
+    if settings.budget == "parameters":
+        return float(count_parameters(model)), Parameters()
+    if example is None:
+        raise SettingsError("budget 'macs' needs calibration pictures, at least one")
+    return float(count_macs(model, example)), Macs(_flows(model, sites, statistic, example))
 
 
 def _flows(model: nn.Module, sites: Sites, statistic: Statistic, example: Tensor) -> dict[str, Flow]:

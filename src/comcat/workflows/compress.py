@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Batches, Pictures, batches
+from ..data import Batches, Pictures, Preprocess, batches
 from ..errors import SettingsError
 from ..measure import Evaluation, Timing, benchmark, evaluate
 from ..methods.compress import Compressed, compress_
+from ..methods.request import check_reach, check_request
 from ..methods.search import search_
 from ..methods.settings import CompressSettings
 from ..methods.splits import Division, divide
@@ -78,107 +77,85 @@ def compress_to(
     with claimed(out):
         check_out(out, chosen.overwrite)
         check_sources(data, evaluation)
-        name, notes = called(model, name), []
-        plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
-        if plan is not None and (chosen.reduce is not None or chosen.max_drop is not None):
-            notes.append("The plan says every rank, so reduce and max_drop were not used.")
-        before = model_of(model)
-        check_savable(before)
-        pictures = pictures_for(before, data, notes)
-        judging = None if evaluation is None else pictures_for(before, evaluation, notes)
-        division = divide(
-            pictures, judging, calibrate=chosen.pictures, seed=chosen.seed, max_drop=chosen.max_drop,
-            limit=chosen.eval_limit, trains=chosen.tuning is not None or chosen.searching is not None,
-        )  # fmt: skip
-        if chosen.tuning is not None:
-            _check_tuning(before, division, chosen.tuning)
-        way = _Way(before, division, chosen, out.with_name(f"{out.name}.run"), progress)
-        small, done, compressed = way.go(plan)
-        asked = {"model": name, "data": pictures.name, "evaluation": None if judging is None else judging.name}
-        report = way.report(
-            small, done, compressed, name=name, command=command, settings=asked | asdict(chosen),
-            notes=(*notes, *division.notes, *said_of_skipped(division.calibration)),
-        )  # fmt: skip
-        record = _noted(small, report, division)
+        job = _opened(model, data, evaluation, plan, chosen, name=called(model, name), work=out, progress=progress)
+        small, done, compressed = _carry_out(job)
+        report = _report(job, small, done, compressed, command)
+        record = _noted(small, report, job.division)
         save(small, out, report=report, stock=chosen.stock)
-        shutil.rmtree(way.work, ignore_errors=True)
+        shutil.rmtree(job.work, ignore_errors=True)
     return Finished(model=small, record=record, folder=out, report=report, notes=report.notes)
 
 
-class _Way:
-    """The work itself: a model, pictures for each purpose, and how to go about it."""
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What there is to do: a model, the pictures for each purpose, and how.
 
-    def __init__(self, before: nn.Module, division: Division, settings: CompressToSettings, work: Path, progress: bool):
-        self.before, self.division, self.settings, self.work = before, division, settings, work
-        self.progress = progress
-        self.batches: Callable[[Pictures], Batches] = partial(
-            batches, preprocess=preprocess_of(before), batch_size=settings.batch_size
-        )
+    Attributes:
+        work: where a search or tuning keeps what it needs to go on. asked: what the report says of the settings.
+    """
 
-    def go(self, plan: Plan | None) -> tuple[nn.Module, Compressed, Evaluation | None]:
-        """Search, compress and tune. Where it is tuned, the model is evaluated before that as well."""
-        s, on = self.settings, self.division
-        if plan is None and s.searching is not None:
-            plan = search_(
-                self.before,
-                on.training,
-                s.searching,
-                out=self.work / "search",
-                restart=s.restart,
-                progress=self.progress,
-            )
-        small = copy.deepcopy(self.before).eval()
-        deciding = None if on.deciding is None else self.batches(on.deciding)
-        done = compress_(
-            small,
-            self.batches(on.calibration),
-            part_of(CompressSettings, s),
-            held_out=deciding,
-            plan=plan,
-            progress=self.progress,
-        )
-        if s.tuning is None:
-            return small, done, None
-        compressed = self.judge(small, against=self.before)
-        tune_(
-            small, on.training, s.tuning, teacher=self.before, evaluation=on.judged if on.judged.has_labels else None,
-            out=self.work / "tuning", restart=s.restart, progress=self.progress,
-        )  # fmt: skip
-        return small, done, compressed
+    name: str
+    before: nn.Module
+    preprocess: Preprocess
+    division: Division
+    plan: Plan | None
+    settings: CompressToSettings
+    work: Path
+    asked: dict[str, Any]
+    notes: tuple[str, ...]
+    progress: bool
+
+    def batches(self, pictures: Pictures) -> Batches:
+        return batches(pictures, self.preprocess, batch_size=self.settings.batch_size)
 
     def judge(self, model: nn.Module, against: nn.Module | None = None) -> Evaluation:
         return evaluate(model, self.batches(self.division.judged), against=against, progress=self.progress)
 
-    def report(
-        self,
-        small: nn.Module,
-        done: Compressed,
-        compressed: Evaluation | None,
-        *,
-        name: str,
-        command: str | None,
-        settings: dict[str, Any],
-        notes: tuple[str, ...],
-    ) -> ReportData:
-        """Measure before and after, and gather what the report shows."""
-        found = self.judge(self.before), self.judge(small, against=self.before)
-        timings = self._timings(small, done.prepared.example) if self.settings.bench else None
-        return collect(
-            self.before, small, done, title=f"{name}, compressed", model=name, command=command,
-            settings={k: v for k, v in settings.items() if v is not None}, evaluations=found, compressed=compressed,
-            timings=timings, notes=notes,
-        )  # fmt: skip
 
-    def _timings(self, small: nn.Module, example: Tensor | None) -> dict[str, Timing] | None:
-        if example is None:
-            return None
-        size, home = self.settings.batch_size, next(small.parameters())
-        images = torch.randn(size, *example.shape[1:], generator=torch.Generator().manual_seed(0)).to(home)
-        return benchmark({"before": self.before, "after": small}, images, repeats=10)
+def _opened(
+    model: nn.Module | str | os.PathLike[str],
+    data: Source,
+    evaluation: Source | None,
+    plan: Plan | str | os.PathLike[str] | None,
+    settings: CompressToSettings,
+    *,
+    name: str,
+    work: Path,
+    progress: bool,
+) -> _Job:
+    """Open everything and raise for what cannot work."""
+    notes: list[str] = []
+    plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
+    if plan is not None and (settings.reduce is not None or settings.max_drop is not None):
+        notes.append("The plan says every rank, so reduce and max_drop were not used.")
+    trains = settings.tuning is not None or settings.searching is not None
+    before = model_of(model)
+    check_request(before, settings, plan)
+    check_savable(before)
+    preprocess = preprocess_of(before)
+    check_reach(before, settings, _blank(before, preprocess), plan)
+    pictures = pictures_for(before, data, notes)
+    judging = None if evaluation is None else pictures_for(before, evaluation, notes)
+    division = divide(
+        pictures, judging, calibrate=settings.pictures, seed=settings.seed, max_drop=settings.max_drop,
+        limit=settings.eval_limit, trains=trains,
+    )  # fmt: skip
+    if settings.tuning is not None:
+        _check_tuning(before, division, settings.tuning)
+    asked = {"model": name, "data": pictures.name, "evaluation": None if judging is None else judging.name}
+    return _Job(
+        name=name, before=before, preprocess=preprocess, division=division, plan=plan, settings=settings,
+        work=work.with_name(f"{work.name}.run"), asked=asked | asdict(settings), notes=(*notes, *division.notes),
+        progress=progress,
+    )  # fmt: skip
+
+
+def _blank(model: nn.Module, preprocess: Preprocess) -> Tensor:
+    return torch.zeros(1, preprocess.channels, *preprocess.size).to(next(model.parameters()))
 
 
 def _check_tuning(before: nn.Module, division: Division, settings: TuneSettings) -> None:
-    """Raise what tuning would raise after the compression: as far as it can be told on the model before.
+    """Raise what tuning would raise after the compression, as far as it can be told on the model before.
 
     ``only`` may name parts that only the compressed model has.
     """
@@ -187,6 +164,50 @@ def _check_tuning(before: nn.Module, division: Division, settings: TuneSettings)
         evaluation=division.judged if division.judged.has_labels else None, folder=None, preprocess=None,
         processes=Processes(cpu=next(before.parameters()).device.type == "cpu"),
     )  # fmt: skip
+
+
+def _carry_out(job: _Job) -> tuple[nn.Module, Compressed, Evaluation | None]:
+    """Search, compress and tune. Where it is tuned, the model is evaluated before that as well."""
+    s, on, plan = job.settings, job.division, job.plan
+    if plan is None and s.searching is not None:
+        plan = search_(
+            job.before, on.training, s.searching, out=job.work / "search", restart=s.restart, progress=job.progress
+        )
+    small = copy.deepcopy(job.before).eval()
+    deciding = None if on.deciding is None else job.batches(on.deciding)
+    done = compress_(
+        small, job.batches(on.calibration), part_of(CompressSettings, s), held_out=deciding, plan=plan,
+        progress=job.progress,
+    )  # fmt: skip
+    if s.tuning is None:
+        return small, done, None
+    compressed = job.judge(small, against=job.before)
+    tune_(
+        small, on.training, s.tuning, teacher=job.before, evaluation=on.judged if on.judged.has_labels else None,
+        out=job.work / "tuning", restart=s.restart, progress=job.progress,
+    )  # fmt: skip
+    return small, done, compressed
+
+
+def _report(
+    job: _Job, small: nn.Module, done: Compressed, compressed: Evaluation | None, command: str | None
+) -> ReportData:
+    """Measure before and after, and gather what the report shows."""
+    found = job.judge(job.before), job.judge(small, against=job.before)
+    timings = _timings(job, small, done.prepared.example) if job.settings.bench else None
+    return collect(
+        job.before, small, done, title=f"{job.name}, compressed", model=job.name, command=command,
+        settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
+        timings=timings, notes=(*job.notes, *said_of_skipped(job.division.calibration)),
+    )  # fmt: skip
+
+
+def _timings(job: _Job, small: nn.Module, example: Tensor | None) -> dict[str, Timing] | None:
+    if example is None:
+        return None
+    size, generator = job.settings.batch_size, torch.Generator().manual_seed(0)
+    images = torch.randn(size, *example.shape[1:], generator=generator).to(next(small.parameters()))
+    return benchmark({"before": job.before, "after": small}, images, repeats=10)
 
 
 def _noted(small: Any, report: ReportData, division: Division) -> Record:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import SettingsError
 from ..methods.search.settings import SearchOptions, SearchSettings
@@ -52,5 +52,6 @@ class CompressToSettings(CompressSettings):
             return None
         if self.reduce is None:
             raise SettingsError("ranks 'search' needs reduce, the share to save")
-        asked = {n: getattr(self, n) for n in ("reduce", "budget", "statistic", "only", "pictures", "seed")}
+        own = {f.name for f in fields(SearchSettings)} - {f.name for f in fields(SearchOptions)} - {"multiple"}
+        asked = {name: getattr(self, name) for name in own}
         return SearchSettings(**asdict(self.search), **asked, multiple=self.multiple or 1)

@@ -1,0 +1,73 @@
+"""From what was prepared to a plan: for a budget, or for a drop that may be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+from torch import nn
+
+from ..errors import BudgetError, SettingsError
+from ..plan import Plan
+from .allocate import allocate
+from .drop import largest_within
+from .prepare import Prepared
+from .settings import CompressSettings
+
+MULTIPLES = (16, 8, 4, 2)
+TOLERATED, NEGLIGIBLE = 1.1, 1e-3
+"""How much more predicted loss rounder ranks may cost: a tenth, or a thousandth of a nat, which no measurement would
+show.
+"""
+
+
+def propose(
+    model: nn.Module,
+    prepared: Prepared,
+    settings: CompressSettings,
+    *,
+    held_out: Iterable | None = None,
+    notes: list[str] | None = None,
+) -> Plan:
+    """Ranks for the budget; with ``max_drop``, the largest saving whose measured drop on held-out pictures stays
+    within it.
+    """
+
+    def plan_with(reduce: float | None, multiple: int) -> Plan:
+        return allocate(
+            model,
+            prepared.statistic,
+            reduce=reduce,
+            rule=settings.ranks,  # type: ignore[arg-type]  # a search never comes here
+            budget=settings.budget,
+            sites=prepared.sites,
+            factorizations=prepared.factorizations,
+            forms=settings.forms,
+            multiple=multiple,
+            energy=settings.energy,
+            tie=settings.budget == "macs" if settings.tie is None else settings.tie,
+            per_head=settings.per_head,
+            total=prepared.total,
+            cost=prepared.cost,
+            made_for=prepared.made_for,
+        )
+
+    def plan_for(reduce: float | None) -> Plan:
+        if settings.multiple is not None:
+            return plan_with(reduce, settings.multiple)
+        finest = plan_with(reduce, 1)  # raises where even this cannot meet the budget
+        for multiple in MULTIPLES:
+            with suppress(BudgetError):
+                plan = plan_with(reduce, multiple)
+                if plan.made_by["error"] <= TOLERATED * finest.made_by["error"] + NEGLIGIBLE:
+                    return plan
+        return finest
+
+    if settings.max_drop is None:
+        return plan_for(settings.reduce)
+    if held_out is None:
+        raise SettingsError(
+            "max_drop needs held_out: pictures to measure the drop on, from the training data and apart from "
+            "the calibration's"
+        )
+    return largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)

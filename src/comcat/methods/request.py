@@ -1,0 +1,78 @@
+"""What is asked of a compression, checked before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, NumericsError, SettingsError
+from ..factors import Spectrum, Weights
+from ..forms import check_plan
+from ..hosts import find_sites
+from ..hosts.ordinary import check_ordinary
+from ..linalg import Elimination, Factorization
+from ..plan import Plan
+from ..runs.watching import first_unsound
+from ..sites import HiddenSite, ProductSite, Site
+from .allocate import check_asked, describe
+from .prepare import Prepared, budget_of, chosen_sites
+from .propose import propose
+from .settings import CompressSettings
+
+
+def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | None = None) -> None:
+    """Raise where the settings do not say what to do, or where nothing can be done with the model's weights.
+
+    Raises:
+        SettingsError: without a plan, a saving or a drop. ModelError: for a model that is compressed already, or whose
+            weights are not its own to read. NumericsError: for weights that are no numbers.
+    """
+    if plan is None and settings.reduce is None and settings.max_drop is None and settings.ranks != "energy":
+        raise SettingsError(
+            "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan"
+        )
+    check_asked(settings.reduce if plan is None else None, settings.multiple)
+    check_ordinary(model)
+    record = getattr(model, "comcat_record", None)
+    if record is not None and record.plan.sites:
+        raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")
+    if (unsound := first_unsound(model.named_parameters())) is not None:
+        raise NumericsError(f"{unsound} holds NaN or infinite values")
+
+
+def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, plan: Plan | None = None) -> None:
+    """Raise what the choice would raise after calibrating: it takes seconds, for nothing is decomposed.
+
+    What a model can save depends on shapes alone, so the choice is made once for spectra that are all ones.
+
+    Args:
+        example: one picture (1, channels, height, width), to count MACs by.
+
+    Raises:
+        ModelError, SettingsError: where no site may shrink. BudgetError: for a saving that is out of reach.
+        PlanError, UnknownSite, UnsupportedSite: for a plan that does not fit.
+    """
+    whole = find_sites(model)
+    if plan is not None:
+        check_plan(plan, whole)
+        return
+    sites = chosen_sites(whole, settings)
+    if settings.reduce is None or settings.ranks == "search":
+        return
+    statistic = Weights()
+    total, cost = budget_of(model, settings, sites, statistic, example)
+    prepared = Prepared(
+        sites=sites, statistic=statistic, factorizations={name: _blank(site) for name, site in sites.items()},
+        total=total, made_for=describe(model, whole, sites), cost=cost,
+    )  # fmt: skip
+    propose(model, prepared, replace(settings, multiple=settings.multiple or 1))
+
+
+def _blank(site: Site) -> Spectrum:
+    """A spectrum of a site's shape, all ones."""
+    if isinstance(site, HiddenSite):
+        return Elimination(order=torch.arange(site.full), prices=torch.ones(site.full))
+    ones = torch.ones(*([site.heads] if isinstance(site, ProductSite) else []), site.full)
+    return Factorization(left=torch.empty(0), right=torch.empty(0), singular_values=ones)
