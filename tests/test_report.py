@@ -617,7 +617,8 @@ def tuned_model(digits, plan=None, **settings):
     """A tiny model, the same compressed and tuned, and how that came about."""
     from comcat import batches, evaluate
     from comcat.methods.compress import CompressSettings, compress_
-    from comcat.tuning.tune import tune
+    from comcat.tuning.settings import TuneSettings
+    from comcat.tuning.tune import tune_
 
     from .models import tiny_vit
 
@@ -626,10 +627,8 @@ def tuned_model(digits, plan=None, **settings):
     loader = batches(pictures, preprocess, batch_size=20)
     done = compress_(small, loader, CompressSettings(statistic="activation", pictures=20, reduce=0.5), plan=plan)
     compressed = evaluate(small, loader, against=before)
-    tune(
-        small, pictures, teacher=before, evaluation=pictures, preprocess=preprocess, batch_size=20, crop_scale=None,
-        **settings,
-    )  # fmt: skip
+    how = TuneSettings(batch_size=20, crop_scale=None, **settings)
+    tune_(small, pictures, how, teacher=before, evaluation=pictures, preprocess=preprocess)
     after = evaluate(small, loader, against=before)
     return before, small, done, (evaluate(before, loader), compressed, after)
 

@@ -20,8 +20,9 @@ from comcat.models import preprocess_of
 from comcat.runs import checkpoints as checkpoints_module
 from comcat.tuning.data import TrainingData
 from comcat.tuning.learner import Learner
+from comcat.tuning.settings import TuneSettings
 from comcat.tuning.step import Training
-from comcat.tuning.tune import tune
+from comcat.tuning.tune import tune, tune_
 from tests.models import shake
 
 from .material import CLASSES, folder, model, picture, rows, shards
@@ -82,7 +83,7 @@ def unlabelled(tmp_path):
 def test_it_learns_and_says_so(data, tmp_path):
     net = model()
     before = copy.deepcopy(net)
-    assert tune(net, data, evaluation=data, out=tmp_path, epochs=12, **{**PLAIN, "lr": 1e-2}) is net
+    assert tune_(net, data, TuneSettings(epochs=12, **{**PLAIN, "lr": 1e-2}), evaluation=data, out=tmp_path) is net
     found = result(net)
     assert found["before"]["top1"] < 60 and found["after"]["top1"] > 90
     assert found["steps"] == 12 * 4 and found["images_per_second"] > 0 and found["seconds"] > 0
@@ -191,7 +192,8 @@ def test_features_go_to_the_teachers_and_their_weight_falls_to_nothing(data, tea
 def test_a_backbone_learns_features(data, teacher):
     net, other = model(num_classes=0), copy.deepcopy(teacher)
     other.reset_classifier(0)
-    tune(net, data, teacher=other, features=("all",), feature_decay=1.0, evaluation=data, epochs=4, **PLAIN)
+    settings = TuneSettings(features=("all",), feature_decay=1.0, epochs=4, **PLAIN)
+    tune_(net, data, settings, teacher=other, evaluation=data)  # no leak is looked for here
     found = result(net)
     assert found["after"]["cosine"] > found["before"]["cosine"]
     with pytest.raises(SettingsError, match="no classes to learn: give a teacher and the blocks"):
@@ -434,7 +436,7 @@ def test_nothing_to_learn_from_is_told(unlabelled, data, teacher):
     with pytest.raises(DataError, match="has no labels: let it learn of the teacher"):
         tune(model(), unlabelled, teacher=teacher, distillation="none", **QUICK)
     with pytest.raises(DataError, match=r"evaluation: .* has no labels, so there is no top-1"):
-        tune(model(), data, evaluation=unlabelled, **QUICK)
+        tune_(model(), data, TuneSettings(**QUICK), evaluation=unlabelled)
 
 
 def test_settings_that_cannot_be_met_are_told(data):
