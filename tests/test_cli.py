@@ -201,7 +201,12 @@ def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, m
     from comcat.workflows import compress
 
     seen, batches = [], compress.batches
-    monkeypatch.setattr(compress, "batches", lambda pictures, **how: seen.append(pictures) or batches(pictures, **how))
+
+    def watched(pictures, *how, **more):
+        seen.append(pictures)
+        return batches(pictures, *how, **more)
+
+    monkeypatch.setattr(compress, "batches", watched)
     assert main(max_drop(folder, tmp_path / "small")) == 0
     deciding, calibration, judged = ({s.key for s in pictures} for pictures in seen[:3])
     assert len(calibration) == 16 and len(deciding) > 50 and len(judged) > 50

@@ -157,7 +157,7 @@ def test_what_is_wrong_is_told_in_one_line(places, tmp_path, capsys):
     inside = tmp_path / "inside"
     folder(inside / "eval", 13)
     wrong = (
-        (["--eval", str(places / "train")], None, "--data and --eval are both"),
+        (["--eval", str(places / "train")], None, "the pictures and the evaluation set are both"),
         (["--eval", str(inside / "eval")], None, "13 of 13 pictures of the evaluation set"),
         (["--distillation", "hard"], None, "distillation='hard' needs a teacher"),
         (["--batch-size", "7", "--accumulate", "2"], None, "expected a multiple of 2"),
