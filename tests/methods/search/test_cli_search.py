@@ -67,7 +67,7 @@ def test_compress_searches_and_tunes_in_one_go_or_two(folder, tmp_path, capsys, 
     ("arguments", "said"),
     [
         (["--out", "plan"], "expected a file to write the plan to"),
-        (["--out", "plan.json", "--eval", "digits:train"], "must not be found on the evaluation set"),
+        (["--out", "plan.json", "--eval", "digits:train"], "evaluation set are both"),
         (["--out", "plan.json", "--eval", "digits"], "pictures of the evaluation set"),
         (["--out", "plan.json", "--reduce", "0.99"], "at most 0."),
         (["--out", "plan.json", "--candidates", "30", "--reduce", "0.9"], "the smallest candidates save at most"),
@@ -90,7 +90,7 @@ def test_a_plan_that_is_there_is_not_replaced(folder, tmp_path, capsys):
 def test_compress_refuses_what_does_not_go_together(folder, tmp_path, capsys, monkeypatch):
     common = ["compress", folder, "--data", "digits:train", "--pictures", "16", "--out", str(tmp_path / "small")]
     assert main([*common, "--max-drop", "1", "--ranks", "search"]) == 1
-    assert "--ranks search needs --reduce" in capsys.readouterr().err
+    assert "needs reduce, the share to save" in capsys.readouterr().err
     other = comcat.Plan(sites={"blocks.0.attn:qk": comcat.SitePlan(keep=4, full=64)})
     other.save(tmp_path / "other.json")
     assert main([*common, "--plan", str(tmp_path / "other.json")]) == 1
