@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import nn
 
 from .factors import Spectrum, Statistic, Weights
-from .forms import FORMS, Material, Planned, check_plan
+from .forms import FORMS, Material, Planned, check_plan, site_for
 from .grad_mode import outside_inference_mode
-from .hosts import find_sites
+from .hosts import check_blocks, find_sites
 from .plan import Plan
 from .sites import Sites, Undo
 
@@ -56,6 +56,8 @@ def apply_(
     whole = sites is None
     sites = find_sites(model) if sites is None else sites
     check_plan(plan, sites, whole=whole)
+    planned = [Planned(site_for(name, entry, sites), entry) for name, entry in plan.sites.items()]
+    check_blocks(model, [p.site for p in planned])
     material = Material(
         statistic=Weights() if statistic is None else statistic,
         spectra=factorizations or {},
@@ -63,12 +65,12 @@ def apply_(
         fill=weights,
     )
     together: dict[str, list[Planned]] = {}
-    for name, entry in plan.sites.items():
-        together.setdefault(sites[name].owner, []).append(Planned(sites[name], entry))
+    for one in planned:
+        together.setdefault(one.site.owner, []).append(one)
     undo: list[Undo] = []
     try:
-        for planned in together.values():
-            undo.append(FORMS[planned[0].entry.form].apply(model, planned, material))
+        for group in together.values():
+            undo.append(FORMS[group[0].entry.form].apply(model, group, material))
     except BaseException:
         for step in reversed(undo):
             step()

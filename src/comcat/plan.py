@@ -27,12 +27,14 @@ class SitePlan:
     """What one site becomes.
 
     Attributes:
-        form: ``"product"`` (thin factors), ``"units"`` (fewer hidden units), or a baseline: ``"matrix"`` (each matrix
-            of a pair apart), ``"tucker"``, ``"tensor_train"``.
-        keep: what stays: columns in every head or of the linear layer, or hidden units.
+        form: ``"product"`` (thin factors), ``"units"`` (fewer hidden units), ``"similar"`` or ``"grid"`` (a block runs
+            on merged tokens), or a baseline: ``"drop"`` (a block runs on some tokens), ``"matrix"`` (each matrix of a
+            pair apart), ``"tucker"``, ``"tensor_train"``.
+        keep: what stays: columns in every head or of the linear layer, hidden units, or tokens of the grid.
         full: what there was, checked against the model.
         details: what else a form needs, as JSON holds it. ``head_ranks`` (product): fewer columns for some heads,
-            padded with zeros to ``keep``. ``shape`` (tensor forms): how the weight is seen, and its ranks.
+            padded with zeros to ``keep``. ``shape`` (tensor forms): how the weight is seen, and its ranks. ``tokens``
+            (tokens): what a reduction needs to know of the block.
     """
 
     form: str
@@ -235,7 +237,7 @@ def _entry(name: str, entry: Any, version: int) -> SitePlan:
     keep, full = ("rank", "full_rank") if version == 1 else ("keep", "full")
     if not isinstance(entry, dict) or not {keep, full} <= set(entry):
         raise PlanError(f"{name}: got {entry!r}, expected an object with {keep!r} and {full!r}")
-    known = {keep, full, "form", "head_ranks", "shape"}
+    known = {keep, full, "form", "head_ranks", "shape", "tokens"}
     if unknown := next((key for key in entry if key not in known), None):
         raise PlanError(f"{name}: got {unknown!r}{nearest(str(unknown), known)}; expected {', '.join(sorted(known))}")
     if not (_is_whole(entry[keep]) and _is_whole(entry[full])):
@@ -245,7 +247,7 @@ def _entry(name: str, entry: Any, version: int) -> SitePlan:
         raise PlanError(f"{name}: got form {form!r}, expected a name")
     if heads is not None and not (isinstance(heads, list | tuple) and all(map(_is_whole, heads))):
         raise PlanError(f"{name}: got head_ranks {heads!r}, expected a list of whole numbers")
-    details = {k: entry[k] for k in ("head_ranks", "shape") if entry.get(k) not in (None, {})}
+    details = {k: entry[k] for k in ("head_ranks", "shape", "tokens") if entry.get(k) not in (None, {})}
     return SitePlan(form=form, keep=entry[keep], full=entry[full], details=details)
 
 

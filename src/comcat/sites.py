@@ -241,7 +241,54 @@ class HiddenSite:
         return tokens * kept * (len(self.ups) * self.in_features + self.out_features)
 
 
+@dataclass(frozen=True)
+class TokenSite:
+    """The tokens on which a block runs.
+
+    ``path`` is the block's. ``full`` is the number of the grid's tokens, ``prefix`` that of the tokens in front (class,
+    registers), ``channels`` the width of a token. ``grid`` are rows and columns, and ``patches`` the path of the
+    convolution that cuts a picture into patches, where tokens lie in its order. ``stream`` is the name of the block's
+    first argument, ``mask`` the one by which it takes an additive attention mask, ``norm`` its child that is given the
+    tokens first.
+    """
+
+    name: str
+    path: str
+    full: int
+    prefix: int
+    channels: int
+    grid: tuple[int, int] | None = None
+    patches: str | None = None
+    stream: str = "x"
+    mask: str | None = None
+    norm: str | None = None
+    kind: Literal["tokens"] = "tokens"
+
+    @property
+    def owner(self) -> str:
+        return self.name
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """No layer's weights are the site's."""
+        return ()
+
+    def share(self, keep: int) -> float:
+        """Rows that flow through the block when ``keep`` tokens run, as a share of all, those in front included."""
+        return (self.prefix + keep) / (self.prefix + self.full)
+
+    def parameters(self, keep: int | None = None) -> int:
+        return 0
+
+    def macs(self, keep: int | None, tokens: float = 0.0, pairs: float = 0.0) -> float:
+        """Tokens cost nothing themselves; what they save is saved at the block's other sites."""
+        return 0.0
+
+
 Site = ProductSite | LinearSite | HiddenSite
+"""One thing with weights that can shrink."""
+
+AnySite = Site | TokenSite
 """One thing that can shrink."""
 
 

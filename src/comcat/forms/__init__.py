@@ -7,32 +7,51 @@ from collections.abc import Mapping
 from ..errors import PlanError, nearest
 from ..modules.tensor import TENSOR_FORMS
 from ..plan import Plan, SitePlan
-from ..sites import HiddenSite, ProductSite, Site, Sites
+from ..sites import AnySite, ProductSite, Sites
 from .matrix import Matrix
 from .product import Product
 from .protocol import Flow, Form, Material, Planned
 from .tensor import Tensor
+from .tokens import Tokens, site_of_entry
 from .units import Units
 
-__all__ = ["FORMS", "Flow", "Form", "Material", "Planned", "check_plan", "largest", "macs_of", "parameters_of"]
+__all__ = [
+    "FORMS",
+    "Flow",
+    "Form",
+    "Material",
+    "Planned",
+    "check_plan",
+    "largest",
+    "macs_of",
+    "parameters_of",
+    "token_sites_of",
+]
 
 FORMS: Mapping[str, Form] = {
-    form.name: form for form in (Product(), Matrix(), *(Tensor(name) for name in TENSOR_FORMS), Units())
+    form.name: form
+    for form in (
+        Product(),
+        Matrix(),
+        *(Tensor(name) for name in TENSOR_FORMS),
+        Units(),
+        *(Tokens(name) for name in ("similar", "grid", "drop")),
+    )
 }
 """Every form by the name that plans give it."""
 
 
-def parameters_of(site: Site, entry: SitePlan | None) -> float:
+def parameters_of(site: AnySite, entry: SitePlan | None) -> float:
     """Parameters of a site as a plan has it; None for as it stands."""
     return float(site.parameters()) if entry is None else FORMS[entry.form].parameters(site, entry)
 
 
-def macs_of(site: Site, entry: SitePlan | None, flow: Flow) -> float:
+def macs_of(site: AnySite, entry: SitePlan | None, flow: Flow) -> float:
     """Multiply-accumulates of a site a picture; None for as it stands."""
     return site.macs(None, flow.rows, flow.pairs) if entry is None else FORMS[entry.form].macs(site, entry, flow)
 
 
-def largest(site: Site, form: str = "product") -> int:
+def largest(site: AnySite, form: str = "product") -> int:
     """The largest ``keep`` that a site can have in a form."""
     if form == "matrix" and isinstance(site, ProductSite):
         return min(site.in_features, site.out_features, site.heads * site.full_rank)
@@ -51,10 +70,10 @@ def check_plan(plan: Plan, sites: Sites, *, whole: bool = True) -> None:
     """
     if whole and plan.made_for is not None:
         plan.made_for.check(sites)
-    changed: dict[str, Site] = {}
+    changed: dict[str, AnySite] = {}
     forms: dict[str, tuple[str, str]] = {}
     for name, entry in plan.sites.items():
-        site = sites[name]
+        site = site_for(name, entry, sites)
         _check_entry(site, entry)
         for path in site.modules:
             if (other := changed.setdefault(path, site)).owner != site.owner:
@@ -64,9 +83,19 @@ def check_plan(plan: Plan, sites: Sites, *, whole: bool = True) -> None:
             raise PlanError(f"{name}: got form {entry.form!r} beside {form!r} of {first}, expected one form for both")
 
 
-def _check_entry(site: Site, entry: SitePlan) -> None:
+def site_for(name: str, entry: SitePlan, sites: Sites) -> AnySite:
+    """The site that an entry of a plan is about. Tokens are found by running a model, so there the entry says it all.
+
+    Raises:
+        PlanError: for an entry that tells too little. UnknownSite, UnsupportedSite: for one that the model has not.
+    """
+    form = FORMS.get(entry.form)
+    return site_of_entry(name, entry) if form is not None and "tokens" in form.kinds else sites[name]
+
+
+def _check_entry(site: AnySite, entry: SitePlan) -> None:
     name, form = site.name, FORMS.get(entry.form)
-    of = "number of units" if isinstance(site, HiddenSite) else "rank"
+    of = {"units": "number of units", "tokens": "number of tokens"}.get(site.kind, "rank")
     if entry.full != site.full:
         raise PlanError(f"{name}: the plan was made for a full {of} of {entry.full}, the model has {site.full}")
     if form is None:

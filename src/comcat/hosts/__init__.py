@@ -10,11 +10,15 @@ from torch import nn
 
 from ..errors import ModelError
 from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
+from .blocks import check_blocks
 from .classes import classes_of
 from .feedforward import find_feedforwards
 from .ordinary import check_ordinary, not_replaceable
+from .symmetry import structure
 from .timm import TimmHost
 from .transformers import TransformersHost
+
+__all__ = ["HOSTS", "check_blocks", "find_sites", "host_of"]
 
 HOSTS: tuple[Host, ...] = (TimmHost(), TransformersHost())
 
@@ -114,7 +118,7 @@ def find_sites(model: nn.Module) -> Sites:
                 closed.append(child := _join(path, name))
                 refused.append(Refusal(child, "torch.nn.TransformerEncoderLayer reads its weights past the module"))
     tied = frozenset(path for path, module in linears.items() if _shared(module, uses))
-    for hidden in find_feedforwards(model, linears, tied, _structure):
+    for hidden in find_feedforwards(model, linears, tied, structure):
         if isinstance(hidden, Refusal):
             refused.append(hidden)
         else:
@@ -147,7 +151,7 @@ def _recognise(
             for name, child in module.named_modules():
                 if isinstance(child, nn.Linear) and (reason := not_replaceable(child)) is not None:
                     return Refusal(path, f"{name}: {reason}")
-            key = _structure(module)
+            key = structure(module)
             if key not in known:
                 known[key] = path, host.recognise(model, path, module)
             first, anatomy = known[key]
@@ -176,13 +180,6 @@ def _spoken_for(path: str, module: nn.Module) -> list[str]:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _structure(module: nn.Module) -> tuple:
-    """Equal for modules of one class, shape and setting: all blocks of a model are probed once."""
-    plain = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, bool, str, type(None))))
-    shapes = tuple((n, tuple(t.shape)) for n, t in module.state_dict(keep_vars=True).items())
-    return type(module), vars(module).get("forward"), repr(module), shapes, plain
 
 
 def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refusal:

@@ -142,6 +142,13 @@ def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     return copied
 
 
+def structure(module: nn.Module) -> tuple:
+    """Equal for modules of one class, shape and setting: all blocks of a model are probed once."""
+    plain = tuple((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (int, float, bool, str, type(None))))
+    shapes = tuple((n, tuple(t.shape)) for n, t in module.state_dict(keep_vars=True).items())
+    return type(module), vars(module).get("forward"), repr(module), shapes, plain
+
+
 def norm_and_gate(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """The norm and the sigmoid gate that some attention modules put on the concatenated heads, before the output
     projection.

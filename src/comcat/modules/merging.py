@@ -1,0 +1,225 @@
+"""A block that runs on fewer tokens, behind the block's own signature and name.
+
+The block keeps its weights, its children and their names, its hooks and its class's base: its class becomes one that
+reduces the tokens, calls the block's own forward, and hands its update back to all tokens (:mod:`comcat.tokens`). So the
+stream between blocks holds the whole grid: dense heads, recorded hidden states and pooled outputs see what they saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import ModelError
+from ..tokens import Chosen, Groups, Windows, highest, look_alikes
+
+_Reduction = Groups | Windows | Chosen
+
+
+class TokenReduction(nn.Module):
+    """How a block's tokens become fewer; a child of the block, so that it is seen when the model is printed.
+
+    Args:
+        keep, full: of ``full`` tokens of the grid, ``keep`` are run; of another number the same share.
+        prefix: tokens in front (class, registers) that pass by. stream: the name of the block's first argument.
+        residual: the update is added to what each token was; without, tokens that were merged leave as one.
+    """
+
+    def __init__(self, keep: int, full: int, prefix: int, stream: str, *, residual: bool = True) -> None:
+        super().__init__()
+        self.keep, self.full, self.prefix, self.stream, self.residual = keep, full, prefix, stream, residual
+
+    def count(self, tokens: int) -> int:
+        """How many of so many tokens are run."""
+        return self.keep if tokens == self.full else max(1, round(tokens * self.keep / self.full))
+
+    def reduction(self, block: nn.Module, x: Tensor) -> _Reduction | None:
+        """What becomes of the tokens ``x`` (batch, prefix + tokens, channels); None where all of them run."""
+        raise NotImplementedError
+
+    def bias(self, reduction: Any) -> tuple[str, Tensor] | None:
+        """An additive attention mask for the reduced tokens, (batch, 1, 1, prefix + count), with its argument's name."""
+        return None
+
+    def forward(self, block: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
+        """Run a block on fewer tokens and hand what it did to all of them."""
+        x = args[0] if args else kwargs[self.stream]
+        rest = args[1:], {name: value for name, value in kwargs.items() if name != self.stream or args}
+        reduction = self.reduction(block, x)
+        if reduction is None:
+            return run(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(rest)):
+            raise ModelError(
+                f"got a tensor beside the tokens of a {type(block).__name__} (as an attention mask), expected none: "
+                "it has a row for every token, and the block runs on fewer; take the merges back by handle.revert()"
+            )
+        prefix, rows = x[:, : self.prefix], x[:, self.prefix :]
+        few = torch.cat((prefix, reduction.mean(rows)), 1)
+        named = dict(rest[1])
+        if (bias := self.bias(reduction)) is not None:
+            name, sizes = bias
+            named[name] = nn.functional.pad(sizes, (self.prefix, 0))[:, None, None].to(x.dtype)
+            rest = (), named  # what stood there by position was None
+        said = run(few, *rest[0], **named)
+        after = said[0] if isinstance(said, tuple) else said
+        whole = self._restored(x, few, after, reduction)
+        return (whole, *said[1:]) if isinstance(said, tuple) else whole
+
+    def _restored(self, x: Tensor, few: Tensor, after: Tensor, reduction: _Reduction) -> Tensor:
+        p = self.prefix
+        if self.residual or isinstance(reduction, Chosen):
+            rows = x[:, p:] + reduction.spread(after[:, p:] - few[:, p:])
+        else:
+            rows = reduction.spread(after[:, p:])
+        return torch.cat((after[:, :p], rows), 1) if p else rows
+
+    def extra_repr(self) -> str:
+        return f"{self.keep} of {self.full} tokens"
+
+
+class SimilarTokens(TokenReduction):
+    """Tokens that look alike run as one (:func:`comcat.tokens.look_alikes`).
+
+    Args:
+        mask: the argument by which the block takes an additive attention mask. Groups then weigh as many tokens as they
+            hold, by the logarithm of their size (Bolya et al. 2023, Eq. 1). None: every group weighs as one.
+        norm: the block's own norm, whose output tokens are compared by; None: by the tokens themselves.
+    """
+
+    def __init__(self, *args: Any, mask: str | None = None, norm: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mask, self.norm = mask, norm
+
+    def reduction(self, block: nn.Module, x: Tensor) -> Groups | None:
+        tokens = x.shape[1] - self.prefix
+        count = self.count(tokens)
+        if count >= tokens:
+            return None
+        metric = x.detach()
+        if self.norm is not None:
+            with torch.no_grad():
+                metric = block.get_submodule(self.norm)(metric)
+        return look_alikes(metric[:, self.prefix :], count)
+
+    def bias(self, reduction: Groups) -> tuple[str, Tensor] | None:
+        return None if self.mask is None else (self.mask, reduction.sizes().log())
+
+
+class GridTokens(TokenReduction):
+    """Neighbours on the grid run as one (:class:`comcat.tokens.Windows`).
+
+    Args:
+        window: rows and columns of a window. grid: rows and columns at the size that the model was made for.
+    """
+
+    def __init__(self, *args: Any, window: tuple[int, int], grid: tuple[int, int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.window, self.grid = window, grid
+        self.seen: dict[str, tuple[int, int]] = {}
+
+    def reduction(self, block: nn.Module, x: Tensor) -> Windows | None:
+        if self.window == (1, 1):
+            return None
+        return Windows(self.grid_of(x.shape[1] - self.prefix), self.window)
+
+    def grid_of(self, tokens: int) -> tuple[int, int]:
+        """Rows and columns of so many tokens: those of the last picture, else those that the model was made for, else
+        a square.
+        """
+        side = round(tokens**0.5)
+        last = self.seen.get("grid", self.grid)
+        for rows, columns in (last, self.grid, (side, side)):
+            if rows * columns == tokens:
+                return rows, columns
+        raise ModelError(
+            f"got {tokens} tokens, expected {self.grid[0]} × {self.grid[1]} or a square: the grid of this picture is unknown"
+        )
+
+    def watch(self, patches: nn.Module) -> Any:
+        """Learn each picture's rows and columns from the convolution that cuts it into patches; the hook's handle."""
+        return patches.register_forward_hook(_Watch(self.seen))
+
+    def extra_repr(self) -> str:
+        return f"windows of {self.window[0]} × {self.window[1]}, {super().extra_repr()}"
+
+
+class _Watch:
+    """Writes down the height and width of what a convolution puts out."""
+
+    def __init__(self, seen: dict[str, tuple[int, int]]) -> None:
+        self.seen = seen
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.seen["grid"] = (output.shape[-2], output.shape[-1])
+
+
+class ChosenTokens(TokenReduction):
+    """The tokens that the class token looks at most run, the others rest (a baseline, as in EViT, Liang et al. 2022).
+
+    Its attention is computed by calling the block's own projections once more, so this saves less time than merging.
+
+    Args:
+        query, key: the block's child that projects, with its first and last row; None: tokens are chosen at random,
+            anew for every picture. heads: of the attention. scale: of its logits. norm: what comes before it, or None.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        query: tuple[str, int, int] | None = None,
+        key: tuple[str, int, int] | None = None,
+        heads: int = 1,
+        scale: float = 1.0,
+        norm: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.query, self.key, self.heads, self.scale, self.norm = query, key, heads, scale, norm
+
+    def reduction(self, block: nn.Module, x: Tensor) -> Chosen | None:
+        tokens = x.shape[1] - self.prefix
+        count = self.count(tokens)
+        if count >= tokens:
+            return None
+        if self.query is None:
+            return highest(torch.rand(x.shape[0], tokens, device=x.device), count)
+        with torch.no_grad():
+            return highest(self._attention_of_class(block, x)[:, self.prefix :], count)
+
+    def _attention_of_class(self, block: nn.Module, x: Tensor) -> Tensor:
+        """How much the class token looks at every token, mean over heads: (batch, tokens)."""
+        x = x if self.norm is None else block.get_submodule(self.norm)(x)
+        q, k = (self._heads(block, place, rows) for place, rows in ((self.query, x[:, :1]), (self.key, x)))
+        return torch.einsum("bqhd,bnhd->bhn", q, k).mul(self.scale).softmax(-1).mean(1)
+
+    def _heads(self, block: nn.Module, place: tuple[str, int, int] | None, rows: Tensor) -> Tensor:
+        path, start, stop = place  # type: ignore[misc]
+        return block.get_submodule(path)(rows)[..., start:stop].unflatten(-1, (self.heads, -1))
+
+
+class RunsOnFewerTokens:
+    """Mixed into the class of a block whose tokens are reduced by its child ``token_reduction``."""
+
+    token_reduction: TokenReduction
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_reduction(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time is not found by its name
+        return _made, (type(self).__mro__[2],), self.__dict__
+
+
+def _made(base: type[nn.Module]) -> nn.Module:
+    made = fewer_tokens(base)
+    return made.__new__(made)  # type: ignore[return-value]
+
+
+@cache
+def fewer_tokens(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of a block that runs on fewer tokens, given the block's own."""
+    return type(f"{base.__name__}OnFewerTokens", (RunsOnFewerTokens, base), {"__module__": base.__module__})  # type: ignore[return-value]

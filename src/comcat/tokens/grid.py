@@ -1,0 +1,47 @@
+"""Merging neighbours on the picture's grid: the asymmetric merging of CAIT, in our reconstruction from its abstract.
+
+Windows of 1×2 tokens are run as one, or 2×1, or any other size; a row or column that is left over makes a smaller
+window. The layout of the picture stays, and there is nothing to gather or to scatter.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of ``window`` tokens (rows, columns) on a grid (rows, columns)."""
+
+    grid: tuple[int, int]
+    window: tuple[int, int]
+
+    @property
+    def over(self) -> tuple[int, int]:
+        """Rows and columns of windows."""
+        return math.ceil(self.grid[0] / self.window[0]), math.ceil(self.grid[1] / self.window[1])
+
+    @property
+    def count(self) -> int:
+        """Windows on the grid."""
+        return math.prod(self.over)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of each window: (batch, tokens, channels) → (batch, count, channels)."""
+        (rows, columns), (high, wide) = self.over, self.window
+        if self.grid == (rows * high, columns * wide):
+            return x.unflatten(1, (rows, high, columns, wide)).mean((2, 4)).flatten(1, 2)
+        picture = x.unflatten(1, self.grid).permute(0, 3, 1, 2)
+        pooled = F.avg_pool2d(picture, self.window, ceil_mode=True, count_include_pad=False)
+        return pooled.flatten(2).mT
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Each token gets its window's value: (batch, count, channels) → (batch, tokens, channels)."""
+        (rows, columns), (high, wide) = self.over, self.window
+        y = y.unflatten(1, (rows, columns))[:, :, None, :, None].expand(-1, -1, high, -1, wide, -1)
+        y = y.flatten(1, 2).flatten(2, 3)  # (batch, rows · high, columns · wide, channels)
+        return y[:, : self.grid[0], : self.grid[1]].flatten(1, 2)

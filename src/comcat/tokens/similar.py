@@ -1,0 +1,116 @@
+"""Merging tokens that look alike: bipartite soft matching (Bolya et al. 2023, "Token Merging"), with its exact inverse.
+
+Every second token is a source, the others are destinations. Each source finds the destination that it is most like (by
+the cosine of a metric); the sources that are most alike are joined to theirs. One step merges at most half the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which token goes into which group.
+
+    Attributes:
+        index: the group of each token, (batch, tokens), numbers from 0 to count − 1. count: groups of a picture.
+    """
+
+    index: Tensor
+    count: int
+
+    def sizes(self, weights: Tensor | None = None) -> Tensor:
+        """Tokens in each group, (batch, count); with weights (batch, tokens) the sum of those."""
+        weights = torch.ones_like(self.index, dtype=torch.float32) if weights is None else weights
+        return weights.new_zeros(self.index.shape[0], self.count).scatter_add(1, self.index, weights)
+
+    def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The mean of each group's tokens, weighted where weights (batch, tokens) are given: (batch, count, channels)."""
+        sizes = self.sizes(weights)
+        x = x if weights is None else x * weights[..., None].to(x.dtype)
+        if exporting():
+            summed = self._one_hot(x.dtype).mT @ x
+        else:
+            where = self.index[..., None].expand_as(x)
+            summed = x.new_zeros(x.shape[0], self.count, x.shape[-1]).scatter_add(1, where, x)
+        return summed / sizes[..., None].to(x.dtype)
+
+    def spread(self, y: Tensor) -> Tensor:
+        """Each token gets its group's value: (batch, count, channels) → (batch, tokens, channels)."""
+        if exporting():
+            return self._one_hot(y.dtype) @ y
+        return y.gather(1, self.index[..., None].expand(-1, -1, y.shape[-1]))
+
+    def then(self, after: Groups) -> Groups:
+        """The groups of groups, as groups of the tokens."""
+        return Groups(after.index.gather(1, self.index), after.count)
+
+    def _one_hot(self, dtype: torch.dtype) -> Tensor:
+        """(batch, tokens, count): runtimes that lack gather and scatter multiply by it instead."""
+        return F.one_hot(self.index, self.count).to(dtype)
+
+
+def exporting() -> bool:
+    """Whether the model is being traced into a file for a runtime."""
+    return torch.compiler.is_exporting()
+
+
+def bipartite(metric: Tensor, merges: int) -> Groups:
+    """One step of bipartite soft matching.
+
+    Args:
+        metric: what tokens are compared by, (batch, tokens, channels). merges: tokens that go, at most ⌊tokens / 2⌋.
+
+    Returns:
+        The groups: first the sources that stay alone, in their order, then the destinations in theirs. Without merges
+        every token is a group.
+    """
+    tokens = metric.shape[1]
+    if not 0 <= merges <= tokens // 2:
+        raise ValueError(f"got {merges} merges of {tokens} tokens, expected 0 to {tokens // 2}")
+    if merges == 0:
+        return Groups(torch.arange(tokens, device=metric.device).expand(metric.shape[0], -1), tokens)
+    with torch.no_grad():
+        metric = F.normalize(metric.detach().float(), dim=-1)
+        sources, destinations = metric[:, ::2], metric[:, 1::2]
+        batch, many = sources.shape[:2]
+        alone = many - merges
+        likeness, nearest = (sources @ destinations.mT).max(-1)
+        order = likeness.argsort(dim=-1, descending=True, stable=True)
+        # the place of each source in that order says whether it goes; those that stay are counted in their own order
+        goes = order.argsort(dim=-1) < merges
+        place = (~goes).long().cumsum(-1) - 1
+        source_index = torch.where(goes, alone + nearest, place)
+        others = torch.arange(tokens - many, device=metric.device) + alone
+        index = torch.stack((_padded(source_index, tokens), _padded(others.expand(batch, -1), tokens)), dim=-1).flatten(
+            1
+        )[:, :tokens]
+    return Groups(index, tokens - merges)
+
+
+def _padded(index: Tensor, tokens: int) -> Tensor:
+    """As many columns as there are sources: with an odd number of tokens one destination less."""
+    return F.pad(index, (0, (tokens + 1) // 2 - index.shape[1]))
+
+
+def look_alikes(metric: Tensor, count: int) -> Groups:
+    """Groups of tokens that look alike, ``count`` of them: as many bipartite steps as that takes.
+
+    After each step a group is compared by the mean of its tokens' metric.
+
+    Args:
+        metric: (batch, tokens, channels). count: groups, 1 to tokens.
+    """
+    tokens = metric.shape[1]
+    if not 1 <= count <= tokens:
+        raise ValueError(f"got {count} groups of {tokens} tokens, expected 1 to {tokens}")
+    groups = bipartite(metric, min(tokens - count, tokens // 2))
+    while groups.count > count:
+        means = groups.mean(metric.detach())
+        groups = groups.then(bipartite(means, min(groups.count - count, groups.count // 2)))
+    return groups
