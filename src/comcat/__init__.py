@@ -17,7 +17,7 @@ _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate", "apply_": "apply",
     "batches": "data", "calibrate": "statistics", "compress": "methods.compress", "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
-    "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
+    "merge": "methods.merging", "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
     "search": "methods.search", "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
 }  # fmt: skip
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .measure import evaluate as evaluate
     from .methods.allocate import allocate as allocate
     from .methods.compress import compress as compress
+    from .methods.merging import merge as merge
     from .methods.search import search as search
     from .models import Origin as Origin
     from .models import preprocess_of as preprocess_of

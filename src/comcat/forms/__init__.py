@@ -25,7 +25,7 @@ __all__ = [
     "largest",
     "macs_of",
     "parameters_of",
-    "token_sites_of",
+    "site_for",
 ]
 
 FORMS: Mapping[str, Form] = {

@@ -9,7 +9,7 @@ each direction counts as much as it turns the output.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,23 +60,63 @@ def _told(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def _kind(values: Tensor, classes: frozenset[int]) -> Literal["scores", "map of scores", "map of one score", "values"]:
+    """What one output tensor (batch, …) says."""
+    if values.ndim == 2 and values.shape[1] in classes:
+        return "scores"
+    if values.ndim == 4 and values.shape[1] > 1 and values.shape[1] in classes:
+        return "map of scores"
+    if values.ndim == 4 and values.shape[1] == 1 and values.min() < 0 < values.max():
+        return "map of one score"
+    return "values"
+
+
+def _feature(output: Tensor) -> Tensor:
+    """Values brought to length one, (batch, values)."""
+    output = output.mean(1) if output.ndim == 3 else output  # tokens say together what they say in the mean
+    return F.normalize(output.flatten(1), dim=-1)
+
+
 def _of_tensor(output: Tensor, classes: frozenset[int], generator: torch.Generator) -> Tensor:
     """The loss of one tensor (batch, …)."""
     values = output.detach()
     if not torch.isfinite(values).all():
         raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
-    if output.ndim == 2 and output.shape[1] in classes:
+    kind = _kind(values, classes)
+    if kind == "scores":
         return F.cross_entropy(output, _drawn(values, generator), reduction="sum")
-    if output.ndim == 4 and output.shape[1] > 1 and output.shape[1] in classes:
+    if kind == "map of scores":
         scores = output.movedim(1, -1).flatten(0, -2)  # (pixels, classes)
         return F.cross_entropy(scores, _drawn(scores.detach(), generator), reduction="sum")
-    if output.ndim == 4 and output.shape[1] == 1 and values.min() < 0 < values.max():
+    if kind == "map of one score":
         chances = values.sigmoid().cpu()
         labels = (torch.rand(chances.shape, generator=generator) < chances).to(output)
         return F.binary_cross_entropy_with_logits(output, labels, reduction="sum")
-    output = output.mean(1) if output.ndim == 3 else output  # tokens say together what they say in the mean
-    feature = F.normalize(output.flatten(1), dim=-1)
+    feature = _feature(output)
     return (feature * torch.randn(feature.shape, generator=generator).to(feature)).sum()
+
+
+def divergence(before: Any, after: Any, classes: frozenset[int]) -> float:
+    """How far an output has moved: nats, summed over pictures and pixels.
+
+    It is the Kullback–Leibler divergence of the distributions whose labels :func:`sampled_loss` draws, so for small
+    changes it is what that loss's second moments predict: of classes, of classes or a Bernoulli label at every pixel,
+    of a Gaussian of variance one around values of length one.
+    """
+    pairs = zip(_told(before), _told(after), strict=True)
+    return sum(_apart(b.detach().float(), a.detach().float(), classes) for b, a in pairs if b.is_floating_point())
+
+
+def _apart(before: Tensor, after: Tensor, classes: frozenset[int]) -> float:
+    kind = _kind(before, classes)
+    if kind in ("scores", "map of scores"):
+        was, now = (t.double().log_softmax(1) for t in (before, after))
+        return float((was.exp() * (was - now)).sum())
+    if kind == "map of one score":
+        chance, odds = before.double().sigmoid(), before.double() - after.double()
+        grown = F.softplus(after.double()) - F.softplus(before.double())
+        return float((chance * odds + grown).sum())
+    return float((_feature(before) - _feature(after)).double().square().sum()) / 2
 
 
 def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:
