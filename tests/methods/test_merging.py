@@ -87,7 +87,8 @@ def test_between_measured_shares_the_law_is_a_straight_line_of_logarithms():
 
 
 @pytest.mark.parametrize(
-    "output", [lambda g: g.randn(3, 5), lambda g: g.randn(2, 5, 3, 3), lambda g: g.randn(2, 1, 4, 4), lambda g: g.randn(2, 7, 6)]
+    "output",
+    [lambda g: g.randn(3, 5), lambda g: g.randn(2, 5, 3, 3), lambda g: g.randn(2, 1, 4, 4), lambda g: g.randn(2, 7, 6)],
 )
 def test_divergence_is_the_second_moment_of_the_sampled_loss(output):
     """½ δᵀFδ for small changes, with F the second moment of the gradient of the loss on drawn labels."""
@@ -113,7 +114,7 @@ def test_divergence_is_the_second_moment_of_the_sampled_loss(output):
             {"pictures": 0}, {"blocks": ["block.1"]}],
 )  # fmt: skip
 def test_absurd_settings_are_told(bad):
-    with pytest.raises(SettingsError, match="got|expected"):
+    with pytest.raises(SettingsError, match=r"got|expected"):
         comcat.merge(tiny_vit(), X, **bad)
 
 

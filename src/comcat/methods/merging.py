@@ -24,7 +24,7 @@ from ..hosts import find_sites
 from ..hosts.classes import classes_of
 from ..measure.running import call, evaluating
 from ..plan import Plan, SitePlan
-from ..sites import ProductSite, Sites, TokenSite
+from ..sites import ProductSite, TokenSite
 from ..statistics.examples import Example, examples_of
 from ..statistics.losses import divergence
 from ..statistics.trunk import Trunk, find_trunk
