@@ -13,7 +13,7 @@ from PIL import Image
 from .data import Part, Pixels, as_bytes, kept_pixels, opened, squares
 from .fetch import FetchError, debian, fetch_wheel
 
-SCIKIT_IMAGE = ("scikit-image", "0.26.0")
+WHEELS = {"scikit-image": "0.26.0", "scikit-learn": "1.9.1", "matplotlib": "3.11.2"}
 PHOTOGRAPHS: dict[str, tuple[str, str]] = {
     "scikit-image": (
         "skimage/data/{}",
@@ -35,6 +35,24 @@ PHOTOGRAPHS: dict[str, tuple[str, str]] = {
         "usr/share/wallpapers/{}/contents/images/2560x1600.jpg",
         "BytheWater ColdRipple ColorfulCups DarkestHour EveningGlow FallenLeaf Grey Kite OneStandsOut Path summer_1am",
     ),
+    "opencv-doc": (
+        "usr/share/doc/opencv-doc/{}",
+        "examples/alphamat/input_images/plant.jpg examples/text/scenetext01.jpg examples/text/scenetext02.jpg "
+        "examples/text/scenetext03.jpg examples/text/scenetext04.jpg examples/text/scenetext05.jpg "
+        "examples/text/scenetext06.jpg examples/reg/home.png examples/dnn_superres/butterfly.png "
+        "examples/hfs/data/000.jpg examples/data/fruits.jpg examples/data/baboon.jpg examples/data/leuvenA.jpg "
+        "examples/data/squirrel_cls.jpg examples/data/home.jpg examples/data/aloeL.jpg examples/data/orange.jpg "
+        "examples/data/chicky_512.png examples/data/licenseplate_motion.jpg examples/data/messi5.jpg "
+        "examples/data/rubberwhale1.png examples/data/butterfly.jpg examples/data/building.jpg "
+        "examples/data/aero1.jpg examples/data/apple.jpg examples/data/ela_original.jpg "
+        "examples/data/box_in_scene.png examples/data/basketball1.png opencv4/html/227943776_1.jpg "
+        "opencv4/html/Background_Subtraction_Tutorial_frame.jpg opencv4/html/astra_color.jpg "
+        "opencv4/html/fusion_mertens.jpg opencv4/html/handSrc.jpg opencv4/html/retina_TreeHdr_small.jpg "
+        "opencv4/html/space_shuttle.jpg opencv4/html/pexels_double_decker_bus.jpg opencv4/html/detect_test1.jpg "
+        "opencv4/html/realsense.jpg opencv4/html/bicubicOutput.jpg opencv4/html/fusion.png",
+    ),
+    "scikit-learn": ("sklearn/datasets/images/{}.jpg", "china flower"),
+    "matplotlib": ("matplotlib/mpl-data/sample_data/{}", "grace_hopper.jpg"),
 }
 """Photographs by package: where they lie in it, and their names. Each package states their free licences."""
 FEWEST, CROPS = 15, 4
@@ -62,7 +80,7 @@ def photographs(part: Part, count: int | None = None, seed: int = 0) -> Pixels:
         origins = torch.tensor([i for i, _ in cuts[:count]])
         return Pixels(pixels=pixels, labels=torch.zeros_like(origins), origins=origins)
 
-    what = repr([SCIKIT_IMAGE, CROPS, *(i for i, _ in chosen)])
+    what = repr([WHEELS, CROPS, *(i for i, _ in chosen)])
     return kept_pixels(f"photographs-{part}-{count}-{seed}-{hashlib.sha256(what.encode()).hexdigest()[:8]}", read)
 
 
@@ -86,8 +104,8 @@ def photograph_files() -> list[tuple[int, Callable[[], bytes]]]:
 
 
 def _readers(package: str, names: list[str]) -> dict[str, Callable[[], bytes]]:
-    if package == SCIKIT_IMAGE[0]:
-        file = fetch_wheel(*SCIKIT_IMAGE)
+    if package in WHEELS:
+        file = fetch_wheel(package, WHEELS[package])
         with zipfile.ZipFile(file) as archive:
             inside = set(archive.namelist())
         return {n: lambda n=n: zipfile.ZipFile(file).read(n) for n in names if n in inside}
