@@ -11,7 +11,7 @@ from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TABLES, TRAINED = ("table1", "table3", "table4"), ("table2", "figure6", "figure7", "figures89")
-TUNED = ("train_cifar10", "tuning_throughput", "time_by_operation")
+TUNED = ("train_cifar10", "tuning_throughput", "time_by_operation", "accuracy", "real")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,9 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield tmp_path
-    for name in (*TABLES, *TRAINED, *TUNED, "tables", "trained", "figures12", "common"):
-        sys.modules.pop(name, None)
+    ours = (*TABLES, *TRAINED, *TUNED, "tables", "trained", "figures12", "common")
+    for name in [n for n in sys.modules if n.split(".")[0] in ours]:
+        del sys.modules[name]
 
 
 def _given(folder) -> list[str]:
@@ -195,3 +196,34 @@ def test_a_kept_result_is_of_the_same_settings(scripts, tmp_path):
     assert common.kept_result(path, {"lr": 0.1, "only": ("a",)}, make) == {"number": 0}
     assert common.kept_result(path, {"lr": 0.2, "only": ("a",)}, make) == {"number": 1}
     assert [p.name for p in path.parent.iterdir()] == ["run.json"]
+
+
+def test_accuracy_keeps_the_head_whatever_the_rule(scripts, folder, monkeypatch):
+    import accuracy
+
+    judge, plans = accuracy.Bench.judge, []
+
+    def judged(self, plan, *given, **keywords):
+        plans.append(plan)
+        return judge(self, plan, *given, **keywords)
+
+    monkeypatch.setattr(accuracy.Bench, "judge", judged)
+    given = ["--model", str(folder), "--train", "digits:train", "--validation", "digits:test", "--pictures", "8"]
+    asked = [*given, "--seeds", "2", "--only", "model", "--shares", "0.3"]
+    result = accuracy.main(asked)
+    (row,) = result["rows"]
+    assert len(plans) == 6 + 2 * 8 and all(plan.sites and "head" not in plan.sites for plan in plans)
+    assert all((v["std"] is None) == (len(v["values"]) == 1) for v in row["top1"].values())
+    assert {"weights uniform", "loss waterfill", "loss waterfill, units too"} <= set(row["top1"])
+    written = json.loads(next(scripts.rglob("accuracy.json")).read_text())
+    assert written["rows"] == json.loads(json.dumps(result["rows"])) and not list(scripts.rglob(".*partial*"))
+
+
+def test_what_was_judged_is_not_judged_again(scripts, folder, monkeypatch):
+    import accuracy
+
+    given = ["--model", str(folder), "--train", "digits:train", "--validation", "digits:test", "--pictures", "8"]
+    asked = [*given, "--quick", "--only", "ffn", "--shares", "0.3", "--no-write"]
+    first = accuracy.main(asked)
+    monkeypatch.setattr(accuracy, "right", None)
+    assert accuracy.main(asked) == first
