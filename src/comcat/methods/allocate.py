@@ -18,9 +18,10 @@ from ..factors import Spectrum, Statistic, Weights, spectra
 from ..linalg import Factorization
 from ..plan import MadeFor, Plan, SitePlan, shapes_of
 from ..sites import HiddenSite, LinearSite, ProductSite, Sites
+from .blocks import TokenLadder, options_of_blocks
 from .choose import least_loss, same_share
 from .costs import Cost, Parameters
-from .ladders import Choice, Order, check_forms, ladders, tail_loss
+from .ladders import Choice, Order, check_forms, idle, ladders, tail_loss
 
 __all__ = ["RULES", "Budget", "RankRule", "allocate", "check_asked", "describe", "shrinkable", "spectra", "tail_loss"]
 
@@ -48,6 +49,7 @@ def allocate(
     total: float | None = None,
     cost: Cost | None = None,
     made_for: MadeFor | None = None,
+    tokens: Sequence[TokenLadder] = (),
 ) -> Plan:
     """Choose what sites become so that the model saves a share of its cost.
 
@@ -59,7 +61,8 @@ def allocate(
             ``"equal"`` gives all QK and VO products one rank and all feed-forwards one width (what a stock checkpoint
             needs), ``"energy"`` the same share of every site's singular values, ``"waterfill"`` minimises the predicted
             loss.
-        forms: what sites may become: ``"ranks"``, ``"units"`` (feed-forwards lose hidden units), or both.
+        forms: what sites may become: ``"ranks"``, ``"units"`` (feed-forwards lose hidden units), ``"tokens"`` (blocks run
+            on fewer tokens; with ``tokens``), or some of them.
         sites: which sites may shrink, by default all. head: whether classifier heads may, among sites that were not
             given.
         multiple: ranks and units are multiples of it (or the largest rank).
@@ -67,6 +70,8 @@ def allocate(
             largest.
         total: the whole model's cost; counted if left out. cost: of a site, needed with ``budget="macs"``.
         made_for: what the plan shall say of the model, if that is known already.
+        tokens: what blocks may run on and what that loses (:func:`comcat.methods.merging.token_ladders`), with
+            ``forms`` that name tokens.
 
     Returns:
         The plan; ``made_by`` says what it saves (``saved``; with ``per_head`` also ``saved_with_padding``, since stored
@@ -80,6 +85,7 @@ def allocate(
     from ..measure import count_parameters
 
     _check(reduce, rule, multiple, energy)
+    check_tokens(forms, budget, rule, statistic)
     if budget == "macs" and cost is None:
         raise SettingsError("budget 'macs' needs the cost of a site in MACs: pass cost and total")
     statistic = Weights() if statistic is None else statistic
@@ -87,7 +93,8 @@ def allocate(
         whole_model = find_sites(model)
         sites = shrinkable(whole_model, head=head) if sites is None else sites
         made_for = describe(model, whole_model, sites) if made_for is None else made_for
-    sites = of_forms(sites.without(getattr(statistic, "unreached", ())), check_forms(forms))
+    reached = sites.without(getattr(statistic, "unreached", ()))
+    sites = of_forms(reached, check_forms(forms))
     found = spectra(model, sites, statistic) if factorizations is None else factorizations
     cost = Parameters() if cost is None else cost
     relative = statistic.name != "loss"
@@ -95,7 +102,7 @@ def allocate(
         sites, found, cost, multiple=multiple, relative=relative, order=_ORDERS[rule],
         tie="all" if rule == "equal" else "layer" if tie else "none",
     )  # fmt: skip
-    tables = [decision.table(cost) for decision in decisions]
+    tables = options_of_blocks([*decisions, *(idle(reached, sites) if tokens else [])], tokens, cost)
     whole = float(count_parameters(model)) if total is None else total
     dense = sum(table.dense for table, _ in tables)
     most = (dense - sum(float(table.costs[0]) for table, _ in tables)) / whole
@@ -142,11 +149,8 @@ def shrinkable(sites: Sites, *, head: bool = False) -> Sites:
 
 def of_forms(sites: Sites, forms: Sequence[str]) -> Sites:
     """The sites that can become one of some forms. With units alone, a feed-forward's layers have no ranks."""
-    if "units" not in forms:
-        return sites.without([n for n, s in sites.items() if isinstance(s, HiddenSite)])
-    if "ranks" in forms:
-        return sites
-    return sites.without([n for n, s in sites.items() if not isinstance(s, HiddenSite)])
+    kept = {n for n, s in sites.items() if ("units" if isinstance(s, HiddenSite) else "ranks") in forms}
+    return sites.without([name for name in sites if name not in kept])
 
 
 def describe(model: nn.Module, all_sites: Sites, chosen: Sites) -> MadeFor:
@@ -167,6 +171,23 @@ def _check(reduce: float | None, rule: str, multiple: int, energy: float) -> Non
         raise SettingsError(f"got energy={energy:g}, expected a share above 0 and up to 1")
 
 
+def check_tokens(forms: Sequence[str] | str, budget: str, rule: str, statistic: Any) -> None:
+    """Raises SettingsError where tokens are asked for beside what they cannot be weighed with."""
+    if "tokens" not in check_forms(forms):
+        return
+    if budget == "parameters":
+        raise SettingsError("got forms with tokens and a budget of parameters, of which tokens save none; say macs")
+    if rule != "waterfill":
+        raise SettingsError(
+            f"got forms with tokens and ranks {rule!r}, expected 'waterfill', which weighs one with another"
+        )
+    name = statistic if isinstance(statistic, str) else getattr(statistic, "name", "weights")
+    if name != "loss" and set(check_forms(forms)) != {"tokens"}:
+        raise SettingsError(
+            f"got forms with tokens and statistic {name!r}; only with 'loss' both lose in one unit, nats"
+        )
+
+
 def check_asked(reduce: float | None, multiple: int | None) -> None:
     """Raises SettingsError for a share or a multiple that nothing could meet, where they are given."""
     if reduce is not None and not 0 < reduce < 1:
@@ -178,7 +199,8 @@ def check_asked(reduce: float | None, multiple: int | None) -> None:
 def _entries(sites: Sites, chosen: Sequence[Choice]) -> dict[str, SitePlan]:
     """What was chosen, in the order of the model."""
     entries = {name: entry for choice in chosen for name, entry in choice.entries.items()}
-    return {name: entries[name] for name in sites if name in entries}
+    ordered = {name: entries[name] for name in sites if name in entries}
+    return ordered | entries  # tokens, which are found by running the model, come last
 
 
 def _by_head(sites: Sites, entries: Mapping[str, SitePlan], found: Mapping[str, Spectrum]) -> dict[str, SitePlan]:

@@ -8,21 +8,28 @@ from typing import Protocol
 
 from ..forms import Flow, macs_of, parameters_of
 from ..plan import SitePlan
-from ..sites import Site
+from ..sites import AnySite
 
 
 class Cost(Protocol):
     """What a site costs as a plan has it, or as it stands (None)."""
 
-    def __call__(self, site: Site, entry: SitePlan | None) -> float: ...
+    def __call__(self, site: AnySite, entry: SitePlan | None) -> float: ...
+
+    def on_fewer_tokens(self, share: float) -> Cost:
+        """The same where only a share of the rows flows through (those in front included)."""
+        ...
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Weights, biases and padding that are stored."""
 
-    def __call__(self, site: Site, entry: SitePlan | None) -> float:
+    def __call__(self, site: AnySite, entry: SitePlan | None) -> float:
         return parameters_of(site, entry)
+
+    def on_fewer_tokens(self, share: float) -> Parameters:
+        return self
 
 
 @dataclass(frozen=True)
@@ -31,5 +38,8 @@ class Macs:
 
     flows: Mapping[str, Flow]
 
-    def __call__(self, site: Site, entry: SitePlan | None) -> float:
+    def __call__(self, site: AnySite, entry: SitePlan | None) -> float:
         return macs_of(site, entry, self.flows.get(site.name, Flow()))
+
+    def on_fewer_tokens(self, share: float) -> Macs:
+        return Macs({name: Flow(flow.rows * share, flow.pairs * share**2) for name, flow in self.flows.items()})

@@ -23,8 +23,8 @@ from ..sites import HiddenSite, Site, Sites
 from .choose import Table, in_step
 from .costs import Cost
 
-FormName = Literal["ranks", "units"]
-FORM_NAMES: tuple[FormName, ...] = ("ranks", "units")
+FormName = Literal["ranks", "units", "tokens"]
+FORM_NAMES: tuple[FormName, ...] = ("ranks", "units", "tokens")
 Order = Literal["price", "share", "energy"]
 
 
@@ -83,7 +83,7 @@ def check_forms(forms: Sequence[str] | str) -> tuple[FormName, ...]:
         if word not in FORM_NAMES:
             raise SettingsError(f"got forms {word!r}, expected {' or '.join(FORM_NAMES)}{nearest(word, FORM_NAMES)}")
     if not words:
-        raise SettingsError(f"got no forms, expected {' or '.join(FORM_NAMES)}, or both")
+        raise SettingsError(f"got no forms, expected some of {', '.join(FORM_NAMES)}")
     return tuple(form for form in FORM_NAMES if form in words)
 
 
@@ -185,6 +185,13 @@ def ladders(
     return [ladder for _, ladder in sorted(found, key=lambda pair: pair[0])]
 
 
+def idle(sites: Sites, shrinking: Sites) -> list[Ladder]:
+    """Decisions without a choice: sites that stay as they are beside those that may shrink."""
+    changed = {path for site in shrinking.values() for path in site.modules}
+    rest = {name: site for name, site in searchable(sites).items() if changed.isdisjoint(site.modules)}
+    return [Ladder(name, {name: site}, (site,), (AS_IT_IS,)) for name, site in rest.items()]
+
+
 def _tied(site: Site, tie: Literal["none", "layer", "all"]) -> str:
     if tie == "none" or site.kind == "linear":
         return site.name
@@ -197,7 +204,7 @@ def _alike(sites: Mapping[str, Site], own: Mapping[str, list[Choice]]) -> Ladder
         name, site = next(iter(sites.items()))
         return Ladder(name, sites, (site,), (*own[name], AS_IT_IS))
     by_size = [{next(iter(c.entries.values())).keep: c for c in own[name]} for name in sites]
-    choices = [_joined([table[size] for table in by_size]) for size in by_size[0] if all(size in t for t in by_size)]
+    choices = [joined([table[size] for table in by_size]) for size in by_size[0] if all(size in t for t in by_size)]
     return Ladder(" and ".join(sites), sites, tuple(sites.values()), (*choices, AS_IT_IS))
 
 
@@ -210,12 +217,13 @@ def _feedforward(
         alone = [Ladder(name, {name: layer}, (layer,), (*own[name], AS_IT_IS)) for name, layer in layers.items()]
         tables = [ladder.table(cost) for ladder in alone]
         for places in in_step([table for table, _ in tables], order):
-            joined = _joined([options[i] for (_, options), i in zip(tables, places, strict=True)])
-            if joined.entries:
-                choices.append(joined)
+            together = joined([options[i] for (_, options), i in zip(tables, places, strict=True)])
+            if together.entries:
+                choices.append(together)
     return Ladder(site.name, {site.name: site, **layers}, (site,), (*choices, AS_IT_IS))
 
 
-def _joined(choices: Sequence[Choice]) -> Choice:
+def joined(choices: Sequence[Choice]) -> Choice:
+    """Several options as one."""
     entries = {name: entry for choice in choices for name, entry in choice.entries.items()}
     return Choice(entries, sum(c.loss for c in choices), min(c.kept for c in choices))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -29,30 +28,18 @@ from ..statistics.examples import Example, examples_of
 from ..statistics.losses import divergence
 from ..statistics.trunk import Trunk, find_trunk
 from .allocate import describe
+from .blocks import TokenLadder
 from .choose import Table, least_loss
 from .ladders import AS_IT_IS, Choice
 
 How = Literal["similar", "grid", "drop"]
 HOWS: tuple[How, ...] = ("similar", "grid", "drop")
-MEASURED = (0.85, 0.7, 0.55, 0.4)
+MEASURED = (0.8, 0.5)
 """Shares of the tokens at which each block is tried."""
 OFFERED = tuple(round(1 - 0.05 * i, 2) for i in range(1, 14))
 WINDOWS = ((1, 2), (2, 1), (2, 2))
-DRAWN = 32
+DRAWN = 24
 """Pictures that the divergence is measured on."""
-
-
-@dataclass(frozen=True)
-class TokenLadder:
-    """What a block may run on: options from few tokens to all, the last as it stands."""
-
-    site: TokenSite
-    choices: tuple[Choice, ...]
-
-    def share(self, choice: Choice) -> float:
-        """Share of the grid's tokens that run."""
-        entry = choice.entries.get(self.site.name)
-        return 1.0 if entry is None else entry.keep / entry.full
 
 
 @outside_inference_mode
@@ -253,7 +240,9 @@ def _law(tried: Sequence[tuple[float, float]]) -> Callable[[float], float]:
         x = math.log(1 - share)
         if x < gone[0] or len(gone) == 1:
             return float(np.exp(lost[0] + 2 * (x - gone[0])))  # small changes cost with their square
-        return float(np.exp(np.interp(x, gone, lost)))
+        n = min(int(np.searchsorted(gone, x)), len(gone) - 1)
+        slope = (lost[n] - lost[n - 1]) / (gone[n] - gone[n - 1]) if n else 2.0
+        return float(np.exp(lost[n] + slope * (x - gone[n])))
 
     return at
 
@@ -268,6 +257,28 @@ def _least(ladders: Sequence[TokenLadder], goal: float) -> dict[str, SitePlan]:
     places = least_loss(tables, goal)
     chosen = [ladder.choices[i] for ladder, i in zip(ladders, places, strict=True)]
     return {name: entry for choice in chosen for name, entry in choice.entries.items()}
+
+
+def measured_tokens(model: nn.Module, batches: Iterable, *, progress: bool = False) -> list[TokenLadder]:
+    """What a model's blocks lose on fewer tokens, those that look alike merged, measured on the first pictures.
+
+    Raises ModelError where the model has no trunk or no block of it can run on fewer tokens.
+    """
+    shown = _shown(model, batches, DRAWN, progress)
+    trunk = chosen_blocks(find_trunk(model, one_of(model, shown)), None)
+    return token_ladders(Offer(model, trunk.sites, "similar"), Meter(model, shown, progress))
+
+
+def blank_tokens(model: nn.Module, example: Any) -> list[TokenLadder]:
+    """The same ladders as if every share lost the same, to see what can be saved, before anything is measured."""
+    trunk = chosen_blocks(find_trunk(model, example), None)
+    offer = Offer(model, trunk.sites, "similar")
+    return [
+        TokenLadder(
+            s, (*(Choice({s.name: offer.entry(s, share)}, 1 - share, 1.0) for share in offer.shares(s)), AS_IT_IS)
+        )
+        for s in trunk.sites
+    ]
 
 
 def chosen_blocks(trunk: Trunk, blocks: Sequence[str] | None) -> Trunk:

@@ -16,8 +16,10 @@ from ..plan import MadeFor, Plan
 from ..sites import Sites
 from ..statistics import Statistics, calibrate, pictures_of
 from .allocate import describe, of_forms, shrinkable
+from .blocks import TokenLadder
 from .costs import Cost, Macs, Parameters
 from .ladders import check_forms
+from .merging import measured_tokens
 from .settings import CompressSettings
 
 
@@ -32,6 +34,7 @@ class Prepared:
     made_for: MadeFor
     cost: Cost = field(default_factory=Parameters)
     example: Tensor | None = None
+    tokens: tuple[TokenLadder, ...] = ()
 
 
 def prepare(
@@ -54,13 +57,13 @@ def prepare(
         sites = chosen_sites(whole, settings)
     else:
         check_plan(plan, whole)
-        sites = Sites({name: whole[name] for name in plan.sites}, whole.refused)
+        sites = weighty(plan, whole)
     made_for = describe(model, whole, sites)
     example = None
     if calibration is not None:
         calibration = kept(calibration)
         example = _first_picture(model, calibration)
-    if settings.statistic == "weights":
+    if settings.statistic == "weights" or not len(sites):
         statistic: Statistic = Weights()
     else:
         if calibration is None:
@@ -70,15 +73,27 @@ def prepare(
         statistic = calibrated(model, calibration, settings, sites, progress)
         sites = sites.without(statistic.unreached)
     total, cost = budget_of(model, settings, sites, statistic, example)
+    names = check_forms(settings.forms)
+    tokens = ()
+    if plan is None and "tokens" in names:
+        if calibration is None:
+            raise SettingsError("forms with tokens need calibration pictures, to measure what merging loses")
+        tokens = tuple(measured_tokens(model, calibration, progress=progress))
     return Prepared(
         sites=sites,
         statistic=statistic,
-        factorizations=spectra(model, sites, statistic),
+        factorizations=spectra(model, sites if plan is not None else of_forms(sites, names), statistic),
         total=total,
         made_for=made_for,
         cost=cost,
         example=example,
+        tokens=tokens,
     )
+
+
+def weighty(plan: Plan, whole: Sites) -> Sites:
+    """The sites with weights that a plan changes; tokens have none."""
+    return Sites({name: whole[name] for name in plan.sites if name in whole}, whole.refused)
 
 
 def chosen_sites(whole: Sites, settings: CompressSettings) -> Sites:
@@ -92,7 +107,8 @@ def chosen_sites(whole: Sites, settings: CompressSettings) -> Sites:
     named = [n for n, s in sites.items() if s.path in settings.only]  # a head that is asked for by its path may shrink
     few = shrinkable(sites, head=settings.head)
     sites = Sites({n: s for n, s in sites.items() if n in few or n in named}, sites.refused)
-    sites = of_forms(sites, check_forms(settings.forms))
+    forms = check_forms(settings.forms)
+    sites = sites if "tokens" in forms else of_forms(sites, forms)  # with fewer tokens all of them cost less
     if not len(sites):
         reasons = "; ".join(map(str, whole.refused[:3])) or f"no site can become {settings.forms}"
         raise ModelError(f"nothing in this model can shrink: {reasons}")

@@ -50,6 +50,7 @@ def propose(
             total=prepared.total,
             cost=prepared.cost,
             made_for=prepared.made_for,
+            tokens=prepared.tokens,
         )
 
     def plan_for(reduce: float | None) -> Plan:

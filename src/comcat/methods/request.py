@@ -17,6 +17,8 @@ from ..plan import Plan
 from ..runs.watching import first_unsound
 from ..sites import HiddenSite, ProductSite, Site
 from .allocate import check_asked, describe
+from .ladders import check_forms
+from .merging import blank_tokens
 from .prepare import Prepared, budget_of, chosen_sites
 from .propose import propose
 from .settings import CompressSettings
@@ -61,11 +63,12 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
     sites = chosen_sites(whole, settings)
     if settings.reduce is None or settings.ranks == "search":
         return
-    statistic = Weights()
+    statistic = Weights(name=settings.statistic)
     total, cost = budget_of(model, settings, sites, statistic, example)
     prepared = Prepared(
         sites=sites, statistic=statistic, factorizations={name: _blank(site) for name, site in sites.items()},
         total=total, made_for=describe(model, whole, sites), cost=cost,
+        tokens=tuple(blank_tokens(model, example)) if "tokens" in check_forms(settings.forms) else (),
     )  # fmt: skip
     propose(model, prepared, replace(settings, multiple=settings.multiple or 1))
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..apply import Handle, apply_, coverage_notes
 from ..errors import SettingsError
+from ..forms import site_for
 from ..plan import Plan
 from ..sites import Sites, block_of
 from .prepare import Prepared, calibrated
@@ -28,12 +29,13 @@ def apply_sequentially(
         raise SettingsError("sequential calibration needs a statistic of activations or of the loss, and pictures")
     groups: dict[str, dict[str, Any]] = {}
     for name, entry in plan.sites.items():
-        groups.setdefault(block_of(prepared.sites[name].path), {})[name] = entry
+        path = site_for(name, entry, prepared.sites).path
+        groups.setdefault(path if name.endswith(":tokens") else block_of(path), {})[name] = entry
     handles: list[Handle] = []
     try:
         for entries in groups.values():
             # paths of later sites do not move while earlier blocks change, so the sites found at the start stay good
-            sites = Sites({n: prepared.sites[n] for n in entries}, prepared.sites.refused)
+            sites = Sites({n: prepared.sites[n] for n in entries if n in prepared.sites}, prepared.sites.refused)
             statistic = calibrated(model, calibration, settings, sites, progress)
             handles.append(apply_(model, Plan(sites=entries), statistic, sites=sites, joint_refit=settings.joint_refit))
     except BaseException:

@@ -8,7 +8,7 @@ from typing import Literal
 from ..errors import SettingsError
 from ..settings import LARGEST_SEED, check_types, expect
 from ..statistics import StatisticName
-from .allocate import Budget, RankRule
+from .allocate import Budget, RankRule, check_tokens
 from .ladders import check_forms
 
 
@@ -28,7 +28,8 @@ class CompressSettings:
     """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
     forms: str | tuple[str, ...] = "ranks,units"
     """What may become of the model's parts: ranks (thin factors of attention's products and of linear layers), units
-    (feed-forwards lose hidden units), or both, for each the better.
+    (feed-forwards lose hidden units), tokens (blocks run on fewer tokens, those that look alike merged; with a budget
+    of MACs), or some of them, for each part the better.
     """
     ranks: RankRule | Literal["search"] = "waterfill"
     """How ranks are chosen: the same share everywhere, one rank for all products, the same share of singular values,
@@ -62,6 +63,7 @@ class CompressSettings:
     def __post_init__(self) -> None:
         check_types(self)
         object.__setattr__(self, "forms", ",".join(check_forms(self.forms)))
+        check_tokens(self.forms, self.budget, self.ranks, self.statistic)
         if self.reduce is not None and self.max_drop is not None:
             raise SettingsError("got both reduce and max_drop, expected one of them")
         expect(self, "max_drop", above=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ...errors import SettingsError
 from ...settings import LARGEST_SEED, check_types, expect
 from ...statistics import StatisticName
 from ..allocate import Budget
@@ -92,6 +93,10 @@ class SearchSettings(SearchOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "forms", ",".join(check_forms(self.forms)))
+        if "tokens" in check_forms(self.forms):
+            raise SettingsError(
+                "a search is over ranks and units; tokens are chosen by comcat.merge or comcat.compress"
+            )
         expect(self, "reduce", above=0, below=1)
         expect(self, "multiple", "pictures", least=1)
         expect(self, "seed", least=0, most=LARGEST_SEED)
