@@ -17,7 +17,7 @@ _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate", "apply_": "apply",
     "batches": "data", "calibrate": "statistics", "compress": "methods.compress", "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure",
     "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
-    "merge": "methods.merging", "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
+    "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
     "search": "methods.search", "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
 }  # fmt: skip
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from .store import save as save
     from .tuning.tune import tune as tune
     from .workflows.compress import compress_to as compress_to
+    from .workflows.merge import merge_to as merge_to
     from .workflows.search import search_to as search_to
     from .workflows.tune import tune_to as tune_to
 

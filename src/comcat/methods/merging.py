@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..hosts import find_sites
 from ..hosts.classes import classes_of
 from ..measure.running import call, evaluating
 from ..plan import Plan, SitePlan
+from ..settings import check_types, expect, expect_one_of, from_keywords
 from ..sites import ProductSite, TokenSite
 from ..statistics.examples import Example, examples_of
 from ..statistics.losses import divergence
@@ -34,6 +36,8 @@ from .ladders import AS_IT_IS, Choice
 
 How = Literal["similar", "grid", "drop"]
 HOWS: tuple[How, ...] = ("similar", "grid", "drop")
+By = Literal["class", "random"]
+BYS: tuple[By, ...] = ("class", "random")
 MEASURED = (0.8, 0.5)
 """Shares of the tokens at which each block is tried."""
 OFFERED = tuple(round(1 - 0.05 * i, 2) for i in range(1, 14))
@@ -42,32 +46,50 @@ DRAWN = 24
 """Pictures that the divergence is measured on."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """On how many tokens the blocks of a model shall run, and which tokens are run as one."""
+
+    keep: float = 0.7
+    """Mean share of the grid's tokens over all blocks."""
+    how: How = "similar"
+    """Merge tokens that look alike (similar) or neighbours (grid: CAIT's asymmetric merging), or leave some out (drop: a
+    baseline).
+    """
+    by: By = "class"
+    """With drop, which stay: those that the class token looks at (class), or any (random)."""
+    blocks: tuple[str, ...] = ()
+    """Paths of the blocks that may run on fewer tokens (blocks.3); by default all."""
+    residual: bool = True
+    """Hand each token the block's update of its group, so that it keeps what it was; without, tokens that were merged
+    leave the block as one.
+    """
+    pictures: int = DRAWN
+    """Pictures that schedules are measured on."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        expect(self, "keep", above=0, most=1)
+        expect(self, "pictures", least=1)
+        expect_one_of("how", self.how, HOWS)
+        expect_one_of("by", self.by, BYS)
+
+
 @outside_inference_mode
 def merge(
     model: nn.Module,
     calibration: Iterable | None = None,
     *,
-    keep: float = 0.7,
-    how: How = "similar",
-    blocks: Sequence[str] | None = None,
-    residual: bool = True,
-    pictures: int = DRAWN,
-    by: Literal["class", "random"] = "class",
     example: Any = None,
-    seed: int = 0,
     progress: bool = False,
+    **settings: Any,
 ) -> Plan:
     """Propose a plan by which a model's blocks run on fewer tokens; :func:`comcat.apply_` applies it and takes it back.
 
     Args:
-        calibration: batches of pictures; the schedule is chosen by the divergence measured on the first ``pictures`` of
-            them. None: tokens fall block by block, in a straight line, as in Bolya et al. 2023; ``example`` is then one
+        calibration: batches of pictures; the schedule is chosen by the divergence measured on the first of them. None: tokens fall block by block, in a straight line, as in Bolya et al. 2023; ``example`` is then one
             picture (1, channels, height, width).
-        keep: mean share of the grid's tokens over all blocks, in (0, 1].
-        how: ``"similar"`` merges look-alikes, ``"grid"`` neighbours, ``"drop"`` leaves out those of least class
-            attention (``by="random"``: any).
-        blocks: paths of the blocks that may run on fewer tokens, by default all.
-        residual: hand each token the block's *update* of its group, so that it keeps what it was.
+        settings: fields of :class:`MergeSettings`, as ``keep=0.7`` and ``how="grid"``.
 
     Returns:
         The plan; ``made_by`` says the schedules that were compared, and the divergence of each (nats a picture).
@@ -76,20 +98,22 @@ def merge(
         ModelError: where the model has no trunk, or none of its blocks can run on fewer tokens; the message says why.
         SettingsError: for a share, a form or a block that cannot be.
     """
-    _check(keep, how, by, pictures)
-    shown = _shown(model, calibration, pictures, progress)
+    s = from_keywords(MergeSettings, settings)
+    shown = _shown(model, calibration, s.pictures, progress)
     if not shown and example is None:
         raise SettingsError("merge needs pictures: calibration, or one picture as example")
-    trunk = chosen_blocks(find_trunk(model, one_of(model, shown) if shown else example), blocks)
-    offered = Offer(model, trunk.sites, how, residual=residual, by=by)
+    trunk = chosen_blocks(find_trunk(model, one_of(model, shown) if shown else example), s.blocks or None)
+    offered = Offer(model, trunk.sites, s.how, residual=s.residual, by=s.by)
     count = len(trunk.sites) + len(trunk.refused)
-    goal = keep * count - len(trunk.refused)  # of blocks that cannot, all tokens run
+    goal = s.keep * count - len(trunk.refused)  # of blocks that cannot, all tokens run
     fewest = sum(min(offered.shares(site)) for site in trunk.sites)
     if goal < fewest - 1e-9:
         least = math.ceil((fewest + len(trunk.refused)) / count * 100) / 100
-        raise SettingsError(f"got keep={keep:g}, but the blocks that can run on fewer tokens allow {least:g} at least")
+        raise SettingsError(
+            f"got keep={s.keep:g}, but the blocks that can run on fewer tokens allow {least:g} at least"
+        )
     schedules = offered.schedules(goal)
-    made_by: dict[str, Any] = {"method": "merge", "how": how, "keep": keep, "residual": residual}
+    made_by: dict[str, Any] = {"method": "merge", "how": s.how, "keep": s.keep, "residual": s.residual}
     if shown:
         meter = Meter(model, shown, progress)
         ladders = token_ladders(offered, meter)
@@ -326,14 +350,3 @@ def one_of(model: nn.Module, shown: Sequence[Example]) -> Any:
 
 def _shown(model: nn.Module, calibration: Iterable | None, pictures: int, progress: bool) -> list[Example]:
     return [] if calibration is None else list(examples_of(model, calibration, pictures))
-
-
-def _check(keep: float, how: str, by: str, pictures: int) -> None:
-    if how not in HOWS:
-        raise SettingsError(f"got how={how!r}, expected one of {', '.join(HOWS)}{nearest(how, HOWS)}")
-    if by not in ("class", "random"):
-        raise SettingsError(f"got by={by!r}, expected 'class' or 'random'")
-    if not (isinstance(keep, int | float) and 0 < keep <= 1):
-        raise SettingsError(f"got keep={keep!r}, expected a share of the tokens above 0 and up to 1")
-    if pictures < 1:
-        raise SettingsError(f"got pictures={pictures}, expected at least 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ from ..tuning.tune import tune_
 from .places import Finished, Source, called, check_out, model_of, pictures_for, said_of_skipped
 from .settings import CompressToSettings
 
+Proposer = Callable[[nn.Module, Iterable], Plan]
+"""What proposes a plan for a model from its calibration batches."""
+
 
 def compress_to(
     out: str | os.PathLike[str],
@@ -44,7 +48,7 @@ def compress_to(
     data: Source,
     *,
     evaluation: Source | None = None,
-    plan: Plan | str | os.PathLike[str] | None = None,
+    plan: Plan | str | os.PathLike[str] | Proposer | None = None,
     progress: bool = False,
     name: str | None = None,
     command: str | None = None,
@@ -60,7 +64,8 @@ def compress_to(
         out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`.
         data: pictures to calibrate on, and to search and tune on; labels are not needed.
         evaluation: labelled pictures to measure on. Nothing is chosen by them. Without any, a part of ``data`` is held out.
-        plan: what to do instead of choosing it, for example what :func:`comcat.search` found, or its file.
+        plan: what to do instead of choosing it, for example what :func:`comcat.search` found, its file, or a function that
+            proposes one from the model and its calibration batches.
         name: what the report calls the model. command: to repeat the run with, for the report.
         settings: fields of :class:`CompressToSettings`: ``reduce`` or ``max_drop``, and all others of :func:`comcat.compress`.
 
@@ -98,7 +103,7 @@ class _Job:
     before: nn.Module
     preprocess: Preprocess
     division: Division
-    plan: Plan | None
+    plan: Plan | Proposer | None
     settings: CompressToSettings
     work: Path
     asked: dict[str, Any]
@@ -116,7 +121,7 @@ def _opened(
     model: nn.Module | str | os.PathLike[str],
     data: Source,
     evaluation: Source | None,
-    plan: Plan | str | os.PathLike[str] | None,
+    plan: Plan | str | os.PathLike[str] | Proposer | None,
     settings: CompressToSettings,
     *,
     name: str,
@@ -125,7 +130,8 @@ def _opened(
 ) -> _Job:
     """Open everything and raise for what cannot work."""
     notes: list[str] = []
-    plan = plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan))
+    proposer, plan = (plan, Plan(sites={})) if callable(plan) else (None, plan)
+    plan = Plan.load(Path(plan)) if isinstance(plan, str | os.PathLike) else plan
     if plan is not None and (settings.reduce is not None or settings.max_drop is not None):
         notes.append("The plan says every rank, so reduce and max_drop were not used.")
     trains = settings.tuning is not None or settings.searching is not None
@@ -144,7 +150,7 @@ def _opened(
         _check_tuning(before, division, settings.tuning)
     asked = {"model": name, "data": pictures.name, "evaluation": None if judging is None else judging.name}
     return _Job(
-        name=name, before=before, preprocess=preprocess, division=division, plan=plan, settings=settings,
+        name=name, before=before, preprocess=preprocess, division=division, plan=proposer or plan, settings=settings,
         work=work.with_name(f"{work.name}.run"), asked=asked | asdict(settings), notes=(*notes, *division.notes),
         progress=progress,
     )  # fmt: skip
@@ -173,6 +179,8 @@ def _carry_out(job: _Job) -> tuple[nn.Module, Compressed, Evaluation | None]:
         plan = search_(
             job.before, on.training, s.searching, out=job.work / "search", restart=s.restart, progress=job.progress
         )
+    if callable(plan):
+        plan = plan(job.before, job.batches(on.calibration))
     small = copy.deepcopy(job.before).eval()
     deciding = None if on.deciding is None else job.batches(on.deciding)
     done = compress_(

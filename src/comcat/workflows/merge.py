@@ -1,0 +1,47 @@
+"""From a model and pictures to one whose blocks run on fewer tokens, in a folder, with its report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..methods.merging import MergeSettings, merge
+from ..plan import Plan
+from ..settings import from_keywords
+from .compress import compress_to
+from .places import Finished, Source
+
+
+def merge_to(
+    out: str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
+    data: Source,
+    *,
+    evaluation: Source | None = None,
+    progress: bool = False,
+    name: str | None = None,
+    command: str | None = None,
+    way: dict[str, Any] | None = None,
+    **settings: Any,
+) -> Finished:
+    """Let a model's blocks run on fewer tokens and save it with its report; nothing is trained.
+
+    Args:
+        out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`. data: pictures to choose by;
+            labels are not needed.
+        evaluation: labelled pictures to measure on. Nothing is chosen by them.
+        way: what else :func:`comcat.compress_to` takes: ``batch_size``, ``bench``, ``overwrite``, ``epochs``, …
+        settings: of :func:`comcat.merge`.
+    """
+    chosen = from_keywords(MergeSettings, settings)
+
+    def proposed(model: nn.Module, batches: Iterable) -> Plan:
+        return merge(model, batches, progress=progress, **settings)
+
+    return compress_to(
+        out, model, data, evaluation=evaluation, plan=proposed, progress=progress, name=name, command=command,
+        pictures=chosen.pictures, **(way or {}),
+    )  # fmt: skip
