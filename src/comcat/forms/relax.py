@@ -20,7 +20,8 @@ from ..hosts import host_of
 from ..hosts.mounting import exchange
 from ..linalg import Elimination, Factorization
 from ..modules.relaxed import RelaxedLinear, SoftRank
-from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Sites, Undo, part
+from ..sites import HiddenSite, LinearSite, Projection, Sites, Undo, part
+from .basis import change_basis
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ def relax_(
             center = torch.zeros(a.heads * a.width, device=device, dtype=part(model, a.out).weight.dtype)
             relaxation.centers[name] = center
         if found is not None and statistic is not None:
-            _change_basis(model, site, found, statistic, center)
+            rest = change_basis(model, site, found, statistic.mean(site))
+            if center is not None and rest is not None:
+                center.copy_(rest)
         projection = a.q if site.kind == "qk" else a.v
         masked.setdefault(projection.path, []).append(_Masked(projection, soft[name], a.heads, center))
     for path, parts in masked.items():
@@ -194,46 +197,6 @@ def _mask_input(soft: SoftRank, center: Tensor) -> Callable[[nn.Module, tuple], 
         return (torch.addcmul(center.to(mask) * (1 - mask), inputs[0], mask), *inputs[1:])
 
     return hook
-
-
-def _change_basis(
-    model: nn.Module, site: ProductSite, found: Factorization, statistic: Statistic, center: Tensor | None
-) -> None:
-    """Write a product's factors, most important channel first, over the projections that hold it: A L (B R)ᵀ = A Bᵀ."""
-    a = site.attention
-    left, right = found.left, found.right  # (heads, width, width)
-    if site.kind == "qk":
-        _turn_rows(model, a, a.q, left)
-        _turn_rows(model, a, a.k, right)
-        bias = a.k.bias_or_none(model)
-        if bias is not None:  # a constant along keys: softmax ignores it
-            with torch.no_grad():
-                bias.zero_()
-        return
-    bias = a.v.bias_or_none(model)
-    mean = statistic.mean(site)
-    if mean is None:
-        mean = left.new_zeros(a.heads * a.width) if bias is None else bias.detach()
-    assert center is not None
-    center.copy_(_turned(mean.to(left).view(a.heads, a.width), left).flatten())
-    _turn_rows(model, a, a.v, left)
-    out = part(model, a.out).weight  # (out, heads · width)
-    with torch.no_grad():
-        turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.width), right)
-        out.copy_(turned.flatten(1))
-
-
-def _turn_rows(model: nn.Module, a: Attention, projection: Projection, basis: Tensor) -> None:
-    weight, bias = projection.weight(model), projection.bias_or_none(model)
-    with torch.no_grad():
-        heads = weight.to(basis).view(a.heads, a.width, -1)
-        weight.copy_(torch.einsum("hki,hkr->hri", heads, basis).flatten(0, 1))
-        if bias is not None:
-            bias.copy_(_turned(bias.to(basis).view(a.heads, a.width), basis).flatten())
-
-
-def _turned(rows: Tensor, basis: Tensor) -> Tensor:
-    return torch.einsum("hk,hkr->hr", rows, basis)
 
 
 def _mask_output(model: nn.Module, parts: Sequence[_Masked]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:

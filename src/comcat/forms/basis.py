@@ -1,0 +1,54 @@
+"""The same product in another basis: its channels become directions of its factorisation, in the host's own layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..linalg import Factorization
+from ..sites import Attention, ProductSite, Projection, part
+
+
+def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean: Tensor | None) -> Tensor | None:
+    """Write a product's factors, most important channel first, over the projections that hold it: A L (B R)ᵀ = A Bᵀ.
+
+    Args:
+        mean: of the heads' outputs (heads · width), of a VO product; without one, the value bias stands for it.
+
+    Returns:
+        That mean in the new basis, (heads · width,), of a VO product; None of a QK product, whose key bias becomes zero
+        (a constant along keys, which softmax ignores).
+    """
+    a = site.attention
+    left, right = found.left, found.right  # (heads, width, width)
+    if site.kind == "qk":
+        _turn_rows(model, a, a.q, left)
+        _turn_rows(model, a, a.k, right)
+        bias = a.k.bias_or_none(model)
+        if bias is not None:
+            with torch.no_grad():
+                bias.zero_()
+        return None
+    bias = a.v.bias_or_none(model)
+    if mean is None:
+        mean = left.new_zeros(a.heads * a.width) if bias is None else bias.detach()
+    rest = _turned(mean.to(left).view(a.heads, a.width), left).flatten()
+    _turn_rows(model, a, a.v, left)
+    out = part(model, a.out).weight  # (out, heads · width)
+    with torch.no_grad():
+        turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.width), right)
+        out.copy_(turned.flatten(1))
+    return rest
+
+
+def _turn_rows(model: nn.Module, a: Attention, projection: Projection, basis: Tensor) -> None:
+    weight, bias = projection.weight(model), projection.bias_or_none(model)
+    with torch.no_grad():
+        heads = weight.to(basis).view(a.heads, a.width, -1)
+        weight.copy_(torch.einsum("hki,hkr->hri", heads, basis).flatten(0, 1))
+        if bias is not None:
+            bias.copy_(_turned(bias.to(basis).view(a.heads, a.width), basis).flatten())
+
+
+def _turned(rows: Tensor, basis: Tensor) -> Tensor:
+    return torch.einsum("hk,hkr->hr", rows, basis)
