@@ -1,11 +1,14 @@
-"""What an adapter costs on Stable Diffusion's true shapes, with random weights: bytes stored, a training step's time and memory, inference.
+"""What an adapter costs on Stable Diffusion's true shapes, with random weights: bytes stored, a training step's time
+and memory, inference.
 
-The goals: stored at rank 2 in float16, at most 1.7 MB for cross-attention and 3.3 MB with self-attention. A training step at most 0.8× Custom
-Diffusion's and 0.4× DreamBooth's as published (prior preservation, pictures and prompts encoded at every step; the paper: 0.81 and 0.38), at most 1.0×
-LoRA's with the same cache, and no more memory than LoRA's at equal bytes. Inference at most 1.05× the plain model's, fused 1.02×.
+The goals: stored at rank 2 in float16, at most 1.7 MB for cross-attention and 3.3 MB with self-attention. A training
+step at most 0.8× Custom Diffusion's and 0.4× DreamBooth's as published (prior preservation, pictures and prompts
+encoded at every step; the paper: 0.81 and 0.38), at most 1.0× LoRA's with the same cache, and no more memory than
+LoRA's at equal bytes. Inference at most 1.05× the plain model's, fused 1.02×.
 
-All methods take turns on one pipeline, round after round; a ratio is of one round, and its median and quartiles are reported. On a CPU pictures are small
-(``--side 64``: 8×8 latents). On a GPU: ``--device cuda --side 512 --dtype bfloat16``, and with ``--model sdxl --side 1024``.
+All methods take turns on one pipeline, round after round; a ratio is of one round, and its median and quartiles are
+reported. On a CPU pictures are small (``--side 64``: 8×8 latents). On a GPU: ``--device cuda --side 512 --dtype
+bfloat16``, and with ``--model sdxl --side 1024``.
 """
 
 from __future__ import annotations
@@ -50,20 +53,26 @@ from comcat.runs.watching import LossWatch
 IDENTIFIER, PROMPT, CLASS_PROMPT = "V*", "a photo of V* dog", "a photo of a dog"
 UNETS: dict[str, dict[str, Any]] = {
     "sd14": {
-        "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": (320, 640, 1280, 1280),
-        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"), "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
+        "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
         "cross_attention_dim": 768, "attention_head_dim": 8,
     },
     "sdxl": {
-        "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "block_out_channels": (320, 640, 1280),
+        "sample_size": 128, "in_channels": 4, "out_channels": 4, "layers_per_block": 2,
+        "block_out_channels": (320, 640, 1280),
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "transformer_layers_per_block": (1, 2, 10),
-        "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "use_linear_projection": True, "addition_embed_type": "text_time",
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "cross_attention_dim": 2048, "attention_head_dim": (5, 10, 20), "use_linear_projection": True,
+        "addition_embed_type": "text_time",
         "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
     },
 }  # fmt: skip
 VAE: dict[str, Any] = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32, "sample_size": 512,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
+    "sample_size": 512,
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
 }  # fmt: skip
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -113,13 +122,16 @@ def build(a: argparse.Namespace) -> Any:
     }
     if a.model == "sd14":
         pipe: Any = StableDiffusionPipeline(
-            vae=vae, text_encoder=text(CLIP_L), tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(skip_prk_steps=True, **beta),
+            vae=vae, text_encoder=text(CLIP_L), tokenizer=tokenizer, unet=unet,
+            scheduler=PNDMScheduler(skip_prk_steps=True, **beta),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
     else:
         pipe = StableDiffusionXLPipeline(
-            vae=vae, text_encoder=text(CLIP_L), text_encoder_2=text(CLIP_G, CLIPTextModelWithProjection), tokenizer=tokenizer,
-            tokenizer_2=make_tokenizer(words, identifiers=[IDENTIFIER], length=77), unet=unet, scheduler=EulerDiscreteScheduler(**beta),
+            vae=vae, text_encoder=text(CLIP_L), text_encoder_2=text(CLIP_G, CLIPTextModelWithProjection),
+            tokenizer=tokenizer,
+            tokenizer_2=make_tokenizer(words, identifiers=[IDENTIFIER], length=77), unet=unet,
+            scheduler=EulerDiscreteScheduler(**beta),
         )  # fmt: skip
     return pipe.to(device=a.device, dtype=getattr(torch, a.dtype))
 
@@ -165,8 +177,10 @@ def contenders(family: Family, sizes: dict[str, dict[str, float]]) -> dict[str, 
         "comcat": (comcat_plain, "cached"),
         "comcat, all attention": (comcat_all, "cached"),
         f"LoRA rank {ranks['small']}, all attention, bytes as comcat": (partial(lora, rank=ranks["small"]), "cached"),
-        f"LoRA rank {ranks['cross']}, cross-attention, bytes as comcat": (partial(lora, rank=ranks["cross"], modules=crossing), "cached"),
-        f"LoRA rank {ranks['all']}, all attention, bytes as comcat on all": (partial(lora, rank=ranks["all"]), "cached"),
+        f"LoRA rank {ranks['cross']}, cross-attention, bytes as comcat": (partial(lora, rank=ranks["cross"],
+            modules=crossing), "cached"),
+        f"LoRA rank {ranks['all']}, all attention, bytes as comcat on all": (partial(lora, rank=ranks["all"]),
+            "cached"),
         "Custom Diffusion as published": (partial(custom_diffusion, token=IDENTIFIER), "published"),
         "DreamBooth as published": (dreambooth, "published"),
     }  # fmt: skip
@@ -191,7 +205,8 @@ def training(pipe: Any, a: argparse.Namespace, sizes: dict[str, dict[str, float]
                 source = cached if feeding == "cached" else EncodingSource(family, [concept, prior], a.side, 0)
                 run = Optimisation(
                     family, noising_of(pipe.scheduler), method.trained, source,
-                    CustomizeSettings(steps=10**6, lr=1e-6, checkpoint_every=0), Processes(cpu=family.device.type == "cpu"),
+                    CustomizeSettings(steps=10**6, lr=1e-6, checkpoint_every=0),
+                    Processes(cpu=family.device.type == "cpu"),
                 )  # fmt: skip
                 run.step(run.progress.step, LossWatch())  # the optimizer's moments come with the first
                 found[name]["seconds"].append([_seconds(run) for _ in range(a.repeats)])
@@ -220,7 +235,7 @@ def _seconds(run: Optimisation) -> float:
 
 
 def _peak(run: Optimisation, family: Family, feeding: str, method: Method) -> int:
-    """Of one step: on a GPU the allocator's peak, with what a method does not need moved away; on a CPU storages alive."""
+    """Of one step: on a GPU the allocator's peak, without what a method does not need; on a CPU storages alive."""
     if family.device.type != "cuda":
         return peak_of_step(run, family, encoding=feeding == "published", live_text=method.live_text)
     idle = (
@@ -242,7 +257,9 @@ def _peak(run: Optimisation, family: Family, feeding: str, method: Method) -> in
 
 
 def inference(pipe: Any, a: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds of one call of the denoiser with classifier-free guidance (batch 2): plain, with an adapter, fused; in rounds."""
+    """Seconds of one call of the denoiser with classifier-free guidance (batch 2): plain, with an adapter, fused; in
+    rounds.
+    """
     family = family_of(pipe)
     side = a.side // pipe.vae_scale_factor
     with torch.no_grad():
@@ -304,7 +321,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for name, found in steps.items():
         against = {ours: ratio(best[ours], best[name]) for ours in best if ours.startswith("comcat")}
         rows[name] = {
-            "seconds": statistics.median(best[name]), "peak_bytes": found["peak_bytes"], "parameters": found["parameters"],
+            "seconds": statistics.median(best[name]), "peak_bytes": found["peak_bytes"],
+            "parameters": found["parameters"],
             "rounds": best[name], "of_this": against,
         }  # fmt: skip
     shown = [

@@ -1,4 +1,5 @@
-"""Calibrating DeiT-small at 224 on 128 pictures: how much more than the forward passes alone, and whether memory grows with pictures.
+"""Calibrating DeiT-small at 224 on 128 pictures: how much more than the forward passes alone, and whether memory grows
+with pictures.
 
 Goals: ``activation`` at most 1.5× the forward passes, ``loss`` at most 5×, peak memory flat in the number of pictures.
 """
@@ -54,12 +55,14 @@ def main() -> None:
     for statistic in ("activation", "loss"):
         for pictures in (a.batch_size, 4 * a.batch_size, 8 * a.batch_size):
             done = subprocess.run(
-                [sys.executable, __file__, "--model", a.model, "--memory-of", statistic, "--pictures", str(pictures), "--batch-size", str(a.batch_size), "--device", a.device],
+                [sys.executable, __file__, "--model", a.model, "--memory-of", statistic, "--pictures", str(pictures),
+                    "--batch-size", str(a.batch_size), "--device", a.device],
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
             memory[f"{statistic}-{pictures}"] = int(done.stdout.split()[-1])
     print(
-        f"{a.model}, {a.pictures} pictures: forward {times['forward']:.1f} s, activation {ratios['activation']:.2f}×, loss {ratios['loss']:.2f}×"
+        f"{a.model}, {a.pictures} pictures: forward {times['forward']:.1f} s, activation {ratios['activation']:.2f}×, "
+        f"loss {ratios['loss']:.2f}×"
     )
     for k, v in memory.items():
         print(f"  peak resident memory, {k} pictures: {v / 2**20:.0f} MiB")
@@ -78,7 +81,10 @@ def main() -> None:
 
 
 def argparse_note() -> str:
-    return "calibrate once with this statistic on a stream of pictures and print the peak resident memory (used by the script itself)"
+    return (
+        "calibrate once with this statistic on a stream of pictures and print the peak resident memory (used by "
+        "the script itself)"
+    )
 
 
 def _stream(pictures: int, batch: int):

@@ -49,7 +49,9 @@ def write(name: str, result: dict[str, Any]) -> Path:
 
 
 def kept_result(path: Path, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A result from its file, or made now and kept, so that a long script can be killed and goes on. One of other settings is made anew."""
+    """A result from its file, or made now and kept, so that a long script can be killed and goes on. One of other
+    settings is made anew.
+    """
     settings = json.loads(json.dumps(settings, default=str))
     if path.is_file() and (kept := json.loads(path.read_text())).get("settings") == settings:
         return kept["result"]

@@ -1,18 +1,23 @@
-"""Teaching the embedded pipeline its tenth digit: comcat beside Custom Diffusion, DreamBooth, PEFT's LoRA and LoKr (the paper's Tables 5 and 6).
+"""Teaching the embedded pipeline its tenth digit: comcat beside Custom Diffusion, DreamBooth, PEFT's LoRA and LoKr (the
+paper's Tables 5 and 6).
 
-One harness for all: the same pipeline, 10 pictures, steps, batch, optimizer (AdamW, weight decay 0.01, clipping 1, linear decay), noise and times by
-seed. Twice:
+One harness for all: the same pipeline, 10 pictures, steps, batch, optimizer (AdamW, weight decay 0.01, clipping 1,
+linear decay), noise and times by seed. Twice:
 
-- ``published``: each with its own regularisation (Custom Diffusion and DreamBooth: prior preservation with 200 class pictures; Custom Diffusion: V*'s
-  embedding learns as well) and, but for comcat, with pictures and prompts encoded anew at every step, as in the published scripts.
+- ``published``: each with its own regularisation (Custom Diffusion and DreamBooth: prior preservation with 200 class
+  pictures; Custom Diffusion: V*'s embedding learns as well) and, but for comcat, with pictures and prompts encoded anew
+  at every step, as in the published scripts.
 - ``equal``: all with comcat's cache and all with prior preservation; nobody's embedding learns.
 
-``comcat, protected`` has ``protect`` (see comcat.diffusion.learn.protection) with the prompts of the nine digits in place of, or in ``equal`` beside, class pictures;
-with ``new token`` V*'s embedding learns as well (``published`` alone); with ``dropout`` so large a share of its pictures is shown under the empty prompt.
+``comcat, protected`` has ``protect`` (see comcat.diffusion.learn.protection) with the prompts of the nine digits in
+place of, or in ``equal`` beside, class pictures; with ``new token`` V*'s embedding learns as well (``published``
+alone); with ``dropout`` so large a share of its pictures is shown under the empty prompt.
 
-Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed that is not reported, until the
-best is no end of what was tried, then half a step to either side of it; best is the mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the
-digit classifier's last layer (comcat.diffusion.digits.recogniser), trained apart on real scans: they compare methods here and nothing else.
+Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed
+that is not reported, until the best is no end of what was tried, then half a step to either side of it; best is the
+mean of the concept's recognition and the other digits' accuracy. Features for KID and FID are the 64 of the digit
+classifier's last layer (comcat.diffusion.digits.recogniser), trained apart on real scans: they compare methods here and
+nothing else.
 
 Every (mode, method, seed) is kept in ``--work``; a killed run goes on where it stopped.
 """
@@ -52,7 +57,8 @@ from comcat.scoring import fid, kid
 MODES = ("published", "equal")
 OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 FIGURE_PROMPTS = (
-    prompt_of(IDENTIFIER), prompt_of(IDENTIFIER, "red"), prompt_of(IDENTIFIER, "blue"), prompt_of(OTHERS[3]), prompt_of(OTHERS[7], "green"),
+    prompt_of(IDENTIFIER), prompt_of(IDENTIFIER, "red"), prompt_of(IDENTIFIER, "blue"), prompt_of(OTHERS[3]),
+    prompt_of(OTHERS[7], "green"),
 )  # fmt: skip
 START, FACTOR = 1e-3, 10**0.5
 
@@ -105,7 +111,8 @@ class Harness:
         result: dict[str, Any] = {
             "mode": mode, "method": name, "seed": seed, "lr": lr, "steps": self.a.steps, "batch": self.a.batch,
             "seconds": seconds, "seconds_in_steps": run.progress.seconds, "peak_bytes": peak,
-            "trained": sum(p.numel() for p in method.trained.values()), "stored_bytes": method.stored_bytes(self.a.work),
+            "trained": sum(p.numel() for p in method.trained.values()),
+            "stored_bytes": method.stored_bytes(self.a.work),
             "loss": statistics.mean(run.progress.losses[-50:]), **self.judge(pipe, count),
         }  # fmt: skip
         if sheet is not None:
@@ -124,7 +131,8 @@ class Harness:
             source = cached_source(family, kinds, SIDE, seed, live_text=method.live_text)
         settings = CustomizeSettings(steps=self.a.steps, batch_size=self.a.batch, lr=lr, seed=seed)
         return Optimisation(
-            family, noising_of(family.pipe.scheduler), method.trained, source, settings, Processes(cpu=family.device.type == "cpu"),
+            family, noising_of(family.pipe.scheduler), method.trained, source, settings,
+            Processes(cpu=family.device.type == "cpu"),
             constrain=method.constrain,
         )  # fmt: skip
 
@@ -207,7 +215,8 @@ def print_tables(modes: dict[str, dict[str, Any]], untouched: dict[str, float]) 
         table(
             ["method", "lr", "seconds", "memory MB", "stored kB", "recognised %", "KID", "FID"],
             [
-                [name, f"{m['lr']['mean']:.2g}", spread(m["seconds"]), spread(m["peak_bytes"], 1e-6), spread(m["stored_bytes"], 1e-3),
+                [name, f"{m['lr']['mean']:.2g}", spread(m["seconds"]), spread(m["peak_bytes"], 1e-6),
+                    spread(m["stored_bytes"], 1e-3),
                  spread(m["recognised"], 100), spread(m["kid"], 1, 2), spread(m["fid"], 1, 1)]
                 for name, m in methods.items()
             ],
@@ -294,7 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     print_tables(modes, untouched)
     result = {
         "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write", "pipeline")},
-        "features": f"{harness.concept.shape[1]} of the digit classifier's last layer", "real_pictures": len(harness.concept),
+        "features": f"{harness.concept.shape[1]} of the digit classifier's last layer",
+        "real_pictures": len(harness.concept),
         "concept": LEFT_OUT, "untouched": untouched, "modes": modes, "rates": rates, "runs": every,
         "figures": [Path(f).name for f in figures],
     }  # fmt: skip

@@ -1,10 +1,12 @@
 """Tuning over two processes against one, and killed against undisturbed.
 
-    python benchmarks/distributed.py                   # ../shared/models/vit_cifar10 at half its parameters, on CIFAR-10
+    python benchmarks/distributed.py                   # ../shared/models/vit_cifar10 at half its parameters, on
+    CIFAR-10
 
-First the same run of 20 steps in one process and in two joined by gloo, at the same global batch, without augmentation and drop-path: the losses side by side.
-Then a run with everything random switched on (augmentation, mixup, drop-path, moving average), once undisturbed and once killed by SIGKILL at
-three random moments and repeated: the weights, bit by bit. Every run is a process of its own, started as a user starts it; on the CPU, one thread each.
+First the same run of 20 steps in one process and in two joined by gloo, at the same global batch, without augmentation
+and drop-path: the losses side by side. Then a run with everything random switched on (augmentation, mixup, drop-path,
+moving average), once undisturbed and once killed by SIGKILL at three random moments and repeated: the weights, bit by
+bit. Every run is a process of its own, started as a user starts it; on the CPU, one thread each.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import torch
 
 PLAIN: dict[str, Any] = {"crop_scale": None, "flip": 0.0, "log_every": 1}
 RANDOM: dict[str, Any] = {
-    "crop_scale": (0.6, 1.0), "rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "ema": 0.99,
+    "crop_scale": (0.6, 1.0), "rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "mixup": 0.8, "cutmix": 1.0,
+    "ema": 0.99,
     "repeats": 2, "workers": 1, "log_every": 1, "checkpoint_every": 4,
 }  # fmt: skip
 KILLS = 3

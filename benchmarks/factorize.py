@@ -1,8 +1,8 @@
 """Factorising every QK and VO product of DeiT-base: from k × k Grams, against d × d products and a full SVD per head.
 
-The dense way is what COMCAT's published code does, a d × d product and numpy.linalg.svd per head; the same with torch.linalg.svd is timed as well. All
-run in this process, and singular values are compared. The ratio is between medians. Goal: at least 100×, singular values equal to 1e-4
-(relative to the largest).
+The dense way is what COMCAT's published code does, a d × d product and numpy.linalg.svd per head; the same with
+torch.linalg.svd is timed as well. All run in this process, and singular values are compared. The ratio is between
+medians. Goal: at least 100×, singular values equal to 1e-4 (relative to the largest).
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def main() -> None:
             worst = max(worst, float((difference / dense[name][:, 0]).max()))
     ratios = {way: seconds[way] / seconds["grams"] for way in seconds if way != "grams"}
     print(
-        f"{a.model}: {', '.join(f'{k} {v:.2f} s' for k, v in seconds.items())}: {ratios['dense, numpy']:.0f}× (torch {ratios['dense, torch']:.0f}×)"
+        f"{a.model}: {', '.join(f'{k} {v:.2f} s' for k, v in seconds.items())}: {ratios['dense, numpy']:.0f}× (torch "
+        f"{ratios['dense, torch']:.0f}×)"
     )
     print(f"largest difference of a singular value, relative to the largest: {worst:.1e}")
     if not a.no_write:

@@ -1,4 +1,4 @@
-"""What ``import comcat`` adds to ``import torch``: medians over fresh processes, taken in turns. Goal: at most 0.3 s."""
+"""What ``import comcat`` adds to ``import torch``: medians over fresh processes in turns. Goal: at most 0.3 s."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def main() -> None:
     added = {
         k: median([x - y for x, y in zip(v, base, strict=True)]) for k, v in seconds.items() if k != "import torch"
     }
-    summary = f"`import torch` takes {median(base):.2f} s; `import comcat` adds {added['import torch, comcat']:.3f} s, and reaching for `comcat.compress` {added['import torch, comcat; comcat.compress']:.2f} s."
+    summary = (
+        f"`import torch` takes {median(base):.2f} s; `import comcat` adds {added['import torch, comcat']:.3f} "
+        f"s, and reaching for `comcat.compress` {added['import torch, comcat; comcat.compress']:.2f} s."
+    )
     print(summary)
     if not a.no_write:
         write(

@@ -1,8 +1,10 @@
-"""Ways to teach a UNet a concept, ours and others', behind one interface: what each trains, what it stores, how it regularises.
+"""Ways to teach a UNet a concept, ours and others', behind one interface: what each trains, what it stores, how it
+regularises.
 
-Custom Diffusion (Kumari et al. 2023): keys and values of cross-attention, and the embedding of V*. DreamBooth (Ruiz et al. 2023): every weight of
-the UNet. LoRA (Hu et al. 2022) and LoKr (Yeh et al. 2024): PEFT's own modules on the attention's projections. All of them train in the same loop
-(:class:`comcat.diffusion.learn.optimisation.Optimisation`), so that what is timed is the method.
+Custom Diffusion (Kumari et al. 2023): keys and values of cross-attention, and the embedding of V*. DreamBooth (Ruiz et
+al. 2023): every weight of the UNet. LoRA (Hu et al. 2022) and LoKr (Yeh et al. 2024): PEFT's own modules on the
+attention's projections. All of them train in the same loop (:class:`comcat.diffusion.learn.optimisation.Optimisation`),
+so that what is timed is the method.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Method:
     """One method, set up in a pipeline whose own parameters are frozen.
 
     Attributes:
-        trained: parameters by name, which is also what the method stores. live_text: whether the text encoder takes part in every step.
+        trained: parameters by name, which is also what the method stores. live_text: whether the text encoder takes
+            part in every step.
         regularised: whether it comes with prior preservation as published. constrain: see ``Optimisation``.
         caption_dropout: share of the concept's pictures under the empty prompt.
         undo: closed, the pipeline is as before, but for what was trained in place.
@@ -64,7 +67,9 @@ def comcat_cross(
     family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), token: str | None = None,
     dropout: float = 0.0, **_: Any,
 ) -> Method:  # fmt: skip
-    """Eq. 8 at rank 2; with ``token``, its embedding as well. The empty prompt is protected like the others, unless pictures are shown under it."""
+    """Eq. 8 at rank 2; with ``token``, its embedding as well. The empty prompt is protected like the others, unless
+    pictures are shown under it.
+    """
     adapter = diffusion.attach(family.pipe, rank=2, where=where, seed=seed)
     constrain = Protection(family, adapter, protect, dropout=dropout).apply if protect else lambda: None
     undo = ExitStack()
@@ -160,7 +165,9 @@ def _asking(trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 @dataclass(frozen=True)
 class Kind:
-    """Pictures under one prompt, with their share of a step, the weight of their loss, and the share of them under the empty prompt."""
+    """Pictures under one prompt, with their share of a step, the weight of their loss, and the share of them under the
+    empty prompt.
+    """
 
     images: list[Image.Image]
     prompt: str

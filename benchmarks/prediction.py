@@ -1,8 +1,10 @@
 """Two disagreements looked into, on a trained vision transformer.
 
-1. Prediction against outcome: ½ Σ discarded σ² under the loss-aware statistic predicts the rise of the loss on the model's own labels, KL(dense ‖ compressed). How far does
+1. Prediction against outcome: ½ Σ discarded σ² under the loss-aware statistic predicts the rise of the loss on the
+model's own labels, KL(dense ‖ compressed). How far does
    that hold, site by site alone and all together?
-2. Product against unilateral: unilateral puts the identity where the product has W_QᵀW_Q (or W_VᵀW_V). Which of the two is nearer to the second moment that
+2. Product against unilateral: unilateral puts the identity where the product has W_QᵀW_Q (or W_VᵀW_V). Which of the two
+is nearer to the second moment that
    really occurs? Told as the cosine between the Gram matrices, mean over heads and layers.
 """
 

@@ -1,8 +1,9 @@
-"""What a step of rank search costs: beside a plain training step of the dense model, and beside evaluating every candidate apart.
+"""What a step of rank search costs: beside a plain training step of the dense model, and beside evaluating every
+candidate apart.
 
-A search step on DeiT-small updates the probabilities of candidate ranks with one forward and backward pass (nested candidates are a soft mask on
-one factorisation). The naive way, written down here as the baseline, holds every candidate's factors and adds up all their outputs. Rounds of
-all four calls are interleaved in one run.
+A search step on DeiT-small updates the probabilities of candidate ranks with one forward and backward pass (nested
+candidates are a soft mask on one factorisation). The naive way, written down here as the baseline, holds every
+candidate's factors and adds up all their outputs. Rounds of all four calls are interleaved in one run.
 
     python benchmarks/search_step.py
 """
@@ -96,7 +97,8 @@ def steps_of(name: str, batch: int, way: str, grid: int, device: str, dtype: tor
                 def before() -> Tensor:
                     relaxation.sample(1.0, generator)
                     return torch.stack(
-                        [s.probabilities() @ torch.tensor(found[n].costs, device=device) for n, s in relaxation.soft.items()]
+                        [s.probabilities() @ torch.tensor(found[n].costs, device=device) for n,
+                            s in relaxation.soft.items()]
                     ).sum()  # fmt: skip
 
     if alphas:
@@ -132,7 +134,9 @@ def _naive(model: nn.Module, sites, found) -> None:
 
 
 def peak_memory(arguments: argparse.Namespace, way: str) -> int:
-    """Most bytes of tensors alive at once over a step, the optimizer's included; on a CPU scratch space inside a kernel is not seen."""
+    """Most bytes of tensors alive at once over a step, the optimizer's included; on a CPU scratch space inside a kernel
+    is not seen.
+    """
     device = arguments.device
     step = steps_of(arguments.model, arguments.batch, way, arguments.grid, device, getattr(torch, arguments.dtype))
     step()  # makes the optimizer's moments
@@ -170,15 +174,18 @@ def main() -> None:
     seconds = common.interleaved(calls, arguments.repeats)
     medians = {way: common.median(s) for way, s in seconds.items()}
     rows = [
-        [w, medians[w], min(seconds[w]), max(seconds[w]), medians[w] / medians["dense"], medians["naive"] / medians[w], memory[w] / 2**20, memory[w] / memory["dense"]]
+        [w, medians[w], min(seconds[w]), max(seconds[w]), medians[w] / medians["dense"], medians["naive"] / medians[w],
+            memory[w] / 2**20, memory[w] / memory["dense"]]
         for w in WAYS
     ]  # fmt: skip
     common.table(["step", "seconds", "lowest", "highest", "× dense", "naive ÷ this", "peak MiB", "× dense"], rows)
     if not arguments.no_write:
         common.write(
             f"search-step-{arguments.model}-{arguments.dtype}-b{arguments.batch}-{arguments.grid}",
-            {"model": arguments.model, "batch": arguments.batch, "candidates": arguments.grid, "dtype": arguments.dtype, "seconds": seconds, "median": medians,
-             "over_dense": {w: medians[w] / medians["dense"] for w in WAYS}, "naive_over": {w: medians["naive"] / medians[w] for w in WAYS},
+            {"model": arguments.model, "batch": arguments.batch, "candidates": arguments.grid, "dtype": arguments.dtype,
+                "seconds": seconds, "median": medians,
+             "over_dense": {w: medians[w] / medians["dense"] for w in WAYS},
+             "naive_over": {w: medians["naive"] / medians[w] for w in WAYS},
              "peak_bytes": memory, "memory_over_dense": {w: memory[w] / memory["dense"] for w in WAYS}},
         )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """Measured speed-up against the ratio of MACs: DeiT-small at −50 % parameters and DeiT-base at −61 %.
 
-Dense and compressed models take turns in one interleaved run. Goal at batch 16, fp32: the speed-up is at least 0.9 of the MAC ratio, for
-``uniform`` and for the default plan. COMCAT reports 1.55× (small) and 2.0× (base) on a V100. Weights are random; that changes no shape but
-the default plan's ranks, which are chosen from the loss on random pictures.
+Dense and compressed models take turns in one interleaved run. Goal at batch 16, fp32: the speed-up is at least 0.9 of
+the MAC ratio, for ``uniform`` and for the default plan. COMCAT reports 1.55× (small) and 2.0× (base) on a V100. Weights
+are random; that changes no shape but the default plan's ranks, which are chosen from the loss on random pictures.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ def main() -> None:
                         speed = ratio(timings, "dense", plan)
                         mac_ratio = macs["dense"] / macs[plan]
                         row = {
-                            "model": name, "reduce": float(share), "plan": plan, "dtype": dtype, "batch": batch, "compiled": compiled, "mac_ratio": mac_ratio, "speed_up": speed[0],
-                            "speed_up_quartiles": speed[1:], "of_mac_ratio": speed[0] / mac_ratio, "parameters": count_parameters(plans[plan]) / count_parameters(dense),
+                            "model": name, "reduce": float(share), "plan": plan, "dtype": dtype, "batch": batch,
+                            "compiled": compiled, "mac_ratio": mac_ratio, "speed_up": speed[0],
+                            "speed_up_quartiles": speed[1:], "of_mac_ratio": speed[0] / mac_ratio,
+                            "parameters": count_parameters(plans[plan]) / count_parameters(dense),
                             "throughput": timings[plan].throughput, "dense_throughput": timings["dense"].throughput,
                         }  # fmt: skip
                         rows.append(row)
                         print(
-                            f"{name} {plan} {dtype} batch {batch}{' compiled' if compiled else ''}: {speed[0]:.2f}× ({speed[1]:.2f}–{speed[2]:.2f}), MACs {mac_ratio:.2f}×, {row['of_mac_ratio']:.2f} of it",
+                            f"{name} {plan} {dtype} batch {batch}{' compiled' if compiled else ''}: {speed[0]:.2f}× "
+                            f"({speed[1]:.2f}–{speed[2]:.2f}), MACs {mac_ratio:.2f}×, {row['of_mac_ratio']:.2f} of it",
                             flush=True,
                         )
             for m in models.values():

@@ -15,7 +15,8 @@ from common import RESULTS, quartiles, spread
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 INTRO = """# Results
 
-Every figure here was printed by a script in `benchmarks/` on the machine named, and this page is written from their results by `python benchmarks/summarise.py`.
+Every figure here was printed by a script in `benchmarks/` on the machine named, and this page is written from their
+results by `python benchmarks/summarise.py`.
 Ratios compare things measured in one run, interleaved.
 """
 
@@ -49,22 +50,29 @@ def rows_of(head: list[str], rows: list[list[Any]]) -> str:
 def factorise(r: dict[str, Any]) -> str:
     name = r["benchmark"].removeprefix("factorize-")
     rows = [[k, v, r["ratios"].get(k)] for k, v in r["seconds"].items()]
-    return f"{name}, every QK and VO product; largest difference of a singular value {r['largest_relative_difference']:.0e} of the largest.\n\n{rows_of(['way', 'seconds', 'times slower'], rows)}\n\n{where(r)}"
+    return (
+        f"{name}, every QK and VO product; largest difference of a singular value "
+        f"{r['largest_relative_difference']:.0e} of the "
+        f"largest.\n\n{rows_of(['way', 'seconds', 'times slower'], rows)}\n\n{where(r)}"
+    )
 
 
 def calibrate(r: dict[str, Any]) -> str:
     rows = [[k, v, r["ratios"].get(k)] for k, v in r["seconds"].items()]
     memory = [[k.rpartition("-")[0], int(k.rpartition("-")[2]), v / 2**20] for k, v in r["peak_rss_bytes"].items()]
     return "\n\n".join([
-        f"{r['benchmark'].removeprefix('calibrate-')}, {r['pictures']} pictures.", rows_of(["", "seconds", "× forward"], rows),
+        f"{r['benchmark'].removeprefix('calibrate-')}, {r['pictures']} pictures.",
+        rows_of(["", "seconds", "× forward"], rows),
         rows_of(["statistic", "pictures", "peak resident MiB"], memory), where(r),
     ])  # fmt: skip
 
 
 def speed(r: dict[str, Any]) -> str:
     rows = [
-        [x["model"], f"−{100 * x['reduce']:g} %", x["plan"], x["dtype"], x["batch"], "compiled" if x["compiled"] else "eager", x["speed_up"],
-         f"{x['speed_up_quartiles'][0]:.2f}–{x['speed_up_quartiles'][1]:.2f}", x["mac_ratio"], x["of_mac_ratio"], x["throughput"]] for x in r["rows"]
+        [x["model"], f"−{100 * x['reduce']:g} %", x["plan"], x["dtype"], x["batch"],
+            "compiled" if x["compiled"] else "eager", x["speed_up"],
+         f"{x['speed_up_quartiles'][0]:.2f}–{x['speed_up_quartiles'][1]:.2f}", x["mac_ratio"], x["of_mac_ratio"],
+         x["throughput"]] for x in r["rows"]
     ]  # fmt: skip
     head = [
         "model",
@@ -84,8 +92,11 @@ def speed(r: dict[str, Any]) -> str:
 
 def accuracy(r: dict[str, Any]) -> str:
     texts = [
-        f"`{r['model']}`, dense {r['dense_top1']:.2f} % top-1 on {r['pictures']} validation pictures; {r['calibration_pictures']} training pictures to calibrate on, "
-        f"mean of {r['seeds']} seeds (spread: largest less smallest); no fine-tuning; rank multiple 1. What is won back is told where a point or more is lost. The classifier head (10 classes) is a site as well: in the whole model, `uniform` cuts it like any other, which costs it most."
+        f"`{r['model']}`, dense {r['dense_top1']:.2f} % top-1 on {r['pictures']} validation pictures; "
+        f"{r['calibration_pictures']} training pictures to calibrate on, "
+        f"mean of {r['seeds']} seeds (spread: largest less smallest); no fine-tuning; rank multiple 1. What is won "
+        "back is told where a point or more is lost. The classifier head (10 classes) is a site as well: in the whole "
+        "model, `uniform` cuts it like any other, which costs it most."
     ]
     for part, title in (("mha", "attention (MHA)"), ("ffn", "feed-forward (FFN)"), ("model", "whole model")):
         rows = [x for x in r["rows"] if x["part"] == part]
@@ -140,14 +151,19 @@ def prediction(r: dict[str, Any]) -> str:
 def tuning(r: dict[str, Any]) -> str:
     t = r["settings"]["tune"]
     rows = [
-        [f"−{100 * x['saving']:g} %", x["rule"], *(f"{x[f'{k}_mean']:.2f}" + (f" ± {x[f'{k}_spread']:.2f}" if x["seeds"] > 1 else "") for k in ("before", "after")),
+        [f"−{100 * x['saving']:g} %", x["rule"],
+            *(f"{x[f'{k}_mean']:.2f}" + (f" ± {x[f'{k}_spread']:.2f}" if x["seeds"] > 1 else "") for k in ("before",
+                "after")),
          f"{x['ranks_s_mean']:.0f}", f"{x['tuning_s_mean']:.0f}", x["seeds"]] for x in r["rows"]
     ]  # fmt: skip
     samples = round(t["epochs"] * r["settings"]["training_pictures"])
     return "\n\n".join([
-        f"`{r['settings']['model']}`, dense {r['dense']:.2f} % top-1 on 5000 validation pictures; {samples:,} training samples of tuning with the dense model as the teacher (batch {t['batch_size']}, "
-        f"learning rate {t['lr']:g}); mean ± standard deviation over seeds. The classifier head stays as it is. Seconds were taken on a machine that did other work beside.",
-        rows_of(["parameters", "ranks", "top-1 before tuning", "after", "seconds for ranks and weights", "for tuning", "seeds"], rows), where(r),
+        f"`{r['settings']['model']}`, dense {r['dense']:.2f} % top-1 on 5000 validation pictures; {samples:,} training "
+        f"samples of tuning with the dense model as the teacher (batch {t['batch_size']}, "
+        f"learning rate {t['lr']:g}); mean ± standard deviation over seeds. The classifier head stays as it is. "
+        "Seconds were taken on a machine that did other work beside.",
+        rows_of(["parameters", "ranks", "top-1 before tuning", "after", "seconds for ranks and weights", "for tuning",
+            "seeds"], rows), where(r),
     ])  # fmt: skip
 
 
@@ -159,17 +175,23 @@ def adapter_cost(r: dict[str, Any]) -> str:
     ]  # fmt: skip
     inference = [[k, v["seconds"], quartiles(v["of_plain"], 3)] for k, v in r["inference"].items()]
     return "\n\n".join([
-        f"{r['model']}, its true shapes with random weights, pictures of {r['side']} pixels, {r['dtype']}, {r['rounds']} rounds. Stored at rank 2 in 16 bit: {stored}.",
-        rows_of(["training step", "seconds", "peak MB", "trained", "comcat takes"], rows), rows_of(["inference", "seconds", "× plain"], inference), where(r),
+        f"{r['model']}, its true shapes with random weights, pictures of {r['side']} pixels, {r['dtype']}, "
+        f"{r['rounds']} rounds. Stored at rank 2 in 16 bit: {stored}.",
+        rows_of(["training step", "seconds", "peak MB", "trained", "comcat takes"], rows),
+        rows_of(["inference", "seconds", "× plain"], inference), where(r),
     ])  # fmt: skip
 
 
 def search_step(r: dict[str, Any]) -> str:
     rows = [
-        [k, v, r["over_dense"][k], r["naive_over"][k], r["peak_bytes"][k] / 2**20, r["memory_over_dense"][k]] for k, v in r["median"].items()
+        [k, v, r["over_dense"][k], r["naive_over"][k], r["peak_bytes"][k] / 2**20, r["memory_over_dense"][k]] for k,
+        v in r["median"].items()
     ]  # fmt: skip
     head = ["step", "seconds", "× dense", "naive is slower by", "peak MiB of tensors", "× dense"]
-    return f"{r['model']}, batch {r['batch']}, {r['dtype']}, {r['candidates']} candidates a site.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    return (
+        f"{r['model']}, batch {r['batch']}, {r['dtype']}, {r['candidates']} candidates a "
+        f"site.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    )
 
 
 def distributed(r: dict[str, Any]) -> str:
@@ -177,18 +199,22 @@ def distributed(r: dict[str, Any]) -> str:
     kills = ", ".join(f"after step {x['step']}" for x in k["kills"])
     same = "bit for bit those" if k["weights_equal_bit_for_bit"] else "**not** those"
     return "\n\n".join([
-        f"`{r['model']}` at −{100 * r['reduce']:g} %, {r['steps']} steps of {r['batch_size']} pictures in all. Largest difference of a step's loss between one process and two (gloo): "
-        f"{p['largest_difference']:.1e}. A run killed with SIGKILL {kills}, and repeated each time, ended with weights {same} of the undisturbed run.", where(r),
+        f"`{r['model']}` at −{100 * r['reduce']:g} %, {r['steps']} steps of {r['batch_size']} pictures in all. Largest "
+        "difference of a step's loss between one process and two (gloo): "
+        f"{p['largest_difference']:.1e}. A run killed with SIGKILL {kills}, and repeated each time, ended with weights "
+        f"{same} of the undisturbed run.", where(r),
     ])  # fmt: skip
 
 
 def throughput(r: dict[str, Any]) -> str:
     s = r["settings"]
     rows = [
-        [x["tuning"], f"{x['bare']:.0f}", f"{x['comcat']:.0f}", f"{median(x['ratios']):.2f} ({min(x['ratios']):.2f}–{max(x['ratios']):.2f})"] for x in r["rows"]
+        [x["tuning"], f"{x['bare']:.0f}", f"{x['comcat']:.0f}", f"{median(x['ratios']):.2f} "
+            f"({min(x['ratios']):.2f}–{max(x['ratios']):.2f})"] for x in r["rows"]
     ]  # fmt: skip
     return "\n\n".join([
-        f"`{r['model']}` at −{100 * s['reduce']:g} %, batch {s['batch_size']}, {s['precision']}, {s['workers']} worker(s). The bare loop has its pictures ready in memory; tuning decodes and augments each.",
+        f"`{r['model']}` at −{100 * s['reduce']:g} %, batch {s['batch_size']}, {s['precision']}, {s['workers']} "
+        "worker(s). The bare loop has its pictures ready in memory; tuning decodes and augments each.",
         rows_of(["tuning", "bare loop, pictures/s", "comcat.tune", "ratio"], rows), where(r),
     ])  # fmt: skip
 
@@ -196,27 +222,49 @@ def throughput(r: dict[str, Any]) -> str:
 def customization(r: dict[str, Any]) -> str:
     before, s = r["untouched"], r["settings"]
     parts = [
-        f"The embedded pipeline learns its tenth digit from 10 pictures in {s['steps']} steps of {s['batch']}; {s['samples']} pictures a number, {len(s['seeds'])} seeds, mean ± standard deviation. Features for KID "
-        f"and FID: {r['features']}, a classifier trained apart on real scans, so they compare methods here and nothing else. Seconds were taken on a machine that did other work beside. The half steps of the learning rates, 207 pictures instead of 72 to choose them by, and the variants with a new token and with dropout 0.1 were added after first results of seeds 0 to 2 had been seen; dropout 0.05 after those of dropout 0.1. Seeds 3 to 5 were new to all. Before: concept recognised {100 * before['recognised']:.1f} %, KID {before['kid']:.0f}; the other nine, in white as their accuracy is taken, {100 * before['others']:.1f} %."
+        f"The embedded pipeline learns its tenth digit from 10 pictures in {s['steps']} steps of {s['batch']}; "
+        f"{s['samples']} pictures a number, {len(s['seeds'])} seeds, mean ± standard deviation. Features for KID "
+        f"and FID: {r['features']}, a classifier trained apart on real scans, so they compare methods here and nothing "
+        "else. Seconds were taken on a machine that did other work beside. The half steps of the learning rates, 207 "
+        "pictures instead of 72 to choose them by, and the variants with a new token and with dropout 0.1 were added "
+        "after first results of seeds 0 to 2 had been seen; dropout 0.05 after those of dropout 0.1. Seeds 3 to 5 "
+        f"were new to all. Before: concept recognised {100 * before['recognised']:.1f} %, KID {before['kid']:.0f}; the "
+        f"other nine, in white as their accuracy is taken, {100 * before['others']:.1f} %."
     ]  # fmt: skip
     for mode, methods in r["modes"].items():
         rows = [
-            [name, f"{m['lr']['mean']:.2g}", spread(m["seconds"]), spread(m["peak_bytes"], 1e-6), spread(m["stored_bytes"], 1e-3), spread(m["recognised"], 100), spread(m["kid"], 1, 0),
+            [name, f"{m['lr']['mean']:.2g}", spread(m["seconds"]), spread(m["peak_bytes"], 1e-6),
+                spread(m["stored_bytes"], 1e-3), spread(m["recognised"], 100), spread(m["kid"], 1, 0),
              spread(m["fid"]), spread(m["others"], 100), spread(m["others_kid"])] for name, m in methods.items()
         ]  # fmt: skip
-        head = ["method", "rate", "seconds", "peak MB", "stored kB", "recognised %", "KID", "FID", "the nine %", "their KID"]  # fmt: skip
+        head = [
+            "method",
+            "rate",
+            "seconds",
+            "peak MB",
+            "stored kB",
+            "recognised %",
+            "KID",
+            "FID",
+            "the nine %",
+            "their KID",
+        ]
         parts.append(f"**{MODES[mode]}**\n\n{rows_of(head, rows)}")
     return "\n\n".join([*parts, where(r)])
 
 
 MODES = {
-    "published": "As published: each with its own regularisation, and all but comcat encoding pictures and prompts at every step",
+    "published": "As published: each with its own regularisation, and all but comcat encoding pictures and prompts at "
+    "every step",
     "equal": "Equal: all with comcat's cache and with prior preservation",
 }
 
 
 def trained(r: dict[str, Any]) -> str:
-    return f"{r['parameters']:,} parameters, top-1 {r['top1']:.2f} % of {r['pictures']} validation pictures after {r['settings']['epochs']:g} epochs, {r['seconds'] / 60:.0f} minutes.\n\n{where(r)}"
+    return (
+        f"{r['parameters']:,} parameters, top-1 {r['top1']:.2f} % of {r['pictures']} validation pictures after "
+        f"{r['settings']['epochs']:g} epochs, {r['seconds'] / 60:.0f} minutes.\n\n{where(r)}"
+    )
 
 
 def time_by_operation(r: dict[str, Any]) -> str:
@@ -231,7 +279,10 @@ def time_by_operation(r: dict[str, Any]) -> str:
         "most of it that is possible",
     ]
     rows = [[name, *(x[k] for k in keys)] for name, x in r["rows"].items()]
-    return f"`{r['model']}` at −{100 * r['reduce']:g} %, batch {r['batch']}, fp32, by torch's profiler.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    return (
+        f"`{r['model']}` at −{100 * r['reduce']:g} %, batch {r['batch']}, fp32, by torch's "
+        f"profiler.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    )
 
 
 def real(r: dict[str, Any]) -> str:
@@ -249,21 +300,27 @@ def real(r: dict[str, Any]) -> str:
         return found and f"{found['mean']:+.2f} ({found['seed_error'] or 0:.2f}; {found['picture_error']:.2f})"
 
     told, paired = (
-        rows_of(head, [[m, *(cell(rows.get((m, b))) for b in budgets)] for m in methods if any(cell(rows.get((m, b))) for b in budgets)])
+        rows_of(head, [[m, *(cell(rows.get((m, b))) for b in budgets)] for m in methods if any(cell(rows.get((m,
+            b))) for b in budgets)])
         for cell in (scores, difference)
     )  # fmt: skip
     tuned = f"{r['settings']['tune']} steps of distillation" if r["settings"]["tune"] else "nothing tuned"
     return "\n\n".join([
-        f"{r['about']}; {r['judged']} pictures judged, {r['calibration_pictures']} to calibrate on, {tuned}. Dense: {r['dense']['score']:.2f} (error from the choice of pictures "
-        f"{r['dense']['picture_error']:.2f}). {r['measure']} with parameters of the whole model saved, mean ± standard deviation over seeds:",
-        told, f"Paired differences, {against} (in brackets: standard error over seeds; from the choice of pictures):", paired, where(r),
+        f"{r['about']}; {r['judged']} pictures judged, {r['calibration_pictures']} to calibrate on, {tuned}. Dense: "
+        f"{r['dense']['score']:.2f} (error from the choice of pictures "
+        f"{r['dense']['picture_error']:.2f}). {r['measure']} with parameters of the whole model saved, mean ± standard "
+        "deviation over seeds:",
+        told, f"Paired differences, {against} (in brackets: standard error over seeds; from the choice of pictures):",
+        paired, where(r),
     ])  # fmt: skip
 
 
 def heads(r: dict[str, Any]) -> str:
     rows = [
-        [x["task"], f"−{100 * x['reduce']:g} %", f"{x['predicted_ranks']:.4f}", f"{x['predicted_with_heads']:.4f}", f"{100 * x['gain']:.1f} %", f"{x['heads_gone']} of {x['heads']}",
-         f"{x['difference']['mean']:+.2f} ± {x['difference']['picture_error']:.2f}" if "difference" in x else None] for x in r["rows"]
+        [x["task"], f"−{100 * x['reduce']:g} %", f"{x['predicted_ranks']:.4f}", f"{x['predicted_with_heads']:.4f}",
+            f"{100 * x['gain']:.1f} %", f"{x['heads_gone']} of {x['heads']}",
+         f"{x['difference']['mean']:+.2f} ± "
+         f"{x['difference']['picture_error']:.2f}" if "difference" in x else None] for x in r["rows"]
     ]  # fmt: skip
     columns = [
         "task",
@@ -274,7 +331,10 @@ def heads(r: dict[str, Any]) -> str:
         "heads gone",
         "measured gain",
     ]
-    return f"Predicted loss at equal parameters, in the statistic's own unit; measured where it falls by more than {100 * r['settings']['verify']:g} %.\n\n{rows_of(columns, rows)}\n\n{where(r)}"
+    return (
+        "Predicted loss at equal parameters, in the statistic's own unit; measured where it falls by more than "
+        f"{100 * r['settings']['verify']:g} %.\n\n{rows_of(columns, rows)}\n\n{where(r)}"
+    )
 
 
 def start(r: dict[str, Any]) -> str:

@@ -1,7 +1,9 @@
-"""Where the time of a forward goes, dense and compressed: matrix products, attention, and what low rank does not shrink.
+"""Where the time of a forward goes, dense and compressed: matrix products, attention, and what low rank does not
+shrink.
 
-By torch's profiler, in one process with freed memory kept, DeiT-small at −50 % in float32 by default. From the share of the rest in the dense model follows the
-most that a plan's speed-up can be beside its ratio of MACs (Amdahl), were its products and attention to shrink by just that ratio.
+By torch's profiler, in one process with freed memory kept, DeiT-small at −50 % in float32 by default. From the share of
+the rest in the dense model follows the most that a plan's speed-up can be beside its ratio of MACs (Amdahl), were its
+products and attention to shrink by just that ratio.
 
     python benchmarks/time_by_operation.py
 """
@@ -21,7 +23,8 @@ from comcat.measure.memory import memory_kept
 from comcat.methods.compress import compress
 
 KINDS = {"addmm": "products", "mm": "products", "bmm": "products", "scaled_dot_product": "attention"}
-"""Beginnings of the names of operations; all else is the rest: biases, norms, GELU, sums, copies, the patch embedding."""
+"""Beginnings of the names of operations; all else is the rest: biases, norms, GELU, sums, copies, the patch embedding.
+"""
 
 
 def kind_of(operation: str) -> str:
@@ -65,14 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rest = times["dense"]["rest"] / times["dense"].total()
     rows = {
         name: {
-            **times[name], "share_of_rest": times[name]["rest"] / times[name].total(), "mac_ratio": (ratio := macs["dense"] / macs[name]),
+            **times[name], "share_of_rest": times[name]["rest"] / times[name].total(),
+            "mac_ratio": (ratio := macs["dense"] / macs[name]),
             "most_of_mac_ratio": 1 / (rest * ratio + 1 - rest),
         }
         for name in models
     }  # fmt: skip
     table(
         ["ms by kind", "products", "attention", "rest", "share of rest", "MAC ratio", "most of it"],
-        [[name, *(r[k] for k in ("products", "attention", "rest", "share_of_rest", "mac_ratio", "most_of_mac_ratio"))] for name, r in rows.items()],
+        [[name, *(r[k] for k in ("products", "attention", "rest", "share_of_rest", "mac_ratio",
+            "most_of_mac_ratio"))] for name, r in rows.items()],
     )  # fmt: skip
     if not a.no_write:
         write(f"time-by-operation-{a.model}", {"model": a.model, "reduce": a.reduce, "batch": a.batch, "rows": rows})

@@ -1,10 +1,13 @@
-"""Train the model that the tuning table is made on: DeiT-tiny's shape (192 wide, 12 deep, 3 heads) for 32×32 pictures in patches of 4, on CIFAR-10.
+"""Train the model that the tuning table is made on: DeiT-tiny's shape (192 wide, 12 deep, 3 heads) for 32×32 pictures
+in patches of 4, on CIFAR-10.
 
-From scratch, by ``comcat.tune`` itself with DeiT's recipe and no teacher. The goal is a top-1 of 93 % on the validation pictures, by which nothing is
-chosen. The weights go to ``benchmarks/models/deit_tiny_cifar10`` in float16 (11 MB), as timm's ``local-dir``. A killed run goes on where it stopped.
+From scratch, by ``comcat.tune`` itself with DeiT's recipe and no teacher. The goal is a top-1 of 93 % on the validation
+pictures, by which nothing is chosen. The weights go to ``benchmarks/models/deit_tiny_cifar10`` in float16 (11 MB), as
+timm's ``local-dir``. A killed run goes on where it stopped.
 
     python benchmarks/train_cifar10.py                  # on a GPU; two CPU cores would take days
-    python benchmarks/tuning.py --model benchmarks/models/deit_tiny_cifar10 --name tuning-deit-tiny --epochs 3 --savings 0.5 0.6 0.7 0.8 0.9
+    python benchmarks/tuning.py --model benchmarks/models/deit_tiny_cifar10 --name tuning-deit-tiny --epochs 3 --savings
+    0.5 0.6 0.7 0.8 0.9
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from comcat.files import write_json, write_tensors
 NAME, ARCHITECTURE = "deit_tiny_cifar10", "vit_tiny_patch16_224"
 SHAPE = {"img_size": 32, "patch_size": 4, "embed_dim": 192, "depth": 12, "num_heads": 3}
 INPUT = {
-    "input_size": [3, 32, 32], "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+    "input_size": [3, 32, 32], "fixed_input_size": True, "interpolation": "bicubic", "crop_pct": 1.0,
+    "crop_mode": "center",
     "mean": [0.4914, 0.4822, 0.4465], "std": [0.247, 0.2435, 0.2616],
 }  # fmt: skip
 RECIPE: dict[str, Any] = {
-    "batch_size": 512, "lr": 1e-3, "min_lr": 1e-5, "warmup": 0.05, "weight_decay": 0.05, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1,
+    "batch_size": 512, "lr": 1e-3, "min_lr": 1e-5, "warmup": 0.05, "weight_decay": 0.05, "mixup": 0.8, "cutmix": 1.0,
+    "smoothing": 0.1,
     "rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "crop_scale": (0.4, 1.0), "ema": 0.9998,
 }  # fmt: skip
 
@@ -56,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape = {**SHAPE, "depth": a.depth, "num_classes": len(classes)}
     model = timm.create_model(ARCHITECTURE, pretrained_cfg=INPUT, **shape).to(a.device)
     settings = {
-        **RECIPE, "epochs": a.epochs, "batch_size": a.batch_size, "precision": a.precision, "workers": a.workers, "seed": a.seed,
+        **RECIPE, "epochs": a.epochs, "batch_size": a.batch_size, "precision": a.precision, "workers": a.workers,
+        "seed": a.seed,
         "drop_path": a.drop_path, "eval_every": max(1.0, a.epochs / 20),
     }  # fmt: skip
     comcat.tune(model, train, evaluation=judged, out=a.work, progress=True, **settings)
@@ -71,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         common.write(
             f"train-{NAME}",
             {"top1": found.top1, "pictures": judged.count, "settings": settings, "seconds": tuning["seconds"],
-             "images_per_second": tuning["images_per_second"], "parameters": comcat.count_parameters(model), "curve": tuning["curve"]},
+             "images_per_second": tuning["images_per_second"], "parameters": comcat.count_parameters(model),
+             "curve": tuning["curve"]},
         )  # fmt: skip
 
 
@@ -79,9 +86,11 @@ def save(model: Any, shape: dict[str, Any], classes: list[str], out: Path) -> No
     """As timm's ``local-dir`` reads it, in float16; each file is written whole or not at all."""
     write_tensors(out / "model.safetensors", {k: v.detach().half() for k, v in model.state_dict().items()})
     content = {
-        "architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": SHAPE["embed_dim"], "global_pool": "token",
+        "architecture": ARCHITECTURE, "num_classes": len(classes), "num_features": SHAPE["embed_dim"],
+        "global_pool": "token",
         "model_args": shape, "label_names": classes,
-        "pretrained_cfg": {**INPUT, "num_classes": len(classes), "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head"},
+        "pretrained_cfg": {**INPUT, "num_classes": len(classes), "pool_size": None, "first_conv": "patch_embed.proj",
+            "classifier": "head"},
     }  # fmt: skip
     write_json(out / "config.json", content)
 

@@ -1,8 +1,10 @@
 """What tuning wins back: top-1 of the trained CIFAR-10 model after an epoch, by how its ranks were chosen.
 
-For every saving and seed, four plans (uniform, energy, waterfill, searched), the same closed-form weights, the same tuning with the model before
-compression as the teacher. The classifier head stays as it is (10 classes: `uniform` would cut it to one or two). Ranks are found, and everything is trained, on training pictures alone; accuracy is on the 5,000 validation pictures. Seconds to find
-the plan are part of the result. Each finished run is kept, so the script can be stopped and goes on.
+For every saving and seed, four plans (uniform, energy, waterfill, searched), the same closed-form weights, the same
+tuning with the model before compression as the teacher. The classifier head stays as it is (10 classes: `uniform` would
+cut it to one or two). Ranks are found, and everything is trained, on training pictures alone; accuracy is on the 5,000
+validation pictures. Seconds to find the plan are part of the result. Each finished run is kept, so the script can be
+stopped and goes on.
 
     python benchmarks/tuning.py                        # one epoch a run, 3 seeds
     python benchmarks/tuning.py --epochs 3 --savings 0.5 0.6 0.7 0.8 0.9
@@ -57,7 +59,11 @@ def main() -> None:
                 kept = work / f"{rule}-{saving:g}-{seed}-{arguments.epochs:g}.json"
                 run = partial(one_run, arguments, model, train, judged, rule, saving, seed)
                 results.append(r := common.kept_result(kept, asked, run))
-                print(f"{rule} -{saving:.0%} seed {seed}: {r['before']:.2f} -> {r['after']:.2f} (ranks {r['ranks_s']:.0f} s, tuning {r['tuning_s']:.0f} s)", flush=True)  # fmt: skip
+                print(
+                    f"{rule} -{saving:.0%} seed {seed}: {r['before']:.2f} -> {r['after']:.2f} (ranks "
+                    f"{r['ranks_s']:.0f} s, tuning {r['tuning_s']:.0f} s)",
+                    flush=True,
+                )
     rows = []
     for saving in arguments.savings:
         for rule in arguments.rules:
@@ -70,11 +76,13 @@ def main() -> None:
     print(f"dense {dense:.2f}")
     common.table(
         ["saving", "ranks", "before tuning", "after", "±", "seconds for ranks", "for tuning"],
-        [[f"{r['saving']:.0%}", r["rule"], r["before_mean"], r["after_mean"], r["after_spread"], r["ranks_s_mean"], r["tuning_s_mean"]] for r in rows],
+        [[f"{r['saving']:.0%}", r["rule"], r["before_mean"], r["after_mean"], r["after_spread"], r["ranks_s_mean"],
+            r["tuning_s_mean"]] for r in rows],
     )  # fmt: skip
     if not arguments.no_write:
         settings = {
-            "search": SEARCH, "tune": {**TUNE, "epochs": arguments.epochs}, "model": Path(arguments.model).name, "training_pictures": train.count
+            "search": SEARCH, "tune": {**TUNE, "epochs": arguments.epochs}, "model": Path(arguments.model).name,
+            "training_pictures": train.count
         }  # fmt: skip
         common.write(arguments.name, {"dense": dense, "settings": settings, "rows": rows, "runs": results})
 
@@ -95,7 +103,8 @@ def one_run(arguments: Any, model: Any, train: Any, judged: Any, rule: str, savi
     started = time.monotonic()
     comcat.tune(small, train, teacher=model, epochs=arguments.epochs, seed=seed, **TUNE)
     return {
-        "rule": rule, "saving": saving, "seed": seed, "saved": 1 - comcat.count_parameters(small) / comcat.count_parameters(model),
+        "rule": rule, "saving": saving, "seed": seed,
+        "saved": 1 - comcat.count_parameters(small) / comcat.count_parameters(model),
         "before": before, "after": top1(small, judged), "ranks_s": ranks_s, "tuning_s": time.monotonic() - started,
     }  # fmt: skip
 

@@ -1,10 +1,12 @@
 """How many pictures a second tuning trains on, beside a bare loop of the same model, batch and precision.
 
-The bare loop has its pictures ready in memory, and does forward, loss, backward and AdamW's step; with a teacher, that one's forward too. Tuning reads, decodes
-and augments each picture, clips gradients, watches the loss and keeps its log. They take turns, ``--repeats`` times; a ratio is of one turn.
+The bare loop has its pictures ready in memory, and does forward, loss, backward and AdamW's step; with a teacher, that
+one's forward too. Tuning reads, decodes and augments each picture, clips gradients, watches the loss and keeps its log.
+They take turns, ``--repeats`` times; a ratio is of one turn.
 
     python benchmarks/tuning_throughput.py
-    python benchmarks/tuning_throughput.py --model benchmarks/models/deit_tiny_cifar10 --batch-size 1024 --workers 14     # on a GPU
+    python benchmarks/tuning_throughput.py --model benchmarks/models/deit_tiny_cifar10 --batch-size 1024 --workers 14
+    # on a GPU
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append({"tuning": name, "bare": bare, "comcat": ours, "ratios": [t / b for b, t in turns]})
     common.table(
         ["", "bare loop, pictures/s", "comcat.tune", "ratio", "lowest", "highest"],
-        [[r["tuning"], r["bare"], r["comcat"], statistics.median(r["ratios"]), min(r["ratios"]), max(r["ratios"])] for r in rows],
+        [[r["tuning"], r["bare"], r["comcat"], statistics.median(r["ratios"]), min(r["ratios"]),
+            max(r["ratios"])] for r in rows],
     )  # fmt: skip
     if not a.no_write:
         settings = {k: v for k, v in vars(a).items() if k not in ("model", "data", "no_write")}

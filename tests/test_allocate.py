@@ -101,7 +101,7 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
         if sum(c for c, _ in combo) <= target + 1e-9
     )
     got = sum(float(tails[n][plan.sites[n].keep]) if n in plan.sites else 0.0 for n in sites)
-    # Lagrangian choice reaches the convex hull; what is left is at most one site's largest jump between neighbouring options
+    # Lagrangian choice reaches the convex hull; at most one site's largest jump to a neighbour is left
     jump = max(a[1] - b[1] for o in options.values() for a, b in itertools.pairwise(o))
     assert best - 1e-9 <= got <= best + jump + 1e-9
     assert got == pytest.approx(plan.made_by["predicted_loss"])

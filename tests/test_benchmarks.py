@@ -83,8 +83,10 @@ def test_figures(scripts, folder, tmp_path):
 def small(folder, tmp_path) -> list[str]:
     """A recipe's search and tuning, but in a few steps."""
     options = {
-        "model": folder, "data": "digits:train", "eval": "digits:test", "out": tmp_path / "out", "recipe": "deit-small-half", "limit": 24,
-        "eval-limit": 20, "batch-size": 8, "pictures": 8, "rounds": 2, "rank-steps": 2, "weight-steps": 1, "epochs": 1, "workers": 0, "precision": "fp32",
+        "model": folder, "data": "digits:train", "eval": "digits:test", "out": tmp_path / "out",
+        "recipe": "deit-small-half", "limit": 24,
+        "eval-limit": 20, "batch-size": 8, "pictures": 8, "rounds": 2, "rank-steps": 2, "weight-steps": 1, "epochs": 1,
+        "workers": 0, "precision": "fp32",
     }  # fmt: skip
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
@@ -154,7 +156,10 @@ def test_a_model_is_trained_and_loads(scripts, tmp_path):
 
     from comcat import count_parameters, load_model
 
-    words = "--data digits:train --eval digits:test --limit 40 --epochs 1 --batch-size 16 --depth 1 --workers 0 --precision fp32"
+    words = (
+        "--data digits:train --eval digits:test --limit 40 --epochs 1 --batch-size 16 --depth 1 --workers 0 "
+        "--precision fp32"
+    )
     train_cifar10.main([*words.split(), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "model")])
     written = json.loads(next(scripts.rglob("train-deit_tiny_cifar10.json")).read_text())
     assert 0 <= written["top1"] <= 100 and written["images_per_second"] > 0

@@ -173,7 +173,8 @@ def test_a_plan_can_be_used_again(folder, small, tmp_path):
 def test_a_recipe_and_an_option_that_wins(folder, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"model: {folder}\ndata: digits:train\nreduce: 0.2\npictures: 16\nonly: [qk, vo]\nbench: false\nstatistic: weights\n"
+        f"model: {folder}\ndata: digits:train\nreduce: 0.2\npictures: 16\nonly: [qk, vo]\nbench: false\nstatistic: "
+        f"weights\n"
     )
     out = tmp_path / "out"
     assert main(["compress", "--recipe", str(recipe), "--reduce", "0.1", "--out", str(out)]) == 0
@@ -222,15 +223,22 @@ def test_max_drop_is_not_judged_on_the_pictures_that_decided(folder, tmp_path, m
         (["compress", "FOLDER", "--data", "./nothing", "--reduce", "0.5", "--out", "OUT"], "nothing"),
         (["compress", "FOLDER", "--data", "EMPTY", "--reduce", "0.5", "--out", "OUT"], "picture"),
         (["compress", "FOLDER", "--data", "digits:train", "--out", "OUT"], "how far"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.99", "--pictures", "16", "--out", "OUT"], "at most"),
-        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits:train", "--reduce", "0.5", "--out", "OUT"], "both"),
-        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits", "--reduce", "0.5", "--pictures", "16", "--out", "OUT"], "also in the evaluation set"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.99", "--pictures", "16", "--out", "OUT"],
+            "at most"),
+        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits:train", "--reduce", "0.5", "--out", "OUT"],
+            "both"),
+        (["compress", "FOLDER", "--data", "digits:train", "--eval", "digits", "--reduce", "0.5", "--pictures", "16",
+            "--out", "OUT"], "also in the evaluation set"),
         (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "FOLDER"], "not empty"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--plan", "OUT/plan.json", "--out", "OUT"], "no plan"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--device", "cuda:99"], "device"),
-        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "BLOCKED"], "nothing can be written"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--plan", "OUT/plan.json", "--out", "OUT"],
+            "no plan"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "OUT", "--device", "cuda:99"],
+            "device"),
+        (["compress", "FOLDER", "--data", "digits:train", "--reduce", "0.5", "--out", "BLOCKED"],
+            "nothing can be written"),
         (["inspect", "FOLDER", "--device", "meta"], "holds no values"),
-        (["inspect", "FOLDER", "--seed", "99999999999999999999999"], "seed=99999999999999999999999, expected a whole number from 0"),
+        (["inspect", "FOLDER", "--seed", "99999999999999999999999"], "seed=99999999999999999999999, expected a whole "
+            "number from 0"),
         (["eval", "FOLDER", "--data", "EMPTY"], "picture"),
         (["compress", "--recipe", "OUT.yaml", "--out", "OUT"], "no recipe"),
     ],
@@ -343,7 +351,10 @@ def test_version_and_module():
 
 
 def test_importing_comcat_brings_in_no_heavy_library():
-    code = "import sys, comcat; print([m for m in ('timm', 'transformers', 'diffusers', 'matplotlib', 'accelerate', 'torch', 'tyro') if m in sys.modules])"
+    code = (
+        "import sys, comcat; print([m for m in ('timm', 'transformers', 'diffusers', 'matplotlib', 'accelerate', "
+        "'torch', 'tyro') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -61,7 +61,8 @@ def test_a_plan_for_a_part_of_the_model_says_so():
     assert plan.made_for is not None and plan.made_for.chosen is not None
     handle = apply_(model, plan)
     assert handle.notes == (
-        f"The plan was made for {len(plan.made_for.chosen)} of the model's {len(plan.made_for.sites)} sites; the others stay as they are.",
+        f"The plan was made for {len(plan.made_for.chosen)} of the model's {len(plan.made_for.sites)} sites; the "
+        "others stay as they are.",
     )
     assert apply_(tiny_vit(), Plan(sites={"blocks.0.attn:qk": SitePlan(keep=4, full=16)})).notes == ()
 

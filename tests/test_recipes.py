@@ -59,7 +59,12 @@ def test_positional_arguments_of_the_recipe_fill_up_those_given(recipe):
     path = recipe("colour: blue\npretrained: false\nwhat: door\n")
     assert with_recipe(["paint", f"--recipe={path}"], COMMANDS)[:4] == ["paint", "door", "blue", "--no-pretrained"]
     assert with_recipe(["paint", "--recipe", path, "wall"], COMMANDS)[:3] == ["paint", "wall", "blue"]
-    assert with_recipe(["paint", "wall", "red", "--recipe", path], COMMANDS)[:4] == ["paint", "wall", "red", "--no-pretrained"]  # fmt: skip
+    assert with_recipe(["paint", "wall", "red", "--recipe", path], COMMANDS)[:4] == [
+        "paint",
+        "wall",
+        "red",
+        "--no-pretrained",
+    ]
 
 
 @pytest.mark.parametrize("given", [["--coats", "2"], ["--coats=2"], ["--litres", "1"]])
@@ -69,7 +74,13 @@ def test_one_of_two_alternatives_given_replaces_both(recipe, given):
 
 
 def test_verbs_without_recipes_and_commands_without_one_stay(recipe):
-    for arguments in ([], ["paint", "wall"], ["paint", "--recipe"], ["sweep", "--recipe", recipe("where: there")], ["nothing"]):  # fmt: skip
+    for arguments in (
+        [],
+        ["paint", "wall"],
+        ["paint", "--recipe"],
+        ["sweep", "--recipe", recipe("where: there")],
+        ["nothing"],
+    ):
         assert with_recipe(arguments, COMMANDS) == arguments
 
 

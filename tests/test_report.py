@@ -114,7 +114,8 @@ def full(depth=2, heads=2, width=4, cost=10):
 
 SEARCH = {
     "settings": {
-        "reduce": 0.6, "budget": "parameters", "beta": 1.5, "penalty": "always", "candidates": (), "grid": "near", "held_out": 0.2,
+        "reduce": 0.6, "budget": "parameters", "beta": 1.5, "penalty": "always", "candidates": (), "grid": "near",
+        "held_out": 0.2,
         "rounds": 2, "rank_steps": 2, "weight_steps": 1, "batch_size": 10,
     },
     "curve": [
@@ -130,15 +131,18 @@ SEARCH = {
 def tuning(lines=4, **changes):
     """A tuning run of two epochs with an evaluation after each, as its record has it."""
     curve = [
-        {"step": i, "epoch": 2 * i / lines, "lr": 1e-4 / i, "loss": 1 / i, "label_loss": 2 / i, "distillation_loss": 0.5, "train_top1": 10.0 * i}
+        {"step": i, "epoch": 2 * i / lines, "lr": 1e-4 / i, "loss": 1 / i, "label_loss": 2 / i,
+            "distillation_loss": 0.5, "train_top1": 10.0 * i}
         for i in range(1, lines + 1)
     ]  # fmt: skip
     curve[lines // 2 - 1] |= {"top1": 70.0, "eval_loss": 0.7}
     curve[-1] |= {"top1": 75.0, "eval_loss": 0.6}
     settings = {"distillation": "hard", "batch_size": 256, "lr": 1e-4, "min_lr": 1e-6, "weight_decay": 0.005}
     result = {
-        "settings": settings, "teacher": "timm:deit_small_patch16_224", "curve": curve, "seconds": 3725.0, "images_per_second": 1512.7,
-        "before": {"count": 100, "top1": 65.0, "loss": 0.9}, "after": {"count": 100, "top1": 75.0, "loss": 0.6}, "best": {"step": lines, "top1": 75.0},
+        "settings": settings, "teacher": "timm:deit_small_patch16_224", "curve": curve, "seconds": 3725.0,
+        "images_per_second": 1512.7,
+        "before": {"count": 100, "top1": 65.0, "loss": 0.9}, "after": {"count": 100, "top1": 75.0, "loss": 0.6},
+        "best": {"step": lines, "top1": 75.0},
     }  # fmt: skip
     return {**result, **changes}
 

@@ -1,4 +1,6 @@
-"""Distances against closed forms and other libraries, resizing against Pillow, features of several libraries, and the command."""
+"""Distances against closed forms and other libraries, resizing against Pillow, features of several libraries, and the
+command.
+"""
 
 import json
 from dataclasses import asdict

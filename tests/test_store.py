@@ -777,7 +777,7 @@ class PaperLinear(nn.Module):
 
 
 def paper_model(base: nn.Module, *, bias: bool = True, head: bool = True) -> nn.Module:
-    """``base`` as the paper's code would have it: ranks 12 and 15 over three heads, 6 in fc1; block 1's fc2 is dense."""
+    """``base`` as the paper's code has it: ranks 12 and 15 over three heads, 6 in fc1; block 1's fc2 is dense."""
     model = copy.deepcopy(base)
     for block in model.blocks:
         block.attn = Selected(PaperAttention(24, 3, 4, 5, bias), "qk_rank_alpha", "vp_rank_alpha")

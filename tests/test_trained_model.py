@@ -1,4 +1,6 @@
-"""Slow: what compression keeps of a really trained model. Needs ../shared beside the checkout, and is skipped without it."""
+"""Slow: what compression keeps of a really trained model. Needs ../shared beside the checkout, and is skipped without
+it.
+"""
 
 import copy
 from pathlib import Path

@@ -46,7 +46,8 @@ def test_a_plan_with_every_form_of_old_gives_the_output_that_it_gave():
     kept = load_file(FIXTURES / "plan.safetensors")
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224", pretrained=False, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=5
+        "vit_tiny_patch16_224", pretrained=False, img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=3,
+        num_classes=5
     ).eval()  # fmt: skip
     shake(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}

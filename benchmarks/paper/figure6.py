@@ -1,9 +1,11 @@
-"""COMCAT, Figure 6: ranks found by search against ranks set by hand (the same share everywhere): top-1 and parameters over epochs.
+"""COMCAT, Figure 6: ranks found by search against ranks set by hand (the same share everywhere): top-1 and parameters
+over epochs.
 
     python benchmarks/paper/figure6.py --data /imagenet/train --eval /imagenet/val --out runs/figure6
 
-The epochs of the search come first, with top-1 on the training pictures that it holds out; then both models are tuned alike, with top-1 on
-the evaluation pictures. The search hands over ranks and no weights: tuning begins at the model compressed by them. Writes figure6.svg.
+The epochs of the search come first, with top-1 on the training pictures that it holds out; then both models are tuned
+alike, with top-1 on the evaluation pictures. The search hands over ranks and no weights: tuning begins at the model
+compressed by them. Writes figure6.svg.
 """
 
 from __future__ import annotations

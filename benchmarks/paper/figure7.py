@@ -2,8 +2,8 @@
 
     python benchmarks/paper/figure7.py --data /imagenet/train --eval /imagenet/val --out runs/figure7
 
-Shows expected parameters, cross-entropy and held-out top-1 over the steps of each search; prints top-1 on the evaluation pictures of the
-model compressed by each plan, without tuning. Writes figure7.svg.
+Shows expected parameters, cross-entropy and held-out top-1 over the steps of each search; prints top-1 on the
+evaluation pictures of the model compressed by each plan, without tuning. Writes figure7.svg.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""COMCAT, Figures 1 and 2: cumulative singular values of W_Q, W_K, W_V, W_O, QK and VO per head and layer, and the parameters that 90 % of them need.
+"""COMCAT, Figures 1 and 2: cumulative singular values of W_Q, W_K, W_V, W_O, QK and VO per head and layer, and the
+parameters that 90 % of them need.
 
     python benchmarks/paper/figures12.py --model timm:deit_base_patch16_224 --out figures/
 
@@ -33,7 +34,8 @@ def main(given: list[str] | None = None) -> dict:
     for matrices, product in ((("W_Q", "W_K"), "QK"), (("W_V", "W_O"), "VO")):
         apart = sum(needed.get(m, 0.0) for m in matrices)
         print(
-            f"90 % of the singular values: {' + '.join(matrices)} {apart / 1e6:.2f} M parameters, {product} {needed.get(product, 0.0) / 1e6:.2f} M"
+            f"90 % of the singular values: {' + '.join(matrices)} {apart / 1e6:.2f} M parameters, {product} "
+            f"{needed.get(product, 0.0) / 1e6:.2f} M"
         )
     (out / "figure2.json").write_text(json.dumps(needed, indent=1) + "\n")
     return needed

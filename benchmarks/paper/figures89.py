@@ -3,8 +3,8 @@
     python benchmarks/paper/figures89.py --data /imagenet/train --eval /imagenet/val --out runs/figures89
     python benchmarks/paper/figures89.py --model timm:deit_small_patch16_224 --plan plan.json
 
-The second form draws a plan found before and needs no pictures. Ranks of attention are those of a head, where the paper states the sum over
-heads. Writes ranks-RECIPE.svg, or ranks-PLAN.svg.
+The second form draws a plan found before and needs no pictures. Ranks of attention are those of a head, where the paper
+states the sum over heads. Writes ranks-RECIPE.svg, or ranks-PLAN.svg.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""COMCAT, Table 1: DeiT-small distilled on ImageNet-1K without fine-tuning, attention parameters −20 … −80 %, head level against matrix level.
+"""COMCAT, Table 1: DeiT-small distilled on ImageNet-1K without fine-tuning, attention parameters −20 … −80 %, head
+level against matrix level.
 
     python benchmarks/paper/table1.py --data /imagenet/val --calibration /imagenet/train
 

@@ -1,9 +1,11 @@
-"""COMCAT, Table 3: parameters, MACs, accuracy and throughput of DeiT-small and DeiT-base before and after, on this machine.
+"""COMCAT, Table 3: parameters, MACs, accuracy and throughput of DeiT-small and DeiT-base before and after, on this
+machine.
 
     python benchmarks/paper/table3.py --data /imagenet/val --calibration /imagenet/train
 
-The paper's phone, Jetson, Eyeriss and FPGA columns are left out: none of that hardware is here. Its V100 column is printed as published. Accuracy here is without
-fine-tuning; the paper's is after it, so those two are not to be compared.
+The paper's phone, Jetson, Eyeriss and FPGA columns are left out: none of that hardware is here. Its V100 column is
+printed as published. Accuracy here is without fine-tuning; the paper's is after it, so those two are not to be
+compared.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from comcat.measure import benchmark, count_macs, count_parameters, ratio
 from comcat.methods.allocate import allocate
 
 PUBLISHED = {
-    "DeiT-small (published, V100)": [21.96, 4.24, 79.8, 974.46], "COMCAT small (published, V100, fine-tuned)": [10.98, 2.07, 79.27, 1512.91],
-    "DeiT-base (published, V100)": [86.38, 16.85, 81.8, 301.34], "COMCAT base (published, V100, fine-tuned)": [33.63, 6.46, 82.26, 602.51],
+    "DeiT-small (published, V100)": [21.96, 4.24, 79.8, 974.46], "COMCAT small (published, V100, fine-tuned)": [10.98,
+        2.07, 79.27, 1512.91],
+    "DeiT-base (published, V100)": [86.38, 16.85, 81.8, 301.34], "COMCAT base (published, V100, fine-tuned)": [33.63,
+        6.46, 82.26, 602.51],
 }  # fmt: skip
 MODELS = (("deit_small_patch16_224", 0.5), ("deit_base_patch16_224", 0.61))
 

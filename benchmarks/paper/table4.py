@@ -1,8 +1,10 @@
-"""COMCAT, Table 4: DeiT-small without fine-tuning, FFN parameters −10 … −50 %: SVD, Tucker, tensor train, with throughput.
+"""COMCAT, Table 4: DeiT-small without fine-tuning, FFN parameters −10 … −50 %: SVD, Tucker, tensor train, with
+throughput.
 
     python benchmarks/paper/table4.py --data /imagenet/val --calibration /imagenet/train
 
-The reshapes of the tensor forms are those of comcat.methods.baselines. Published rows are marked; their throughput is a V100's.
+The reshapes of the tensor forms are those of comcat.methods.baselines. Published rows are marked; their throughput is a
+V100's.
 """
 
 from __future__ import annotations

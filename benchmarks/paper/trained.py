@@ -1,6 +1,7 @@
 """What the scripts of the paper's searched and tuned results share: settings from a recipe, searches, tuned models.
 
-Everything goes to ``--out``: checkpoints, so that the same command goes on where it was stopped, plans, reports and figures.
+Everything goes to ``--out``: checkpoints, so that the same command goes on where it was stopped, plans, reports and
+figures.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ from comcat.tuning.tune import tune_
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 _OWN = {
-    "reduce": (float, [""]), "pictures": (int, [""]), "seed": (int, ["", "tune."]), "epochs": (float, ["tune."]), "rounds": (int, ["search."]),
+    "reduce": (float, [""]), "pictures": (int, [""]), "seed": (int, ["", "tune."]), "epochs": (float, ["tune."]),
+    "rounds": (int, ["search."]),
     "rank_steps": (int, ["search."]), "weight_steps": (int, ["search."]), "batch_size": (int, ["search.", "tune."]),
     "precision": (str, ["search.", "tune."]), "workers": (int, ["search.", "tune."]),
 }  # fmt: skip
@@ -82,7 +84,9 @@ def command_of(recipe: str, a: argparse.Namespace) -> Compress:
 
 @dataclass(frozen=True)
 class Run:
-    """A model with its pictures and settings; every search and every tuned model has a label, under which its files lie."""
+    """A model with its pictures and settings; every search and every tuned model has a label, under which its files
+    lie.
+    """
 
     name: str
     model: nn.Module
@@ -133,7 +137,8 @@ class Run:
             out=self.out / f"{label}-tuning", progress=True,
         )  # fmt: skip
         report = collect(
-            self.model, small, done, title=f"{self.name}, {label}", model=self.name, command="python " + " ".join(sys.argv),
+            self.model, small, done, title=f"{self.name}, {label}", model=self.name,
+            command="python " + " ".join(sys.argv),
             settings=self.settings(), evaluations=(self.dense, self.judge(small)), compressed=compressed,
         )  # fmt: skip
         write(report, self.out / f"{label}.html")

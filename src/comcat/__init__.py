@@ -4,8 +4,8 @@
     comcat.save(small, "small/")
     small = comcat.load("small/")
 
-Step by step: :func:`find_sites`, :func:`calibrate`, :func:`allocate` or :func:`search`, :func:`apply_` and ``handle.revert()``; then :func:`tune`.
-Diffusion models are personalised in :mod:`comcat.diffusion`.
+Step by step: :func:`find_sites`, :func:`calibrate`, :func:`allocate` or :func:`search`, :func:`apply_` and
+``handle.revert()``; then :func:`tune`. Diffusion models are personalised in :mod:`comcat.diffusion`.
 """
 
 from importlib import import_module
@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 _WHERE = {
-    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate", "apply_": "apply",
-    "batches": "data", "calibrate": "statistics", "compress": "methods.compress", "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure",
-    "count_macs": "measure", "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
-    "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store", "preprocess_of": "models", "push_to_hub": "store", "save": "store",
-    "search": "methods.search", "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
+    "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate",
+    "apply_": "apply", "batches": "data", "calibrate": "statistics", "compress": "methods.compress",
+    "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure", "count_macs": "measure",
+    "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
+    "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store",
+    "preprocess_of": "models", "push_to_hub": "store", "save": "store", "search": "methods.search",
+    "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
 }  # fmt: skip
 
 _PARTS = ("diffusion", "scoring")
@@ -64,7 +66,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module 'comcat' has no attribute {name!r}")
-    # A sub-module of the same name (comcat.search, say) becomes an attribute of the package once imported: put the function there.
+    # Once imported, a sub-module of the same name (comcat.search) becomes an attribute: put the function there.
     value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value

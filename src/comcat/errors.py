@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each says what it got, what it expected and, where names are involved, the nearest one."""
+"""The errors a user can cause. Each says what it got, what it expected and, of names, the nearest one."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

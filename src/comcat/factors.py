@@ -9,7 +9,8 @@ biases:
 - **VO**: ``A = W_V``, ``Bᵀ = W_O``. Attention rows sum to one, so the value bias and the mean of what truncation loses
   move to the output bias.
 - **Linear**: one factor is the identity; the decomposition happens on the narrower side.
-- **Hidden units**: not a product but a choice of units with the reading weight refitted (:mod:`comcat.linalg.elimination`).
+- **Hidden units**: not a product but a choice of units with the reading weight refitted
+  (:mod:`comcat.linalg.elimination`).
 """
 
 from __future__ import annotations

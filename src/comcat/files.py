@@ -1,7 +1,8 @@
 """Files and folders that are written whole or not at all.
 
-What is new is written under a hidden name beside the old, brought to the disk, and then takes the old one's name in one step. So
-whatever fails, a kill or a full disk included, what was there is unchanged. Errors of the system are raised as StoreError.
+What is new is written under a hidden name beside the old, brought to the disk, and then takes the old one's name in one
+step. So whatever fails, a kill or a full disk included, what was there is unchanged. Errors of the system are raised as
+StoreError.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def write_json(path: StrPath, content: Any) -> None:
 def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write named tensors, such as a state dict, as safetensors. Tensors that are one in memory are written once.
 
-    The metadata get a hash of all that is written, under ``sha256``. Raises StoreError for what safetensors cannot hold, and where the file cannot be written.
+    The metadata get a hash of all that is written, under ``sha256``. Raises StoreError for what safetensors cannot
+    hold, and where the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -136,7 +138,7 @@ def read_tensors(path: StrPath) -> dict[str, Tensor]:
 
 
 def read_tensors_and_metadata(path: StrPath) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All that a safetensors file holds, whoever wrote it. Raises StoreError if it is damaged, or its hash is another."""
+    """All that a safetensors file holds, whoever wrote it. Raises StoreError if it is damaged or fails its hash."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -164,7 +166,9 @@ def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as safetensors wants them, each with its memory to itself, and the names of twins by the name that is written."""
+    """Tensors as safetensors wants them, each with its memory to itself, and the names of twins by the name that is
+    written.
+    """
     first: dict[tuple, str] = {}
     shared: dict[str, str] = {}
     apart: dict[str, Tensor] = {}

@@ -14,7 +14,9 @@ R = TypeVar("R")
 
 
 def outside_inference_mode(function: Callable[P, R]) -> Callable[P, R]:
-    """Let a function run as under ``torch.no_grad`` where its caller is in inference mode, so that it makes ordinary tensors."""
+    """Let a function run as under ``torch.no_grad`` where its caller is in inference mode, so that it makes ordinary
+    tensors.
+    """
 
     @functools.wraps(function)
     def ordinarily(*arguments: P.args, **keywords: P.kwargs) -> R:

@@ -23,7 +23,8 @@ class Results(Mapping[str, Any]):
     Attributes:
         before, after: the model before compression and as it is now.
         judged_on: in words, the pictures that its accuracy was measured on.
-        agreement: with the model before: ``agreement`` (per cent), ``cosine``, ``divergence``, and the ``count`` of pictures.
+        agreement: with the model before: ``agreement`` (per cent), ``cosine``, ``divergence``, and the ``count`` of
+            pictures.
         predicted_loss, measured_loss: the rise of the loss by compression, in nats a picture.
         untuned: of a model that was tuned, what compression alone had left: ``after``'s accuracy and the fields above.
         tuning: the last tuning: settings, teacher, curve, seconds, images per second, and its evaluations.
@@ -42,7 +43,9 @@ class Results(Mapping[str, Any]):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> Results:
-        """Results from what :meth:`to_dict` gave, or from what an older version wrote; what does not fit goes to ``others``."""
+        """Results from what :meth:`to_dict` gave, or from what an older version wrote; what does not fit goes to
+        ``others``.
+        """
         known: dict[str, Any] = {}
         others: dict[str, Any] = {}
         for name, value in (data or {}).items():

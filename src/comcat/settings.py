@@ -1,4 +1,5 @@
-"""Settings are frozen keyword-only dataclasses: made from keywords, taken out of larger ones, and checked before any work.
+"""Settings are frozen keyword-only dataclasses: made from keywords, taken out of larger ones, and checked before any
+work.
 
 A class of settings checks itself when it is made::
 
@@ -55,7 +56,8 @@ def keywords_of(kind: type, whole: Any) -> dict[str, Any]:
 
 
 def check_types(settings: Any) -> None:
-    """Raise SettingsError for a field whose value is not of its annotated type, a choice that is no ``Literal``'s included.
+    """Raise SettingsError for a field whose value is not of its annotated type, a choice that is no ``Literal``'s
+    included.
 
     What is as good as the annotated type becomes it: a list a tuple, a text a path, a number of NumPy one of Python.
     """
@@ -77,7 +79,9 @@ def expect(
     most: float | None = None,
     below: float | None = None,
 ) -> None:
-    """Raise SettingsError unless these fields are finite and within bounds; None passes, and of a sequence every value counts."""
+    """Raise SettingsError unless these fields are finite and within bounds; None passes, and of a sequence every value
+    counts.
+    """
     hints = get_type_hints(type(settings))
     low = f" above {above}" if above is not None else f" from {least}" if least is not None else ""
     high = f" to below {below}" if below is not None else f" to {most}" if most is not None else ""

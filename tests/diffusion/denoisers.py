@@ -54,7 +54,8 @@ def unet(**more: Any) -> nn.Module:
 
     settings: dict[str, Any] = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D",
+            "CrossAttnUpBlock2D"),
         "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 4,
     }  # fmt: skip
     return UNet2DConditionModel(**settings | more)
@@ -74,7 +75,8 @@ def sd3(**more: Any) -> nn.Module:
     from diffusers import SD3Transformer2DModel
 
     settings: dict[str, Any] = {
-        "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
+        "sample_size": 8, "patch_size": 2, "in_channels": 4, "num_layers": 2, "attention_head_dim": 8,
+        "num_attention_heads": 2,
         "joint_attention_dim": 12, "caption_projection_dim": 16, "pooled_projection_dim": 10, "out_channels": 4,
         "pos_embed_max_size": 8,
     }  # fmt: skip
@@ -135,7 +137,8 @@ CASES = {
         lambda: unet(
             use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
             projection_class_embeddings_input_dim=34, transformer_layers_per_block=(1, 2),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D",
+                "UpBlock2D"),
         ),
         sdxl_arguments,
         ("cross", "self", "all"),

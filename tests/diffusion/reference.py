@@ -66,7 +66,8 @@ def plain(attn: Any, x: Tensor, context: Tensor, terms: list[Any], mask: Tensor 
 def joint(
     attn: Any, x: Tensor, context: Tensor | None, terms: list[Any], angles: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Any, Any]:
-    """Attention over two streams, picture and text, with q/k normalisation and rotation where there is; what either becomes.
+    """Attention over two streams, picture and text, with q/k normalisation and rotation where there is; what either
+    becomes.
 
     ``angles`` are (cos, sin) of the text's tokens, then the picture's.
     """

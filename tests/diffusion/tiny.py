@@ -78,7 +78,8 @@ def vae(channels: int = 4, **more: Any) -> Any:
 
     return AutoencoderKL(
         in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 2, sample_size=16,
-        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), layers_per_block=1, latent_channels=channels,
+        up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8), layers_per_block=1,
+        latent_channels=channels,
         norm_num_groups=4, **more,
     ).eval()  # fmt: skip
 
@@ -88,7 +89,8 @@ def unet(**more: Any) -> Any:
 
     settings: dict[str, Any] = {
         "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": (8, 16), "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D",
+            "CrossAttnUpBlock2D"),
         "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 4,
     }  # fmt: skip
     return UNet2DConditionModel(**settings | more).eval()
@@ -104,7 +106,8 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon", **more: Any
         steps_offset=1, set_alpha_to_one=False,
     )  # fmt: skip
     parts: dict[str, Any] = {
-        "vae": vae(), "text_encoder": clip_text(len(tokenizer)), "tokenizer": tokenizer, "unet": unet(), "scheduler": scheduler,
+        "vae": vae(), "text_encoder": clip_text(len(tokenizer)), "tokenizer": tokenizer, "unet": unet(),
+        "scheduler": scheduler,
         "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False,
     }  # fmt: skip
     return _quiet(StableDiffusionPipeline(**parts | more))
@@ -136,7 +139,8 @@ def stable_diffusion_3(folder: Path, qk_norm: str | None = None) -> Any:
     tokenizer, t5 = clip_tokenizer(folder / "tokens"), t5_tokenizer(folder / "tokens_3")
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=40, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4, pos_embed_max_size=16,
+        joint_attention_dim=40, caption_projection_dim=16, pooled_projection_dim=32, out_channels=4,
+        pos_embed_max_size=16,
         qk_norm=qk_norm,
     ).eval()  # fmt: skip
     torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
@@ -161,7 +165,8 @@ def flux(folder: Path, guidance_embeds: bool = True) -> Any:
     ).eval()  # fmt: skip
     pipe = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae(shift_factor=0.1, scaling_factor=0.4),
-        text_encoder=clip_text(len(tokenizer)), tokenizer=tokenizer, text_encoder_2=t5_text(len(t5), 24), tokenizer_2=t5,
+        text_encoder=clip_text(len(tokenizer)), tokenizer=tokenizer, text_encoder_2=t5_text(len(t5), 24),
+        tokenizer_2=t5,
         transformer=transformer,
     )  # fmt: skip
     pipe.default_sample_size = 8

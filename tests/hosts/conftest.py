@@ -19,7 +19,9 @@ from . import zoo
 
 @dataclass(frozen=True)
 class Subject:
-    """A model of the registry, its sites (those with ranks, and hidden units apart) and its output on two pictures. Tests work on copies of the model."""
+    """A model of the registry, its sites (those with ranks, and hidden units apart) and its output on two pictures.
+    Tests work on copies of the model.
+    """
 
     case: zoo.Case
     original: nn.Module

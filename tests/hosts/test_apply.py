@@ -74,7 +74,9 @@ def test_low_rank_costs_what_the_sites_say_and_trains(subject: Subject) -> None:
 
 
 def test_the_factors_stand_for_themselves(subject: Subject) -> None:
-    """A plan applied through factorisations that are already known is the same model, and a copy of it lives apart from the original."""
+    """A plan applied through factorisations that are already known is the same model, and a copy of it lives apart from
+    the original.
+    """
     plan = low_plan(subject.sites)
     first, second = subject.copy(), subject.copy()
     from comcat.methods.allocate import spectra

@@ -1,4 +1,6 @@
-"""What stands in for a host's attention does what the host's did: masks, dropout, checkpointing, compilation, attention maps."""
+"""What stands in for a host's attention does what the host's did: masks, dropout, checkpointing, compilation, attention
+maps.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def test_autocast_and_half_precision(name: str) -> None:
 @pytest.mark.parametrize("mixed", [True, False], ids=["autocast", "bfloat16"])
 @pytest.mark.parametrize("name", ["timm-vit", "timm-beit", "timm-swin", "hf-vit", "hf-swin"])
 def test_gradients_in_half_precision(name: str, mixed: bool) -> None:
-    """As near to float32's as its own rounding: attention with and without a mask, with all weights or the arithmetic alone in bfloat16."""
+    """As near to float32's as its own rounding: attention with and without a mask, with all weights or the arithmetic
+    alone in bfloat16.
+    """
     exact, rounded, images = compressed(name), compressed(name), subject_of(name).images
     run(exact, images).square().mean().backward()
     if not mixed:

@@ -20,7 +20,18 @@ from .conftest import subject_of
 from .test_apply import low_plan
 from .zoo import relative_error, run
 
-FAMILIES = ["timm-vit", "timm-vit-gated", "timm-beit", "timm-swin", "timm-relpos", "timm-vit-qk-norm", "timm-eva02", "hf-vit", "hf-swinv2", "hand-plain"]  # fmt: skip
+FAMILIES = [
+    "timm-vit",
+    "timm-vit-gated",
+    "timm-beit",
+    "timm-swin",
+    "timm-relpos",
+    "timm-vit-qk-norm",
+    "timm-eva02",
+    "hf-vit",
+    "hf-swinv2",
+    "hand-plain",
+]
 
 
 @contextmanager
@@ -92,7 +103,12 @@ def test_training_flags_of_each_module() -> None:
     apply_(model, low_plan(subject_of("timm-vit").sites))
     first, second = model.blocks
     assert not any(m.training for m in first.attn.modules())
-    assert {n for n, m in second.named_modules() if not m.training} == {"attn.proj_drop", "mlp.fc1", "mlp.fc1.first", "mlp.fc1.last"}  # fmt: skip
+    assert {n for n, m in second.named_modules() if not m.training} == {
+        "attn.proj_drop",
+        "mlp.fc1",
+        "mlp.fc1.first",
+        "mlp.fc1.last",
+    }
 
 
 def test_compression_leaves_training_flags_alone() -> None:

@@ -1,4 +1,6 @@
-"""The identity that everything rests on, on a real model: k × k Grams of what flows by give the best product under d × d metrics."""
+"""The identity that everything rests on, on a real model: k × k Grams of what flows by give the best product under d ×
+d metrics.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +111,9 @@ def test_vo_under_the_loss(vit: Subject, rank: int) -> None:
 
 @pytest.mark.parametrize(("path", "rank"), [("blocks.0.mlp.fc1", 5), ("blocks.0.mlp.fc2", 5)])
 def test_linear_layers_under_activations(vit: Subject, path: str, rank: int) -> None:
-    """Whichever side is narrower: of the input, weighted by its covariance; of the output, plain principal components of it."""
+    """Whichever side is narrower: of the input, weighted by its covariance; of the output, plain principal components
+    of it.
+    """
     model, site = vit.copy(), vit.sites[path]
     found = calibrate(model, [vit.images], statistic="activation", sites=vit.sites)
     x, _ = captured(model, path, vit.images)
@@ -148,7 +152,9 @@ def test_the_key_bias_is_nothing(vit: Subject) -> None:
 
 
 def test_query_and_value_biases_are_exact(vit: Subject) -> None:
-    """A truncated attention is attention with the truncated products, b_Q a row of the one and b_V W_O in the output bias."""
+    """A truncated attention is attention with the truncated products, b_Q a row of the one and b_V W_O in the output
+    bias.
+    """
     model = vit.copy().double()
     qk, vo = vit.sites[f"{PATH}:qk"], vit.sites[f"{PATH}:vo"]
     q, k, v, b_q, b_v, out = per_head(model, qk)
@@ -171,7 +177,9 @@ def test_query_and_value_biases_are_exact(vit: Subject) -> None:
 
 
 def test_zero_heads_and_repeated_channels_survive(vit: Subject) -> None:
-    """A dead head and one of rank 1 make every Gram singular; full rank still reproduces the output, and rank 1 is enough for both."""
+    """A dead head and one of rank 1 make every Gram singular; full rank still reproduces the output, and rank 1 is
+    enough for both.
+    """
     model = vit.copy().double()
     for name in (f"{PATH}:qk", f"{PATH}:vo"):
         a = vit.sites[name].attention

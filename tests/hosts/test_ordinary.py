@@ -106,14 +106,20 @@ def keeps_a_map(model: nn.Module) -> nn.Module:
 
 FC1, QKV = "blocks.0.mlp.fc1", "blocks.1.attn.qkv"
 NAMED: dict[str, tuple[Way, str, Way | None]] = {  # what was done, what is said, the way out that it names
-    "weight norm": (on(QKV, nn.utils.weight_norm), f"{QKV} is weight-normed.*remove_weight_norm", on(QKV, nn.utils.remove_weight_norm)),
-    "spectral norm": (on(FC1, nn.utils.spectral_norm), f"{FC1} is spectral-normed.*remove_spectral_norm", on(FC1, nn.utils.remove_spectral_norm)),
-    "pruned": (on(FC1, lambda m: prune.l1_unstructured(m, "weight", 0.3)), rf"{FC1} is pruned.*prune\.remove\(layer, 'weight'\)", on(FC1, lambda m: prune.remove(m, "weight"))),
-    "pruned bias": (on(QKV, lambda m: prune.l1_unstructured(m, "bias", 0.3)), rf"{QKV} is pruned.*prune\.remove\(layer, 'bias'\)", on(QKV, lambda m: prune.remove(m, "bias"))),
+    "weight norm": (on(QKV, nn.utils.weight_norm), f"{QKV} is weight-normed.*remove_weight_norm",
+        on(QKV, nn.utils.remove_weight_norm)),
+    "spectral norm": (on(FC1, nn.utils.spectral_norm), f"{FC1} is spectral-normed.*remove_spectral_norm",
+        on(FC1, nn.utils.remove_spectral_norm)),
+    "pruned": (on(FC1, lambda m: prune.l1_unstructured(m, "weight", 0.3)),
+        rf"{FC1} is pruned.*prune\.remove\(layer, 'weight'\)", on(FC1, lambda m: prune.remove(m, "weight"))),
+    "pruned bias": (on(QKV, lambda m: prune.l1_unstructured(m, "bias", 0.3)),
+        rf"{QKV} is pruned.*prune\.remove\(layer, 'bias'\)", on(QKV, lambda m: prune.remove(m, "bias"))),
     "offloaded": (offloaded, "accelerate.*remove_hook_from_submodules", brought_back),
     "dispatched": (dispatched, "accelerate.*remove_hook_from_submodules", brought_back),
-    "adapter": (adapted("qkv", "fc1"), r"blocks\.0\.attn\.qkv carries an adapter.*merge_and_unload", lambda m: m.merge_and_unload()),
-    "adapter of the head": (adapted("head"), r"head carries an adapter.*merge_and_unload", lambda m: m.merge_and_unload()),
+    "adapter": (adapted("qkv", "fc1"), r"blocks\.0\.attn\.qkv carries an adapter.*merge_and_unload",
+        lambda m: m.merge_and_unload()),
+    "adapter of the head": (adapted("head"), r"head carries an adapter.*merge_and_unload",
+        lambda m: m.merge_and_unload()),
     "quantised": (quantised, r"blocks\.0\.attn\.qkv is quantised: compress the model first", None),
     "quantisation-aware": (qat, r"patch_embed\.proj is quantised: compress the model first", None),
     "tensors of another library": (on(FC1, foreign), f"{FC1} has a Foreign for its weight", None),
@@ -122,14 +128,17 @@ NAMED: dict[str, tuple[Way, str, Way | None]] = {  # what was done, what is said
     "one layer on meta": (on(FC1, lambda m: m.to("meta")), f"{FC1} has its weight on the meta device", None),
     "lazy": (lazy, "head is lazy and has no weight yet: call the model once", called),
     "TorchScript": (torch.jit.script, "compiled by TorchScript: take the model that it was made from", None),
-    "a kept map": (keeps_a_map, r"blocks\.0\.attn keeps 'map', a tensor with a gradient history", on("blocks.0.attn", lambda m: setattr(m, "map", None))),
+    "a kept map": (keeps_a_map, r"blocks\.0\.attn keeps 'map', a tensor with a gradient history",
+        on("blocks.0.attn", lambda m: setattr(m, "map", None))),
 }  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", list(NAMED))
 def test_the_layer_and_the_way_out_are_named(name: str) -> None:
-    """Raw errors of other libraries before: deepcopy's, ``item() on meta``, missing attributes, unimplemented operators."""
+    """Raw errors of other libraries before: deepcopy's, ``item() on meta``, missing attributes, unimplemented
+    operators.
+    """
     change, said, way_out = NAMED[name]
     model = change(tiny_vit())
     pictures = [torch.randn(2, 3, 32, 32)]
@@ -147,7 +156,8 @@ def test_the_layer_and_the_way_out_are_named(name: str) -> None:
 
 
 LAYERS: dict[str, tuple[Way, str]] = {
-    "parametrized": (on(FC1, parametrizations.weight_norm), "its weight is computed from others at every call.*remove_parametrizations"),
+    "parametrized": (on(FC1, parametrizations.weight_norm), "its weight is computed from others at every "
+        "call.*remove_parametrizations"),
     "another dtype": (on(FC1, integers), "its weight is torch.int8, expected floating point"),
     "no parameter": (on(FC1, lambda m: setattr(m, "weight", None)), "its weight is no parameter"),
 }  # fmt: skip
@@ -177,7 +187,9 @@ def test_attention_with_such_a_layer_is_refused_and_the_rest_shrinks() -> None:
 @pytest.mark.parametrize("statistic", ["weights", "activation", "loss"])
 @pytest.mark.parametrize("inside", ["everything", "pictures", "model"])
 def test_inference_mode(statistic: str, inside: str) -> None:
-    """All of it under ``torch.inference_mode``, or only what comes from there: the outcome is the same and can be trained."""
+    """All of it under ``torch.inference_mode``, or only what comes from there: the outcome is the same and can be
+    trained.
+    """
     torch.manual_seed(0)
     settings: dict[str, Any] = {"reduce": 0.3, "statistic": statistic, "forms": "ranks"}
     expected = comcat.compress(tiny_vit(), [torch.ones(2, 3, 32, 32)], **settings)

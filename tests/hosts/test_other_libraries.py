@@ -69,7 +69,9 @@ def test_factors_by_their_names(name: str, targets: list[str]) -> None:
 
 @pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
 def test_factors_listed_by_what_they_are(name: str) -> None:
-    """Some projections of transformers are thin and some padded, layer by layer: the documentation lists them by this line."""
+    """Some projections of transformers are thin and some padded, layer by layer: the documentation lists them by this
+    line.
+    """
     peft: Any = pytest.importorskip("peft")
     model = compressed(name)
     targets = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".att" in n]

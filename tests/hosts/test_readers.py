@@ -60,7 +60,8 @@ def layoutlmv3() -> Model:
     import transformers
 
     config = transformers.LayoutLMv3Config(
-        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48, coordinate_size=4,
+        vocab_size=50, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=48,
+        coordinate_size=4,
         shape_size=4, input_size=16, patch_size=4, max_position_embeddings=40, max_2d_position_embeddings=64,
     )  # fmt: skip
     boxes = torch.tensor([[1, 2, 30, 40], [5, 6, 7, 8]]).repeat(2, 4, 1)
@@ -77,7 +78,7 @@ def gemma4() -> Model:
 
 
 class OpenClip(nn.Module):
-    """What open_clip's text tower does: a dtype asked of the MLP's first layer, in which all that follows is computed."""
+    """What open_clip's text tower does: the MLP's first layer says the dtype of all that follows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +170,9 @@ def test_one_projection_that_is_read_is_enough(read: str) -> None:
 
 @pytest.mark.parametrize("name", ["timm-eva02", "timm-swinv2", "timm-beit", "hf-vit", "hf-swinv2"])
 def test_the_weight_of_what_was_replaced_is_the_one_that_was_there(name: str) -> None:
-    """At full rank every layer answers with the weight, bias and widths of its predecessor, up to the basis of its heads."""
+    """At full rank every layer answers with the weight, bias and widths of its predecessor, up to the basis of its
+    heads.
+    """
     case = zoo.CASES[name]
     model = case.model()
     sites = ranked(find_sites(model))

@@ -1,4 +1,4 @@
-"""Modules that look like attention, or like a layer that can shrink, and are not: refused, and never computed wrongly."""
+"""Modules that look like attention or a layer that can shrink, and are not: refused, never computed wrongly."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_means_the_same_is_replaced_whole(attention: Callable[[], nn.Module
 
 
 class Separate(nn.Module):
-    """Projections apart and an output of transformers' kind; ``head_dim`` and the scale are what a test makes of them."""
+    """Projections apart, an output of transformers' kind; a test chooses ``head_dim`` and the scale."""
 
     def __init__(self, read_width: bool = True, fixed_scale: bool = True) -> None:
         super().__init__()

@@ -77,7 +77,9 @@ def test_gradients_reach_every_distribution_and_no_frozen_weight(subject: Subjec
 
 
 def test_one_forward_is_the_sum_over_candidates() -> None:
-    """Eq. 5: Σ_a p_a f_a at the logits of attention, at the heads' contribution to its output, and at a linear layer's output."""
+    """Eq. 5: Σ_a p_a f_a at the logits of attention, at the heads' contribution to its output, and at a linear layer's
+    output.
+    """
     subject = subject_of("timm-vit")
     for name, place in (
         ("blocks.0.attn:qk", "logits"),
@@ -129,7 +131,9 @@ def test_mask_counts_the_candidates_that_keep_a_channel() -> None:
 
 
 def test_a_rank_chosen_low_grows_back() -> None:
-    """Training at a low rank touches the channels that stay; those that were cut are still in the dense model afterwards."""
+    """Training at a low rank touches the channels that stay; those that were cut are still in the dense model
+    afterwards.
+    """
     subject = subject_of("timm-vit")
     model = subject.copy().double()
     before = run(model, subject.images)

@@ -34,7 +34,7 @@ def best(covariance: Tensor, weight: Tensor, metric: Tensor, kept: list[int]) ->
 @given(st.integers(2, 9), st.integers(1, 5), st.integers(0, 10_000), st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_greedy_elimination_is_brute_force(units, out, seed, block):
-    """Each unit that goes is the one whose loss, all others refitted from scratch, rises least; the price is that rise."""
+    """Each unit that goes raises the loss least, all others refitted from scratch; the price is that rise."""
     covariance, weight, metric = layer(units, out, seed)
     found = eliminate(covariance, weight, metric, block=block)
     left = list(range(units))

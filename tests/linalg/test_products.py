@@ -19,7 +19,7 @@ EXAMPLES = settings(max_examples=30)
 
 @st.composite
 def products(draw: st.DrawFn, *, singular: bool = False) -> tuple[Tensor, Tensor]:
-    """Thin factors A (batch…, m, k) and B (batch…, n, k). Singular ones have dead or repeated columns, or are all zero."""
+    """Thin factors A (batch…, m, k), B (batch…, n, k). Singular ones have dead or repeated columns, or are zero."""
     batch = draw(st.sampled_from([(), (1,), (3,), (2, 2)]))
     k = draw(st.integers(1, 8))
     m, n = (draw(st.integers(k, 12)) for _ in range(2))
@@ -89,7 +89,9 @@ def test_the_error_of_a_rank_is_the_tail_and_the_least(factors: tuple[Tensor, Te
 
 
 def _other_approximations(product: Tensor, a: Tensor, b: Tensor, rank: int, generator: torch.Generator):
-    """Rank-r products that somebody could have thought of: fewer columns, each factor's own SVD, a random sketch, the dense SVD."""
+    """Rank-r products that somebody could have thought of: fewer columns, each factor's own SVD, a random sketch, the
+    dense SVD.
+    """
     a, b = a.double(), b.double()
     yield a[..., :rank] @ b[..., :rank].mT
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
@@ -105,7 +107,9 @@ def _other_approximations(product: Tensor, a: Tensor, b: Tensor, rank: int, gene
 @EXAMPLES
 @given(products(), st.data())
 def test_metrics_on_both_sides(factors: tuple[Tensor, Tensor], data: st.DataObject) -> None:
-    """``G = Aᵀ C A`` on either side gives the dense weighted optimum, without a metric of the dense size in the computation."""
+    """``G = Aᵀ C A`` on either side gives the dense weighted optimum, without a metric of the dense size in the
+    computation.
+    """
     a, b = (f.double() for f in factors)
     rank = data.draw(st.integers(1, a.shape[-1]))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))

@@ -110,7 +110,8 @@ def test_divergence_is_the_second_moment_of_the_sampled_loss(output):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"keep": 0}, {"keep": 1.5}, {"keep": "half"}, {"keep": 0.01}, {"how": "alike"}, {"how": "drop", "by": "norm"},
+    "bad", [{"keep": 0}, {"keep": 1.5}, {"keep": "half"}, {"keep": 0.01}, {"how": "alike"},
+        {"how": "drop", "by": "norm"},
             {"pictures": 0}, {"blocks": ["block.1"]}],
 )  # fmt: skip
 def test_absurd_settings_are_told(bad):

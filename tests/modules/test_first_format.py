@@ -1,4 +1,4 @@
-"""State dicts of the first format load by torch alone: biases beside ``qkv``, tables below ``source``, bare matrices."""
+"""State dicts of the first format load by torch: biases beside ``qkv``, tables below ``source``, bare matrices."""
 
 from __future__ import annotations
 

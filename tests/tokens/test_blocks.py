@@ -225,7 +225,8 @@ def test_trunks_of_transformers(kind, prefix, full):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224",
-                                  "vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224", "vit_base_patch16_siglip_224"])  # fmt: skip
+                                  "vit_small_patch14_reg4_dinov2", "vit_base_patch16_clip_224",
+                                  "vit_base_patch16_siglip_224"])  # fmt: skip
 def test_trunks_of_timm(name):
     import timm
 

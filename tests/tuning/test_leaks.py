@@ -14,7 +14,8 @@ def test_other_pictures_pass_and_the_sentence_says_what_was_compared(tmp_path):
     assert check_apart(a, b) == "None of 12 evaluation pictures is among 12 training pictures, by their pixels."
     assert (
         check_apart(a, b, sample=5)
-        == "None of 5 evaluation pictures drawn at random is among 5 training pictures drawn at random, by their pixels."
+        == "None of 5 evaluation pictures drawn at random is among 5 training pictures drawn at random, by their "
+        "pixels."
     )
 
 

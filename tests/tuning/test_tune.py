@@ -308,7 +308,8 @@ def test_the_record_of_a_compressed_model_is_kept(data):
 def test_everything_at_once(data, evaluation, teacher, tmp_path):
     net = model(drop_path_rate=0.1)
     tune(
-        net, data, teacher=teacher, evaluation=evaluation, out=tmp_path, epochs=1.5, mixup=0.8, cutmix=1.0, smoothing=0.1,
+        net, data, teacher=teacher, evaluation=evaluation, out=tmp_path, epochs=1.5, mixup=0.8, cutmix=1.0,
+        smoothing=0.1,
         rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, repeats=3, ema=0.9, accumulate=2, precision="bf16", warmup=0.2,
         features=("blocks.0",), only=("blocks",), workers=1, batch_size=8, epoch_size=24, distillation="hard",
     )  # fmt: skip
@@ -416,7 +417,9 @@ def test_a_teacher_must_fit(data, teacher):
 
 
 def test_a_teacher_of_other_normalisation_sees_what_it_is_used_to(data, teacher):
-    """The same weights behind another mean and spread: the input is turned into its own, so the logits are those of evaluation."""
+    """The same weights behind another mean and spread: the input is turned into its own, so the logits are those of
+    evaluation.
+    """
     other = copy.deepcopy(teacher)
     other.pretrained_cfg = {**other.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.3, 0.2)}
     student = copy.deepcopy(teacher)
@@ -516,7 +519,10 @@ def test_a_loss_that_is_no_number_names_step_place_and_checkpoint(data, tmp_path
 
     monkeypatch.setattr(Training, "step", poisoned)
     net = model()
-    message = r"the loss is nan at step 5, first seen in blocks\.1\.mlp\.fc2\.weight; the last good checkpoint is .*step-00000004"
+    message = (
+        r"the loss is nan at step 5, first seen in blocks\.1\.mlp\.fc2\.weight; the last good checkpoint is "
+        r".*step-00000004"
+    )
     with pytest.raises(NumericsError, match=message):
         tune(net, data, out=tmp_path, epochs=3, **QUICK)
     assert same(net, model())

@@ -74,7 +74,7 @@ def _run_out(places, out, extra):
 
 
 def _gradients(places, step: int) -> dict:
-    """The gradients, clipping apart, of one step of a run. Losses alone would not show their size: Adam divides by it."""
+    """The gradients of one step, clipping apart. Losses would not show their size: Adam divides by it."""
     update, seen = step_module.Learner.update, {}
 
     def noting(self, now):
@@ -220,7 +220,9 @@ def _undivided(places):
 
 
 def _sharded(places, out, extra):
-    """The same run by FSDP2. accelerate spreads models this way on accelerators alone; all that it needs works with gloo as well."""
+    """The same run by FSDP2. accelerate spreads models this way on accelerators alone; all that it needs works with
+    gloo as well.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 

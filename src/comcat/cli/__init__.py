@@ -29,11 +29,14 @@ VERBS = {
 }
 """Verb → module of this package and settings in it, and what the verb does."""
 
-USAGE = "usage: comcat VERB [options]\n\nAttention-based vision models, smaller, faster and personal.\n\n{}\n\nThe options of a verb: comcat VERB --help"
+USAGE = (
+    "usage: comcat VERB [options]\n\nAttention-based vision models, smaller, faster and personal.\n\n{}\n\nThe "
+    "options of a verb: comcat VERB --help"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status. Errors that a user can cause are told in one line, without a traceback."""
+    """Run a command and return the exit status. What a user can cause is told in one line, without a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in VERBS:
         return _without_a_verb(arguments)

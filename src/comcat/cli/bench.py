@@ -53,8 +53,10 @@ def run(command: Bench) -> int:
     timings = benchmark(models, example, repeats=command.repeats, compile=command.compile)
     rows = {
         name: {
-            "parameters": count_parameters(m), "macs": count_macs(m, example[:1]), "size_bytes": size_on_disk(m), "peak_memory_bytes": peak_memory(m, example),
-            "latency_s": timings[name].median_s, "low_s": timings[name].low_s, "high_s": timings[name].high_s, "throughput": timings[name].throughput,
+            "parameters": count_parameters(m), "macs": count_macs(m, example[:1]), "size_bytes": size_on_disk(m),
+            "peak_memory_bytes": peak_memory(m, example),
+            "latency_s": timings[name].median_s, "low_s": timings[name].low_s, "high_s": timings[name].high_s,
+            "throughput": timings[name].throughput,
         } for name, m in models.items()
     }  # fmt: skip
     speed = None if command.against is None else ratio(timings, command.against, command.model)
@@ -76,6 +78,7 @@ def run(command: Bench) -> int:
     table(["measure", *rows], [[LABELS[k], *(number(k, r[k]) for r in rows.values())] for k in keys])
     if speed is not None:
         print(
-            f"\nSpeed-up {speed[0]:.2f}× (quartiles {speed[1]:.2f}–{speed[2]:.2f}), batch {command.batch_size}, {'compiled' if command.compile else 'eager'}, {command.dtype}, interleaved."
+            f"\nSpeed-up {speed[0]:.2f}× (quartiles {speed[1]:.2f}–{speed[2]:.2f}), batch {command.batch_size}, "
+            f"{'compiled' if command.compile else 'eager'}, {command.dtype}, interleaved."
         )
     return 0

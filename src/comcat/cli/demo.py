@@ -14,7 +14,9 @@ from .terminal import table
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Common):
-    """See it work without any download, on the built-in digits: compress a small ViT, or teach a small text-to-image pipeline a digit."""
+    """See it work without any download, on the built-in digits: compress a small ViT, or teach a small text-to-image
+    pipeline a digit.
+    """
 
     what: Positional[Literal["compress", "customize"]] = "compress"
     """Which demo."""
@@ -36,7 +38,8 @@ def _compress(command: Demo, out: Path) -> int:
     cache = out.parent / "cache" / f"digits-vit-{command.seed}.safetensors"
     model = digits_model(cache, seed=command.seed).to(pick_device(command.device))
     settings = Compress(
-        model="a small ViT trained on digits", data="digits:train", eval="digits:test", out=out, reduce=command.reduce, seed=command.seed, device=command.device, overwrite=True,
+        model="a small ViT trained on digits", data="digits:train", eval="digits:test", out=out, reduce=command.reduce,
+        seed=command.seed, device=command.device, overwrite=True,
     )  # fmt: skip
     return compress_model(
         settings, model, shown=f"comcat demo compress --reduce {command.reduce:g} --seed {command.seed}"

@@ -14,10 +14,13 @@ from .terminal import table
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(Common):
-    """Show every site of a model, its ranks and cost, and what cannot shrink and why; of a text-to-image pipeline, what can carry an adapter; of an adapter, what it holds."""
+    """Show every site of a model, its ranks and cost, and what cannot shrink and why; of a text-to-image pipeline, what
+    can carry an adapter; of an adapter, what it holds.
+    """
 
     model: Positional[str]
-    """timm:NAME, hf:NAME or a folder; diffusers:OWNER/NAME or the folder of a pipeline; an adapter's .safetensors file."""
+    """timm:NAME, hf:NAME or a folder; diffusers:OWNER/NAME or the folder of a pipeline; an adapter's .safetensors file.
+    """
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -115,7 +118,8 @@ def _inspect_pipeline(command: Inspect) -> int:
     pipe = load_pipeline(spec, device=pick_device(command.device), dtype=getattr(torch, command.dtype))
     found = find_adaptable(pipe)
     rows = [
-        {"attention": p, "where": a.where, "heads": a.heads, "products": list(a.products), "parameters_per_rank": a.parameters(1), "missing": a.missing}
+        {"attention": p, "where": a.where, "heads": a.heads, "products": list(a.products),
+            "parameters_per_rank": a.parameters(1), "missing": a.missing}
         for p, a in found.attention.items()
     ]  # fmt: skip
     refused = [{"attention": r.name, "reason": r.reason} for r in found.refused]
@@ -124,7 +128,8 @@ def _inspect_pipeline(command: Inspect) -> int:
         return 0
     table(
         ["attention", "kind", "heads", "carries", "parameters per rank"],
-        [[r["attention"], r["where"], str(r["heads"]), " and ".join(r["products"]), f"{r['parameters_per_rank']:,}"] for r in rows],
+        [[r["attention"], r["where"], str(r["heads"]), " and ".join(r["products"]),
+            f"{r['parameters_per_rank']:,}"] for r in rows],
     )  # fmt: skip
     for where in dict.fromkeys(r["where"] for r in rows):
         count = found.parameters(2, where)
@@ -156,7 +161,8 @@ def _inspect_adapter(command: Inspect, path: Path) -> int:
         return 0
     table(
         ["module", "factors", "alpha"],
-        [[r["module"], ", ".join(f"{n} {'×'.join(map(str, s))}" for n, s in r["factors"].items()), f"{r['alpha']:g}" if r["alpha"] is not None else ""] for r in rows],
+        [[r["module"], ", ".join(f"{n} {'×'.join(map(str, s))}" for n, s in r["factors"].items()),
+            f"{r['alpha']:g}" if r["alpha"] is not None else ""] for r in rows],
     )  # fmt: skip
     print()
     for key, value in found.metadata.items():

@@ -21,9 +21,13 @@ class Search(Common, SearchSettings):
     model: Positional[str]
     """timm:NAME, hf:NAME or a folder."""
     data: str
-    """Training pictures: a folder, parquet, .tar shards, hf:DATASET or digits. Without labels, the model's own predictions stand in for them."""
+    """Training pictures: a folder, parquet, .tar shards, hf:DATASET or digits. Without labels, the model's own
+    predictions stand in for them.
+    """
     out: Path
-    """The plan to write, a .json file. Checkpoints lie beside it while the search lasts: the same command goes on where it stopped."""
+    """The plan to write, a .json file. Checkpoints lie beside it while the search lasts: the same command goes on where
+    it stopped.
+    """
     eval: str | None = None
     """The evaluation set, only to make sure that none of its pictures is in --data."""
     recipe: Path | None = None
@@ -54,7 +58,8 @@ def _run(command: Search, processes: Any) -> int:
         for note in found.notes:
             print(note)
         print(
-            f"\nSaved to {command.out}; next: comcat compress {command.model} --plan {command.out} --data … --out FOLDER"
+            f"\nSaved to {command.out}; next: comcat compress {command.model} --plan {command.out} --data … --out "
+            "FOLDER"
         )
     return 0
 

@@ -6,8 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 LABELS = {
-    "parameters": "parameters", "macs": "MACs", "size_bytes": "size", "peak_memory_bytes": "peak memory", "latency_s": "latency, median", "low_s": "latency, lower quartile",
-    "high_s": "latency, upper quartile", "throughput": "throughput", "top1": "top-1", "top5": "top-5", "loss": "loss", "agreement": "agreement", "cosine": "cosine agreement",
+    "parameters": "parameters", "macs": "MACs", "size_bytes": "size", "peak_memory_bytes": "peak memory",
+    "latency_s": "latency, median", "low_s": "latency, lower quartile",
+    "high_s": "latency, upper quartile", "throughput": "throughput", "top1": "top-1", "top5": "top-5", "loss": "loss",
+    "agreement": "agreement", "cosine": "cosine agreement",
     "divergence": "KL divergence", "count": "pictures", "compiled_latency_s": "latency, compiled",
 }  # fmt: skip
 

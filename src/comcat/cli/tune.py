@@ -21,7 +21,8 @@ class Tune(Common, TuneSettings):
     student: Positional[str]
     """timm:NAME, hf:NAME or a folder."""
     data: str
-    """Pictures to train on: a folder, parquet, .tar shards, hf:DATASET or digits; with labels, or else with a teacher."""
+    """Pictures to train on: a folder, parquet, .tar shards, hf:DATASET or digits; with labels, or else with a teacher.
+    """
     eval: str | None = None
     """Pictures with labels to follow the accuracy on. Nothing is chosen by them."""
     eval_limit: int | None = None

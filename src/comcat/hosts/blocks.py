@@ -67,7 +67,7 @@ def objection_or_anatomy(block: nn.Module, channels: int, prefix: int, others: S
 
 
 def check_blocks(model: nn.Module, sites: Iterable[Any]) -> None:
-    """Raise PlanError where blocks that shall run on fewer tokens are not there, or must not; one trial for all alike."""
+    """Raise PlanError where blocks that shall run on fewer tokens are not there, or must not; one trial a kind."""
     modules, known = dict(model.named_modules()), {}
     for site in sites:
         if not isinstance(site, TokenSite):
@@ -91,7 +91,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 def _mask(block: nn.Module, x: Tensor, y: Tensor) -> str | None:
-    """The argument by which a block takes an additive mask: with −∞ on a token the others do as if it were not there."""
+    """The argument by which a block takes an additive mask: −∞ on a token hides it from the others."""
     names = list(inspect.signature(block.forward).parameters)
     for name in (n for n in MASKS if n in names):
         mask = torch.zeros(len(x), 1, 1, x.shape[1], dtype=x.dtype)

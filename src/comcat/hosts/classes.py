@@ -12,9 +12,9 @@ _HEADS = ("head", "heads", "fc", "classifier")
 def classes_of(model: nn.Module) -> frozenset[int]:
     """The numbers of classes that a model's output may be over; none for a backbone.
 
-    Any module inside may say it, so that a wrapper around a classifier is one: ``num_classes`` (timm, torchvision), or a
-    config with labels beside a classifier (transformers). Where nothing in the model says anything, it is the width of a
-    head, by its usual names, or of the last layer, if that is linear.
+    Any module inside may say it, so that a wrapper around a classifier is one: ``num_classes`` (timm, torchvision), or
+    a config with labels beside a classifier (transformers). Where nothing in the model says anything, it is the width
+    of a head, by its usual names, or of the last layer, if that is linear.
     """
     said = [number for module in model.modules() if (number := _said(module)) is not None]
     if said:

@@ -61,8 +61,8 @@ def allocate(
             ``"equal"`` gives all QK and VO products one rank and all feed-forwards one width (what a stock checkpoint
             needs), ``"energy"`` the same share of every site's singular values, ``"waterfill"`` minimises the predicted
             loss.
-        forms: what sites may become: ``"ranks"``, ``"units"`` (feed-forwards lose hidden units), ``"tokens"`` (blocks run
-            on fewer tokens; with ``tokens``), or some of them.
+        forms: what sites may become: ``"ranks"``, ``"units"`` (feed-forwards lose hidden units), ``"tokens"`` (blocks
+            run on fewer tokens; with ``tokens``), or some of them.
         sites: which sites may shrink, by default all. head: whether classifier heads may, among sites that were not
             given.
         multiple: ranks and units are multiples of it (or the largest rank).

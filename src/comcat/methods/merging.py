@@ -53,8 +53,8 @@ class MergeSettings:
     keep: float = 0.7
     """Mean share of the grid's tokens over all blocks."""
     how: How = "similar"
-    """Merge tokens that look alike (similar) or neighbours (grid: CAIT's asymmetric merging), or leave some out (drop: a
-    baseline).
+    """Merge tokens that look alike (similar) or neighbours (grid: CAIT's asymmetric merging), or leave some out (drop:
+    a baseline).
     """
     by: By = "class"
     """With drop, which stay: those that the class token looks at (class), or any (random)."""
@@ -87,8 +87,9 @@ def merge(
     """Propose a plan by which a model's blocks run on fewer tokens; :func:`comcat.apply_` applies it and takes it back.
 
     Args:
-        calibration: batches of pictures; the schedule is chosen by the divergence measured on the first of them. None: tokens fall block by block, in a straight line, as in Bolya et al. 2023; ``example`` is then one
-            picture (1, channels, height, width).
+        calibration: batches of pictures; the schedule is chosen by the divergence measured on the first of them. None:
+            tokens fall block by block, in a straight line, as in Bolya et al. 2023; ``example`` is then one picture (1,
+            channels, height, width).
         settings: fields of :class:`MergeSettings`, as ``keep=0.7`` and ``how="grid"``.
 
     Returns:
@@ -177,7 +178,7 @@ class Offer:
         return found
 
     def _line(self, goal: float) -> list[float]:
-        """Shares on a straight line, of which the first is 1, that add up to the goal, none under the fewest offered."""
+        """Shares on a straight line from 1 that add up to the goal, none under the fewest offered."""
         count, low, high = len(self.sites), 0.0, 4.0
         if count == 1:
             return [goal]
@@ -306,7 +307,7 @@ def blank_tokens(model: nn.Module, example: Any) -> list[TokenLadder]:
 
 
 def chosen_blocks(trunk: Trunk, blocks: Sequence[str] | None) -> Trunk:
-    """A trunk of some blocks. Raises ModelError where none can run on fewer tokens, SettingsError for an unknown one."""
+    """A trunk of some blocks. Raises ModelError where none can run on fewer tokens, SettingsError for unknown ones."""
     if not trunk.sites:
         reasons = "; ".join(map(str, trunk.refused[:2]))
         raise ModelError(f"no block of this model can run on fewer tokens: {reasons}")

@@ -20,7 +20,8 @@ class Division:
 
     Attributes:
         calibration: to calibrate on. training: for a search or tuning; calibration pictures are among them.
-        deciding: to measure on how far to go, with ``max_drop``. judged: to measure the result on; ``judged_on`` says it.
+        deciding: to measure on how far to go, with ``max_drop``. judged: to measure the result on; ``judged_on`` says
+            it.
         notes: what there is to say about it.
     """
 

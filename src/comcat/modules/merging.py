@@ -1,8 +1,9 @@
 """A block that runs on fewer tokens, behind the block's own signature and name.
 
 The block keeps its weights, its children and their names, its hooks and its class's base: its class becomes one that
-reduces the tokens, calls the block's own forward, and hands its update back to all tokens (:mod:`comcat.tokens`). So the
-stream between blocks holds the whole grid: dense heads, recorded hidden states and pooled outputs see what they saw.
+reduces the tokens, calls the block's own forward, and hands its update back to all tokens (:mod:`comcat.tokens`). So
+the stream between blocks holds the whole grid: dense heads, recorded hidden states and pooled outputs see what they
+saw.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TokenReduction(nn.Module):
         raise NotImplementedError
 
     def bias(self, reduction: Any) -> tuple[str, Tensor] | None:
-        """An additive attention mask for the reduced tokens, (batch, 1, 1, prefix + count), with its argument's name."""
+        """An additive attention mask for the reduced tokens, (batch, 1, 1, prefix + count), by its argument's name."""
         return None
 
     def forward(self, block: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -137,7 +138,8 @@ class GridTokens(TokenReduction):
             if rows * columns == tokens:
                 return rows, columns
         raise ModelError(
-            f"got {tokens} tokens, expected {self.grid[0]} × {self.grid[1]} or a square: the grid of this picture is unknown"
+            f"got {tokens} tokens, expected {self.grid[0]} × {self.grid[1]} or a square: the grid of this picture is "
+            f"unknown"
         )
 
     def watch(self, patches: nn.Module) -> Any:

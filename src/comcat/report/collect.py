@@ -50,8 +50,8 @@ def collect(
     Args:
         before, after: the model as it was and as it is; ``before`` must be a copy, since ``done`` was applied in place.
         evaluations: of ``before`` and ``after``; the second against the first, for agreement.
-        compressed: where ``after`` was tuned, the evaluation on the same pictures of what it was before that; against ``before``, so that
-            the rise of the loss can be told from what tuning won back.
+        compressed: where ``after`` was tuned, the evaluation on the same pictures of what it was before that; against
+            ``before``, so that the rise of the loss can be told from what tuning won back.
         timings, compiled: with the keys ``"before"`` and ``"after"``.
     """
     plan, prepared = done.plan, done.prepared
@@ -90,10 +90,12 @@ def collect_tuning(
     example: Tensor | None = None,
     notes: tuple[str, ...] = (),
 ) -> ReportData:
-    """The report of a model that :func:`comcat.tune` returned, from its record alone: evaluations, curves, and where it came from.
+    """The report of a model that :func:`comcat.tune` returned, from its record alone: evaluations, curves, and where it
+    came from.
 
     Args:
-        model: what a person calls the student. example: one picture (1, channels, height, width), to count MACs and memory by.
+        model: what a person calls the student. example: one picture (1, channels, height, width), to count MACs and
+            memory by.
 
     Raises:
         SettingsError: if the model was not tuned.
@@ -115,7 +117,9 @@ def collect_tuning(
 
 
 def site_rows(plan: Plan, sites: Sites, factorizations: Mapping[str, Decomposed] | None = None) -> tuple[SiteRow, ...]:
-    """What a plan makes of each site, and what was refused; with factorisations under the loss-aware statistic, its predicted loss."""
+    """What a plan makes of each site, and what was refused; with factorisations under the loss-aware statistic, its
+    predicted loss.
+    """
     rows, hidden = [], _told_by_others(plan, sites)
     for name, site in sites.items():
         if name in hidden:
@@ -178,7 +182,10 @@ def _by_head(a: Attention, matrix: str, values: Tensor, cost: int) -> list[Spect
 
 def _why_dense(site: Site) -> str:
     if isinstance(site, LinearSite):
-        return f"stays dense: factors cost less only up to rank {site.break_even} of {site.full_rank}, and the budget did not ask for that"
+        return (
+            f"stays dense: factors cost less only up to rank {site.break_even} of {site.full_rank}, and the budget "
+            "did not ask for that"
+        )
     return "stays as it is: the budget is better spent elsewhere"
 
 
@@ -188,7 +195,9 @@ def _kind(name: str) -> Kind:
 
 
 def _told_by_others(plan: Plan, sites: Sites) -> set[str]:
-    """Sites without a row of their own: a feed-forward is told by its hidden units, or by its layers where these became small."""
+    """Sites without a row of their own: a feed-forward is told by its hidden units, or by its layers where these became
+    small.
+    """
     left = set()
     for name, site in sites.items():
         if isinstance(site, HiddenSite):
@@ -266,7 +275,8 @@ def _compression_note(results: Results) -> tuple[str, ...]:
     if old is None or new is None:
         return ()
     return (
-        f"When the model was compressed, top-1 went from {units.percent(old)} to {units.percent(new)}, maybe on other pictures.",
+        f"When the model was compressed, top-1 went from {units.percent(old)} to {units.percent(new)}, maybe on other "
+        "pictures.",
     )
 
 
@@ -276,5 +286,6 @@ def _speed_note(timings: Mapping[str, Timing] | None) -> tuple[str, ...]:
     median, low, high = ratio(timings, "before", "after")
     one = timings["before"]
     return (
-        f"Speed-up {median:.2f}× (quartiles {low:.2f}–{high:.2f}), eager, batch {one.batch_size}, {one.repeats} interleaved rounds.",
+        f"Speed-up {median:.2f}× (quartiles {low:.2f}–{high:.2f}), eager, batch {one.batch_size}, {one.repeats} "
+        "interleaved rounds.",
     )

@@ -1,8 +1,8 @@
 """The figures of the report, each a ``matplotlib.figure.Figure`` that any script can save; pyplot is never imported.
 
 They follow COMCAT (Xiao et al., ICML 2023): its Figure 1 (spectra), Figure 2 (parameters for a share of the singular
-values) and Figures 8 and 9 (ranks); Figures 6 and 7 are curves (:mod:`comcat.report.history`). Sizes are in inches. All raise ComcatError without matplotlib and SettingsError
-if there is nothing to draw.
+values) and Figures 8 and 9 (ranks); Figures 6 and 7 are curves (:mod:`comcat.report.history`). Sizes are in inches. All
+raise ComcatError without matplotlib and SettingsError if there is nothing to draw.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""What a search of ranks and a tuning run went through: as series for :func:`comcat.report.figure_curves`, and in words.
+"""What a search of ranks and a tuning run went through: as series for :func:`comcat.report.figure_curves`, and in
+words.
 
 Plain data in, plain data out: what a plan and a saved model carry with them is enough to draw COMCAT's Figures 6 and 7.
 """
@@ -20,7 +21,8 @@ def search_series(found: Mapping[str, Any], label: str | None = None) -> list[di
     """A search, step by step: expected cost against the budget, loss, held-out top-1 at the end of each round.
 
     Args:
-        found: ``plan.made_by["search"]``, its settings and curve. label: of all lines, where searches are compared (COMCAT's Figure 7).
+        found: ``plan.made_by["search"]``, its settings and curve. label: of all lines, where searches are compared
+            (COMCAT's Figure 7).
     """
     settings, curve = found["settings"], found["curve"]
     steps = [p["step"] for p in curve]
@@ -95,12 +97,15 @@ def search_facts(made_by: Mapping[str, Any]) -> dict[str, str]:
     what = "MACs" if s["budget"] == "macs" else s["budget"]
     candidates = ", ".join(map(str, s["candidates"])) if s["candidates"] else s["grid"]
     return {
-        "Saved": f"{units.percent(100 * made_by['saved'])} of the {what}; {100 * s['reduce']:g}{units.SPACE}% were asked for",
+        "Saved": f"{units.percent(100 * made_by['saved'])} of the {what}; {100 * s['reduce']:g}{units.SPACE}% were "
+        "asked for",
         "Exponent β of the cost": f"{s['beta']:g}" + (", above the budget only" if s["penalty"] == "above" else ""),
         "Candidate ranks": candidates,
-        "Length": f"{s['rounds']} rounds: {s['rank_steps']} steps on ranks each, {s['weight_steps']} on weights between them, "
+        "Length": f"{s['rounds']} rounds: {s['rank_steps']} steps on ranks each, {s['weight_steps']} on weights "
+        "between them, "
         f"{s['batch_size']} pictures a step",
-        "Held out": f"{100 * s['held_out']:g}{units.SPACE}% of the training pictures: ranks are learned on them, weights never see them",
+        "Held out": f"{100 * s['held_out']:g}{units.SPACE}% of the training pictures: ranks are learned on them, "
+        "weights never see them",
     }
 
 
@@ -111,7 +116,8 @@ def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
     learned += ["features of its blocks"] if "feature_loss" in last else []
     facts = {
         "Teacher": f"{result['teacher']} ({', '.join(learned)})" if result["teacher"] else "none",
-        "Length": f"{units.plain(float(last['epoch']))} epochs, {units.plain(float(last['step']))} steps of {units.plain(float(s['batch_size']))} pictures",
+        "Length": f"{units.plain(float(last['epoch']))} epochs, {units.plain(float(last['step']))} steps of "
+        f"{units.plain(float(s['batch_size']))} pictures",
         "Learning rate": f"{s['lr']:g}, by a cosine to {s['min_lr']:g}; weight decay {s['weight_decay']:g}",
     }
     if result.get("images_per_second"):
@@ -119,7 +125,8 @@ def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
     facts["Took"] = f"{units.elapsed(result['seconds'])}, evaluations and checkpoints included"
     if best := result.get("best"):
         facts["Best top-1 on the way"] = (
-            f"{units.percent(best['top1'])} after step {units.plain(float(best['step']))}; the last weights are what counts"
+            f"{units.percent(best['top1'])} after step {units.plain(float(best['step']))}; the last weights are what "
+            "counts"
         )
     return facts
 

@@ -15,8 +15,8 @@ from ..files import NO_LOCKS
 def claimed(place: str | os.PathLike[str]) -> Iterator[None]:
     """Keep a file or folder, whether it is there yet or not, to this run while the block lasts.
 
-    The claim is a lock on a hidden file beside the place, so it ends with the process, however that ends. Where the file
-    system has no locks, nothing is claimed.
+    The claim is a lock on a hidden file beside the place, so it ends with the process, however that ends. Where the
+    file system has no locks, nothing is claimed.
 
     Raises:
         StoreError: at once, where another run has claimed the same place, or nothing can be written beside it.

@@ -18,7 +18,8 @@ from .features import AS_PUBLISHED, Extractor, Opening
 
 
 class Clip:
-    """A CLIP model (Radford et al. 2021) of transformers: ``images`` is its extractor of pictures, ``texts`` encodes prompts.
+    """A CLIP model (Radford et al. 2021) of transformers: ``images`` is its extractor of pictures, ``texts`` encodes
+    prompts.
 
     Raises:
         ModelError: if ``spec`` (hf:NAME or a folder written by ``save_pretrained``, tokenizer and image processor
@@ -60,7 +61,9 @@ class Clip:
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> Tensor:
-        """(prompts, features) float64 on the CPU; each different prompt is encoded once, the rest of long ones is cut off."""
+        """(prompts, features) float64 on the CPU; each different prompt is encoded once, the rest of long ones is cut
+        off.
+        """
         different = list(dict.fromkeys(prompts))
         tokens: Any = self._tokenizer(
             different, padding=True, truncation=True, max_length=self._length, return_tensors="pt"

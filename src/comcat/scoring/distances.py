@@ -27,8 +27,9 @@ class KID:
 def kid(x: Tensor, y: Tensor, *, subsets: int = SUBSETS, subset_size: int = SUBSET_SIZE, seed: int = 0) -> KID:
     """Kernel inception distance (Bińkowski et al. 2018): :func:`mmd2` averaged over subsets drawn without replacement.
 
-    The mean's expectation does not depend on the subsets' size, its spread does: ``std`` is that of a subset's estimate, not
-    of the mean. Subsets hold at most half of the smaller set, since of whole sets there is only one to draw.
+    The mean's expectation does not depend on the subsets' size, its spread does: ``std`` is that of a subset's
+    estimate, not of the mean. Subsets hold at most half of the smaller set, since of whole sets there is only one to
+    draw.
 
     Args:
         x, y: features (n, features) and (m, features), n and m at least 2.
@@ -36,7 +37,8 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = SUBSETS, subset_size: int = SUBS
         subset_size: vectors from each set in one.
 
     Raises:
-        DataError: with fewer than 2 vectors on a side, or different numbers of features. SettingsError: on sizes out of range.
+        DataError: with fewer than 2 vectors on a side, or different numbers of features. SettingsError: on sizes out of
+            range.
         NumericsError: for features that are not finite.
     """
     x, y = _two_sets(x, y, "KID")
@@ -55,7 +57,8 @@ def kid(x: Tensor, y: Tensor, *, subsets: int = SUBSETS, subset_size: int = SUBS
 def mmd2(x: Tensor, y: Tensor) -> float:
     """The unbiased estimate of the squared maximum mean discrepancy (Gretton et al. 2012, Eq. 3); negative at times.
 
-    The kernel is Bińkowski et al.'s, k(a, b) = (aᵀb / d + 1)³ with d features. x: (n, d), y: (m, d). Raises as :func:`kid`.
+    The kernel is Bińkowski et al.'s, k(a, b) = (aᵀb / d + 1)³ with d features. x: (n, d), y: (m, d). Raises as
+    :func:`kid`.
     """
     x, y = _two_sets(x, y, "the mean discrepancy")
 
@@ -70,14 +73,16 @@ def mmd2(x: Tensor, y: Tensor) -> float:
 
 
 def fid(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance between Gaussians fitted to two sets (Heusel et al. 2017): ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2 (C₁C₂)^½).
+    """Fréchet distance between Gaussians fitted to two sets (Heusel et al. 2017): ‖μ₁ − μ₂‖² + tr(C₁ + C₂ − 2
+    (C₁C₂)^½).
 
-    With Cᵢ = AᵢᵀAᵢ, tr (C₁C₂)^½ is the sum of the singular values of A₁A₂ᵀ. That needs no root of a matrix, and holds where
-    covariances are singular, as they are with fewer pictures than features. The estimate is biased upwards, by much with few
-    pictures (Chong and Forsyth 2020). x: (n, d), y: (m, d).
+    With Cᵢ = AᵢᵀAᵢ, tr (C₁C₂)^½ is the sum of the singular values of A₁A₂ᵀ. That needs no root of a matrix, and holds
+    where covariances are singular, as they are with fewer pictures than features. The estimate is biased upwards, by
+    much with few pictures (Chong and Forsyth 2020). x: (n, d), y: (m, d).
 
     Raises:
-        DataError: with fewer than 2 vectors on a side, or different numbers of features. NumericsError: for features that are not finite.
+        DataError: with fewer than 2 vectors on a side, or different numbers of features. NumericsError: for features
+            that are not finite.
     """
     x, y = _two_sets(x, y, "FID")
     a, b = _root(x), _root(y)
@@ -93,7 +98,9 @@ def _root(x: Tensor) -> Tensor:
 
 
 def pairwise_cosine(x: Tensor, y: Tensor) -> float:
-    """The mean cosine over all pairs of a vector of x, (n, d), and one of y, (m, d): DreamBooth's CLIP-I and DINO (Ruiz et al. 2023)."""
+    """The mean cosine over all pairs of a vector of x, (n, d), and one of y, (m, d): DreamBooth's CLIP-I and DINO (Ruiz
+    et al. 2023).
+    """
     x, y = _two_sets(x, y, "the pairwise similarity", least=1)
     return float(_unit(x).mean(0) @ _unit(y).mean(0))
 

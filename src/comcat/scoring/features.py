@@ -49,11 +49,12 @@ AS_PUBLISHED = Opening()
 
 
 def clean_resize(image: Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture at ``size`` (height, width), (3, height, width) float32 in 0…255 and a little beyond, as clean-fid resizes.
+    """A picture at ``size`` (height, width), (3, height, width) float32 in 0…255 and a little beyond, as clean-fid
+    resizes.
 
-    Each channel is resized by itself, in floating point, by Pillow's bicubic filter, which widens when it shrinks a picture and so
-    does not alias; the result is neither rounded nor clipped (Parmar, Zhang and Zhu 2022). The whole picture is kept,
-    whatever its proportions.
+    Each channel is resized by itself, in floating point, by Pillow's bicubic filter, which widens when it shrinks a
+    picture and so does not alias; the result is neither rounded nor clipped (Parmar, Zhang and Zhu 2022). The whole
+    picture is kept, whatever its proportions.
     """
     height, width = size
     channels = np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1)
@@ -93,8 +94,9 @@ def similarity_extractor(spec: str, opening: Opening = AS_PUBLISHED) -> Extracto
 def pooled_features(model: nn.Module, images: Tensor) -> Tensor:
     """What a model's classifier would see of pictures (batch, channels, height, width): (batch, features).
 
-    timm: what its head pools. transformers: ``image_embeds``, else the class token where a pooler of its own training would come
-    after it (ViT: checkpoints such as DINO's lack its weights), else ``pooler_output``, else the class token.
+    timm: what its head pools. transformers: ``image_embeds``, else the class token where a pooler of its own training
+    would come after it (ViT: checkpoints such as DINO's lack its weights), else ``pooler_output``, else the class
+    token.
     """
     inner: Any = model
     if hasattr(inner, "forward_head"):
@@ -140,7 +142,8 @@ def _batched(pictures: Pictures, extractor: Extractor, size: int) -> Iterator[tu
 def _load(spec: str, opening: Opening) -> nn.Module:
     if spec.lower().endswith(PICKLED):
         raise ModelError(
-            f"{spec}: weights that are pickled or TorchScript can run any code and are not opened; expected timm:NAME, hf:NAME "
+            f"{spec}: weights that are pickled or TorchScript can run any code and are not opened; expected timm:NAME, "
+            "hf:NAME "
             "or a folder with config.json and safetensors"
         )
     with seeded(opening.seed):

@@ -24,7 +24,9 @@ _LEAST = {"kid": 2, "fid": 2, "clip-i": 1, "dino": 1}
 
 @dataclass(frozen=True)
 class Scores:
-    """The values by metric (KID as mean, std, subsets and subset size), the network behind each, how many pictures, what else to know."""
+    """The values by metric (KID as mean, std, subsets and subset size), the network behind each, how many pictures,
+    what else to know.
+    """
 
     values: dict[str, dict[str, float]]
     extractors: dict[str, str]
@@ -46,9 +48,9 @@ def score(
 ) -> Scores:
     """Score generated ``pictures``, all metrics but CLIP-T by comparison with real ones (``against``).
 
-    KID and FID: how far the features' distributions lie apart (:func:`kid`, :func:`fid`); 0 is best. CLIP-I and DINO: the mean
-    cosine between a generated and a real picture, CLIP-T: between a picture and its prompt (Ruiz et al. 2023); 1 is best.
-    Unreadable pictures are left out and counted in the notes.
+    KID and FID: how far the features' distributions lie apart (:func:`kid`, :func:`fid`); 0 is best. CLIP-I and DINO:
+    the mean cosine between a generated and a real picture, CLIP-T: between a picture and its prompt (Ruiz et al. 2023);
+    1 is best. Unreadable pictures are left out and counted in the notes.
 
     Args:
         pictures, against: whatever :func:`comcat.open_pictures` takes.
@@ -86,7 +88,8 @@ def score(
         extractors |= found[1]
     ordered = [m for m in METRICS if m in values]
     return Scores(
-        {m: values[m] for m in ordered}, {m: extractors[m] for m in ordered}, len(made.keys), len(real.keys) if real else 0, notes
+        {m: values[m] for m in ordered}, {m: extractors[m] for m in ordered}, len(made.keys),
+        len(real.keys) if real else 0, notes
     )  # fmt: skip
 
 
@@ -111,7 +114,8 @@ def _prompts(side: _Side, settings: ScoreSettings) -> dict[str, str] | DataError
         found = {key: prompt for key, prompt in side.stored.items() if isinstance(prompt, str)}
         if len(found) < len(side.keys):
             return DataError(
-                f"{len(side.keys) - len(found)} of {len(side.keys)} pictures in {side.pictures.name} do not say their prompt; "
+                f"{len(side.keys) - len(found)} of {len(side.keys)} pictures in {side.pictures.name} do not say their "
+                "prompt; "
                 "give a file (--prompts)"
             )
     else:
@@ -170,16 +174,19 @@ class _Run:
             values["fid"] = {"value": fid(x, y)}
             if min(len(x), len(y)) < FEW_FOR_FID:
                 notes.append(
-                    f"FID from {len(x)} and {len(y)} pictures is biased upwards; below {FEW_FOR_FID} on either side compare it only "
+                    f"FID from {len(x)} and {len(y)} pictures is biased upwards; below {FEW_FOR_FID} on either side "
+                    "compare it only "
                     "between sets of these very sizes, or use KID, which is unbiased."
                 )
         notes.append(
-            f"KID and FID compare {x.shape[1]} features of {spec}, pictures resized as clean-fid does. They can be compared only with "
+            f"KID and FID compare {x.shape[1]} features of {spec}, pictures resized as clean-fid does. They can be "
+            "compared only with "
             "numbers from the same network."
         )
         if spec == INCEPTION:
             notes.append(
-                "It is Inception v3 as TensorFlow's authors trained it for ImageNet, not the network of 2015 behind published "
+                "It is Inception v3 as TensorFlow's authors trained it for ImageNet, not the network of 2015 behind "
+                "published "
                 "FID and KID, so these numbers are not those of clean-fid."
             )
         return values, dict.fromkeys(wanted, spec)

@@ -27,7 +27,9 @@ class ScoreSettings:
     dino: str = "timm:vit_small_patch16_224.dino"
     """Network for DINO's similarity: timm:NAME, hf:NAME or a folder."""
     prompts: Path | None = None
-    """Prompts for CLIP-T: one line for all pictures, or a line for each, in the order of their names; left out, those that comcat generate wrote into the pictures."""
+    """Prompts for CLIP-T: one line for all pictures, or a line for each, in the order of their names; left out, those
+    that comcat generate wrote into the pictures.
+    """
     without: str | None = None
     """Word to take out of the prompts for CLIP-T, such as an identifier that CLIP cannot know."""
     batch_size: int = 32

@@ -37,7 +37,7 @@ class Example:
         return Example(self.images[:count], self.name, cut or None)
 
     def on(self, device: torch.device, dtype: torch.dtype, *, gradients: bool) -> Any:
-        """As a model is called with it: the pictures alone, or names and values; the pictures want gradients if asked."""
+        """As a model is called with it: pictures alone, or names and values. Pictures want gradients if asked."""
         images = ordinary(self.images).to(device=device, dtype=dtype)
         images = images.requires_grad_(True) if gradients else images
         if self.name is None:

@@ -1,9 +1,9 @@
 """Losses on labels that a model draws itself: what makes gradients where there are no labels.
 
-The second moment of their gradient is the Fisher information of the model's own distribution. Class scores take drawn classes,
-a map of class scores a class for every pixel, a map of one channel with scores of either sign a Bernoulli label for every
-pixel. Values without a distribution (features, depths, boxes) take Gaussian noise on the values brought to length one, so that
-each direction counts as much as it turns the output.
+The second moment of their gradient is the Fisher information of the model's own distribution. Class scores take drawn
+classes, a map of class scores a class for every pixel, a map of one channel with scores of either sign a Bernoulli
+label for every pixel. Values without a distribution (features, depths, boxes) take Gaussian noise on the values brought
+to length one, so that each direction counts as much as it turns the output.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def find_trunk(model: nn.Module, example: Any) -> Trunk:
 
 
 def _candidates(model: nn.Module) -> dict[str, list[str]]:
-    """Paths of the members of each list of modules of one class that hold attention-like insides, by the list's path."""
+    """Paths of the members of each list of modules of one class with attention-like insides, by the list's path."""
     found: dict[str, list[str]] = {}
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential):

@@ -85,9 +85,9 @@ def load_model(
     """A vision model by name or folder, in eval mode on ``device`` and in ``dtype``.
 
     Args:
-        spec: ``timm:NAME`` (an architecture of timm, with a tag or without; weights from the hub), ``timm:hf-hub:OWNER/NAME``,
-            ``hf:OWNER/NAME`` (a transformers model; of CLIP and SigLIP the vision tower), or a folder that comcat, timm (its
-            ``local-dir`` layout) or transformers (``save_pretrained``) has saved.
+        spec: ``timm:NAME`` (an architecture of timm, with a tag or without; weights from the hub),
+            ``timm:hf-hub:OWNER/NAME``, ``hf:OWNER/NAME`` (a transformers model; of CLIP and SigLIP the vision tower),
+            or a folder that comcat, timm (its ``local-dir`` layout) or transformers (``save_pretrained``) has saved.
         pretrained: with False, random weights instead of the checkpoint's.
         model_args: passed on, to ``timm.create_model`` (``num_classes=10``) or to the transformers config and class
             (``num_labels=10``, ``attn_implementation="eager"``; ``revision`` and ``cache_dir`` to the hub).
@@ -96,7 +96,8 @@ def load_model(
 
     Raises:
         ModelError: if there is no such model, its weights are missing or do not fit, the hub cannot be reached, or the
-            architecture does not take pictures; for ``pretrained`` and ``model_args`` that a compressed model cannot follow.
+            architecture does not take pictures; for ``pretrained`` and ``model_args`` that a compressed model cannot
+            follow.
         StoreError: for a folder of comcat's that is damaged. SettingsError: for a device or dtype that cannot be used.
     """
     folder = surviving(place_of(spec)) if os.fspath(spec) else None

@@ -30,7 +30,7 @@ class Groups:
         return weights.new_zeros(self.index.shape[0], self.count).scatter_add(1, self.index, weights)
 
     def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean of each group's tokens, weighted where weights (batch, tokens) are given: (batch, count, channels)."""
+        """The mean of each group's tokens, (batch, count, channels), weighted by weights (batch, tokens) if given."""
         sizes = self.sizes(weights)
         x = x if weights is None else x * weights[..., None].to(x.dtype)
         if exporting():

@@ -23,7 +23,9 @@ def same_place(a: str, b: str) -> bool:
 
 
 def check_sources(data: object, evaluation: object) -> None:
-    """Raises DataError where both are names of one place. Pictures that are open already are told apart by their pixels."""
+    """Raises DataError where both are names of one place. Pictures that are open already are told apart by their
+    pixels.
+    """
     names = (data, evaluation)
     if all(isinstance(name, str | os.PathLike) for name in names) and same_place(*(os.fspath(n) for n in names)):  # type: ignore[arg-type]
         raise DataError(

@@ -63,8 +63,9 @@ def tune(
 
     Raises:
         SettingsError: for settings or a teacher that do not fit. DataError: for labels outside the model's classes, too
-            many unreadable pictures, no labels and no teacher, or evaluation pictures that are also trained on. NumericsError: for a loss that is not finite or
-            explodes; it names the step, the place and the last good checkpoint. StoreError: for checkpoints of another
+            many unreadable pictures, no labels and no teacher, or evaluation pictures that are also trained on.
+            NumericsError: for a loss that is not finite or explodes; it names the step, the place and the last good
+                checkpoint. StoreError: for checkpoints of another
             run, or where none can be written.
     """
     chosen = from_keywords(TuneSettings, settings)

@@ -56,21 +56,24 @@ def compress_to(
 ) -> Finished:
     """Make a model smaller and save it with its report: calibrate, choose, apply, tune if asked to, measure.
 
-    A given model is untouched. What cannot work is refused before the work, as far as it can be known; the place is kept from
-    other runs meanwhile, and written to at the end alone. A search and tuning keep checkpoints in ``OUT.run`` beside it, so that
-    the same call goes on where it was stopped.
+    A given model is untouched. What cannot work is refused before the work, as far as it can be known; the place is
+    kept from other runs meanwhile, and written to at the end alone. A search and tuning keep checkpoints in ``OUT.run``
+    beside it, so that the same call goes on where it was stopped.
 
     Args:
         out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`.
         data: pictures to calibrate on, and to search and tune on; labels are not needed.
-        evaluation: labelled pictures to measure on. Nothing is chosen by them. Without any, a part of ``data`` is held out.
-        plan: what to do instead of choosing it, for example what :func:`comcat.search` found, its file, or a function that
-            proposes one from the model and its calibration batches.
+        evaluation: labelled pictures to measure on. Nothing is chosen by them. Without any, a part of ``data`` is held
+            out.
+        plan: what to do instead of choosing it, for example what :func:`comcat.search` found, its file, or a function
+            that proposes one from the model and its calibration batches.
         name: what the report calls the model. command: to repeat the run with, for the report.
-        settings: fields of :class:`CompressToSettings`: ``reduce`` or ``max_drop``, and all others of :func:`comcat.compress`.
+        settings: fields of :class:`CompressToSettings`: ``reduce`` or ``max_drop``, and all others of
+            :func:`comcat.compress`.
 
     Raises:
-        SettingsError, StoreError: for a place that cannot be written to, holds something else, or that another run writes to.
+        SettingsError, StoreError: for a place that cannot be written to, holds something else, or that another run
+            writes to.
         DataError: where pictures to calibrate or train on are also in ``evaluation``.
         And what :func:`comcat.compress`, :func:`comcat.search` and :func:`comcat.tune` raise.
     """

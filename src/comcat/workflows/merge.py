@@ -30,8 +30,8 @@ def merge_to(
     """Let a model's blocks run on fewer tokens and save it with its report; nothing is trained.
 
     Args:
-        out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`. data: pictures to choose by;
-            labels are not needed.
+        out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`. data: pictures to choose
+            by; labels are not needed.
         evaluation: labelled pictures to measure on. Nothing is chosen by them.
         way: what else :func:`comcat.compress_to` takes: ``batch_size``, ``bench``, ``overwrite``, ``epochs``, …
         settings: of :func:`comcat.merge`.

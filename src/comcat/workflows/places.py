@@ -26,7 +26,8 @@ class Finished:
     """What a workflow has made.
 
     Attributes:
-        model: saved in ``folder``, with its record. report: what the page in it shows; None where there was nothing to report.
+        model: saved in ``folder``, with its record. report: what the page in it shows; None where there was nothing to
+            report.
         notes: what there is to say of the pictures and of how they were divided.
     """
 
@@ -38,13 +39,16 @@ class Finished:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raises unless a model may be saved to a folder and can be. What a run that was stopped left there is no hindrance."""
+    """Raises unless a model may be saved to a folder and can be. What a run that was stopped left there is no
+    hindrance.
+    """
     if out.is_file():
         raise SettingsError(f"{str(out)!r} is a file, expected a folder to write to")
     check_writable(out)
     if out.is_dir() and not {p.name for p in out.iterdir()} <= RUN and not overwrite:
         raise SettingsError(
-            f"{str(out)!r} is not empty; overwrite=True (--overwrite) replaces an earlier result, or name another folder"
+            f"{str(out)!r} is not empty; overwrite=True (--overwrite) replaces an earlier result, or name another "
+            "folder"
         )
     check_replaceable(out, overwrite=True)
 

@@ -49,7 +49,8 @@ def search_to(
         overwrite: replace a plan that is there. restart: forget the checkpoints. settings: of :func:`comcat.search`.
 
     Raises:
-        SettingsError, StoreError: for a place that cannot be written to, holds something else, or that another run writes to.
+        SettingsError, StoreError: for a place that cannot be written to, holds something else, or that another run
+            writes to.
         DataError: where pictures of ``evaluation`` are in ``data``. And what :func:`comcat.search` raises.
     """
     out, chosen = Path(out).expanduser(), from_keywords(SearchSettings, settings)

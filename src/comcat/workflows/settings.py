@@ -26,7 +26,9 @@ class CompressToSettings(CompressSettings):
     overwrite: bool = False
     """Replace a folder that holds an earlier result."""
     epochs: float | None = None
-    """Tune for so many epochs afterwards, the model before compression being the teacher; the pictures then need labels, or all is learned from the teacher."""
+    """Tune for so many epochs afterwards, the model before compression being the teacher; the pictures then need
+    labels, or all is learned from the teacher.
+    """
     search: SearchOptions = field(default_factory=SearchOptions)
     """How to search, with ranks 'search'."""
     tune: TuneSettings = field(default_factory=TuneSettings)

@@ -44,8 +44,8 @@ def tune_to(
 ) -> Finished:
     """Train a model on and save it with its report; a given student is tuned in place, as :func:`comcat.tune` does.
 
-    ``out`` holds the checkpoints and the log from the start, so that the same call goes on where it stopped; the place is kept
-    from other runs meanwhile.
+    ``out`` holds the checkpoints and the log from the start, so that the same call goes on where it stopped; the place
+    is kept from other runs meanwhile.
 
     Args:
         out: the folder to save to. student, teacher: themselves, or their names for :func:`comcat.load_model`.
@@ -56,7 +56,8 @@ def tune_to(
         settings: fields of :class:`~comcat.tuning.settings.TuneSettings`.
 
     Raises:
-        SettingsError, StoreError: for a place that cannot be written to, holds something else, or that another run writes to.
+        SettingsError, StoreError: for a place that cannot be written to, holds something else, or that another run
+            writes to.
         DataError: where training pictures are also in ``evaluation``. And what :func:`comcat.tune` raises.
     """
     out, chosen = Path(out).expanduser(), from_keywords(TuneSettings, settings)

@@ -125,7 +125,8 @@ def test_an_ip_adapter_leaves_self_attention_free() -> None:
 
 def test_added_keys_are_refused() -> None:
     model = unet(
-        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        down_block_types=("SimpleCrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D"), attention_head_dim=4,
     )  # fmt: skip
     with pytest.raises(UnsupportedSite, match="keys and values of the text are added to those of the picture"):
@@ -139,7 +140,8 @@ def test_text_encoders_of_a_pipeline(tmp_path: Path) -> None:
     assert [(r.name, r.reason) for r in found.refused] == [
         (
             "text_encoder_3",
-            "T5EncoderModel is no UNet or transformer of diffusers or CLIP text encoder, whose attention alone is known",
+            "T5EncoderModel is no UNet or transformer of diffusers or CLIP text encoder, whose attention alone is "
+            "known",
         )
     ]
     assert not set(found.only("text")) & set(found.only("all"))

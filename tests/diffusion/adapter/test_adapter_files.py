@@ -174,25 +174,32 @@ def test_a_refused_attention_says_why(dog: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], str]] = {
     "a factor is gone": (lambda t, m: t.pop(f"{CROSS}.k_down"), "attn2: q_up has no k_down"),
     "an alpha is gone": (lambda t, m: t.pop(f"{CROSS}.alpha"), "attn2.alpha is missing"),
-    "an alpha is alone": (lambda t, m: t.update({"unet.x.alpha": torch.ones(())}), "unet.x has an alpha, but no factors"),
+    "an alpha is alone": (lambda t, m: t.update({"unet.x.alpha": torch.ones(())}),
+        "unet.x has an alpha, but no factors"),
     "something foreign": (lambda t, m: t.update({f"{CROSS}.bias": torch.ones(2)}), r"attn2.bias \(2,\) is unexpected"),
     "not a number": (lambda t, m: t[f"{CROSS}.q_up"].fill_(float("nan")), "attn2.q_up holds NaN or infinity"),
     "two ranks": (
-        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"][:2]}), "attn2: its factors have 2 and 4 channels, expected one number"
+        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"][:2]}),
+        "attn2: its factors have 2 and 4 channels, expected one number"
     ),
     "no rank": (lambda t, m: m.pop("rank"), "its rank is None, expected a number"),
     "a rank of many digits": (lambda t, m: m.update(rank="9" * 5000), "its rank is '999.*expected a number"),
     "another format": (lambda t, m: m.update(comcat_adapter="7"), "is of format 7, expected 2"),
     "no heads": (lambda t, m: m.pop("heads"), "does not say how many heads each attention has"),
     "heads of something else": (lambda t, m: m.update(heads='{"unet.x":2}'), "does not say how many heads"),
-    "an alpha of 1e30": (lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(1e30)}), r"attn2.alpha: got 1.*e\+30, expected"),
-    "an alpha of 0": (lambda t, m: t.update({f"{CROSS}.alpha": torch.zeros(())}), "attn2.alpha: got 0.0, expected a number above 0"),
-    "a negative alpha": (lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(-2.0)}), "attn2.alpha: got -2.0, expected"),
+    "an alpha of 1e30": (lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(1e30)}),
+        r"attn2.alpha: got 1.*e\+30, expected"),
+    "an alpha of 0": (lambda t, m: t.update({f"{CROSS}.alpha": torch.zeros(())}),
+        "attn2.alpha: got 0.0, expected a number above 0"),
+    "a negative alpha": (lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(-2.0)}),
+        "attn2.alpha: got -2.0, expected"),
     "integer factors": (
-        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"].long()}), "q_up is torch.int64, expected a floating type"
+        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"].long()}),
+        "q_up is torch.int64, expected a floating type"
     ),
     "complex factors": (
-        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"].to(torch.complex64)}), "q_up is torch.complex64, expected"
+        lambda t, m: t.update({f"{CROSS}.q_up": t[f"{CROSS}.q_up"].to(torch.complex64)}),
+        "q_up is torch.complex64, expected"
     ),
     "a complex alpha": (
         lambda t, m: t.update({f"{CROSS}.alpha": torch.tensor(2 + 1j)}), "alpha is torch.complex64, expected a floating"
@@ -202,7 +209,8 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], Any], str]
         lambda t, m: t.update({f"{CROSS}.add_k_down": t[f"{CROSS}.k_down"].clone()}), "add_k_down has no place there"
     ),
     "a word of two rows": (
-        lambda t, m: t.update({"text_encoder.token_embeddings.V*": torch.ones(2, 3)}), r"V\* is \(2, 3\), expected one row"
+        lambda t, m: t.update({"text_encoder.token_embeddings.V*": torch.ones(2, 3)}),
+        r"V\* is \(2, 3\), expected one row"
     ),
 }  # fmt: skip
 

@@ -77,7 +77,8 @@ def test_what_does_not_fit_or_is_no_such_list(tmp_path: Path) -> None:
     for content, message in (
         (
             weights[:-4],
-            rf"holds {len(weights) - 4} tensors, expected {len(weights)}: 4 for each of the {len(weights) // 4} attentions",
+            rf"holds {len(weights) - 4} tensors, expected {len(weights)}: 4 for each of the {len(weights) // 4} "
+            rf"attentions",
         ),
         ([*weights[:-1], torch.ones(3)], "number [0-9]+ of its [0-9]+ tensors is \\(3,\\), expected a matrix"),
         ([*weights[:-1], weights[-1] * float("nan")], "holds NaN or infinity"),

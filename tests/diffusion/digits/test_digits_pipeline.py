@@ -1,4 +1,6 @@
-"""The embedded pipeline: its autoencoder and tokenizer, what it is taught, how it is kept, and the recogniser that judges it."""
+"""The embedded pipeline: its autoencoder and tokenizer, what it is taught, how it is kept, and the recogniser that
+judges it.
+"""
 
 import json
 import random

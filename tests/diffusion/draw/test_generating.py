@@ -48,7 +48,8 @@ def test_files_say_how_they_were_made(tmp_path, pipe):
     assert image.size == (16, 16) and image.text["prompt"] == "a photo of «V*» dög"
     made = json.loads(image.text["comcat"])
     assert made == {
-        "prompt": "a photo of «V*» dög", "number": 1, "seed": 4, "steps": 2, "size": 16, "guidance": None, "negative": None,
+        "prompt": "a photo of «V*» dög", "number": 1, "seed": 4, "steps": 2, "size": 16, "guidance": None,
+        "negative": None,
         "scheduler": "DDIMScheduler", **about,
     }  # fmt: skip
 

@@ -11,7 +11,20 @@ from comcat.cli import main
 from comcat.methods.search.run import Search
 from tests.models import tiny_vit
 
-FAST = ["--rounds", "2", "--rank-steps", "2", "--weight-steps", "1", "--batch-size", "8", "--pictures", "16", "--statistic", "activation"]  # fmt: skip
+FAST = [
+    "--rounds",
+    "2",
+    "--rank-steps",
+    "2",
+    "--weight-steps",
+    "1",
+    "--batch-size",
+    "8",
+    "--pictures",
+    "16",
+    "--statistic",
+    "activation",
+]
 
 
 @pytest.fixture(scope="module")
@@ -19,29 +32,73 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("model")
     save_file(tiny_vit(num_classes=10).state_dict(), place / "model.safetensors")
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
-    cfg = {"input_size": [3, 32, 32], "mean": [0.3] * 3, "std": [0.4] * 3, "interpolation": "bilinear", "crop_pct": 1.0, "num_classes": 10}  # fmt: skip
+    cfg = {
+        "input_size": [3, 32, 32],
+        "mean": [0.3] * 3,
+        "std": [0.4] * 3,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "num_classes": 10,
+    }
     (place / "config.json").write_text(
-        json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": arguments, "pretrained_cfg": cfg})
+        json.dumps({"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": arguments,
+            "pretrained_cfg": cfg})
     )  # fmt: skip
     return str(place)
 
 
 def test_search_writes_a_plan_that_compress_applies(folder, tmp_path, capsys):
     plan, out = tmp_path / "plan.json", tmp_path / "small"
-    assert main(["search", folder, "--data", "digits:train", "--eval", "digits:test", "--reduce", "0.5", "--out", str(plan), *FAST]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "search",
+                folder,
+                "--data",
+                "digits:train",
+                "--eval",
+                "digits:test",
+                "--reduce",
+                "0.5",
+                "--out",
+                str(plan),
+                *FAST,
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "held-out top-1" in said and "evaluation pictures is among" in said
     assert comcat.Plan.load(plan).made_by["rule"] == "search"
     assert [p.name for p in tmp_path.iterdir()] == ["plan.json"], "checkpoints are gone once the plan is there"
-    assert main(["compress", folder, "--data", "digits:train", "--plan", str(plan), "--pictures", "16", "--no-bench", "--out", str(out)]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "compress",
+                folder,
+                "--data",
+                "digits:train",
+                "--plan",
+                str(plan),
+                "--pictures",
+                "16",
+                "--no-bench",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert comcat.count_parameters(comcat.load(out)) <= 0.5 * comcat.count_parameters(tiny_vit(num_classes=10))
     assert "Search of ranks" in (out / "report.html").read_text()
 
 
 def test_compress_searches_and_tunes_in_one_go_or_two(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "small"
-    command = ["compress", folder, "--data", "digits:train", "--eval", "digits:test", "--eval-limit", "40", "--reduce", "0.5", "--ranks", "search", "--pictures", "16",
-               "--search.rounds", "1", "--search.rank-steps", "2", "--search.batch-size", "8", "--tune.steps", "2", "--tune.batch-size", "8", "--no-bench", "--out", str(out)]  # fmt: skip
+    command = ["compress", folder, "--data", "digits:train", "--eval", "digits:test", "--eval-limit", "40", "--reduce",
+        "0.5", "--ranks", "search", "--pictures", "16",
+               "--search.rounds", "1", "--search.rank-steps", "2", "--search.batch-size", "8", "--tune.steps", "2",
+               "--tune.batch-size", "8", "--no-bench", "--out", str(out)]  # fmt: skip
     learn = Search._learn
 
     def interrupted(self, number, *more):

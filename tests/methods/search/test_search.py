@@ -168,7 +168,8 @@ def test_a_search_prefers_what_the_loss_needs(pictures: Pictures) -> None:
     with torch.no_grad():
         model.get_submodule("blocks.1.mlp.fc2").weight.mul_(1e-4)
     plan = search(
-        model, pictures, preprocess=PREPROCESS, reduce=0.35, only=("linear",), grid="even", grid_size=8, start="blind", statistic="weights",
+        model, pictures, preprocess=PREPROCESS, reduce=0.35, only=("linear",), grid="even", grid_size=8, start="blind",
+        statistic="weights",
         rounds=1, rank_steps=80, weight_steps=0, batch_size=16, rank_lr=0.2, pictures=16,
     )  # fmt: skip
     ranks = {

@@ -40,8 +40,8 @@ class AdapterFile:
 
     Attributes:
         path: of the file. factors: by module (``unet.<path>``) and name. alphas: by module.
-        token_embeddings: by ``component.token``, each (width,). metadata: all of it, as text; what could steer a terminal
-            is shown by its number. heads: of the attention, by module; what it does not say is not there.
+        token_embeddings: by ``component.token``, each (width,). metadata: all of it, as text; what could steer a
+            terminal is shown by its number. heads: of the attention, by module; what it does not say is not there.
     """
 
     path: Path
@@ -216,7 +216,8 @@ def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, T
 
 def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
     wrong = [
-        f"{printable(key)} {f'is {t.dtype}, expected a floating type' if t.dtype not in _KINDS else 'holds NaN or infinity'}"
+        f"{printable(key)} "
+        f"{f'is {t.dtype}, expected a floating type' if t.dtype not in _KINDS else 'holds NaN or infinity'}"
         for key, t in tensors.items()
         if t.dtype not in _KINDS or not t.isfinite().all()
     ]

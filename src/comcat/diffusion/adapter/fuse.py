@@ -45,8 +45,8 @@ def unfuse(target: Any) -> None:
     them as before.
 
     Raises:
-        SettingsError: if nothing is fused. UnsupportedSite: if the wider projections hold something that has come since,
-            as a LoRA, which would be lost with them. Then nothing has changed.
+        SettingsError: if nothing is fused. UnsupportedSite: if the wider projections hold something that has come
+            since, as a LoRA, which would be lost with them. Then nothing has changed.
     """
     fused = [(place, place.fused) for place in _places(target) if place.fused is not None]
     if not fused:

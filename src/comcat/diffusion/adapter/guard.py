@@ -1,8 +1,8 @@
 """What keeps adapters from being lost in silence: a watch over each model that carries some.
 
-Other libraries exchange what computes attention (``enable_attention_slicing``, ``fuse_qkv_projections``, an IP-Adapter),
-and copy weights out of models. Where the adapter can act on, the watch sees to it before each call; where it cannot, the
-call says so. What would write or copy the model without its adapter is refused.
+Other libraries exchange what computes attention (``enable_attention_slicing``, ``fuse_qkv_projections``, an
+IP-Adapter), and copy weights out of models. Where the adapter can act on, the watch sees to it before each call; where
+it cannot, the call says so. What would write or copy the model without its adapter is refused.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
     rank = max(one.rank for one in terms.values())
     if not file.heads and file.metadata and rank != file.rank:
         raise StoreError(
-            f"{file.path} does not fit this {_kind_of(target)}: its rank is {file.rank}, and with the heads here it would "
-            f"be {rank}"
+            f"{file.path} does not fit this {_kind_of(target)}: its rank is {file.rank}, and with the heads here it "
+            f"would be {rank}"
         )
     return {path: terms[path] for path in places if path in terms}  # in the model's order; a file has none
 

@@ -133,7 +133,7 @@ def _changed(tokenizer: Any, embedding: Any, joined: _Joined) -> bool:
 
 
 def _without(tokenizer: Any, tokens: Sequence[str]) -> Any:
-    """A copy of a tokenizer that has never heard of some of its added tokens. The ids of those behind them move down."""
+    """A copy of a tokenizer without some of its added tokens. The ids of those behind them move down."""
     from tokenizers import Tokenizer
 
     shorter = copy.deepcopy(tokenizer)

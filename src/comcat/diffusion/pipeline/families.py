@@ -42,7 +42,7 @@ class Family:
         return found
 
     def prompt_lengths(self) -> dict[str, int]:
-        """How many tokens each text encoder reads of a prompt, its first and last mark included; the rest is cut off."""
+        """How many tokens each text encoder reads of a prompt, first and last mark included; the rest is cut off."""
         return {name: int(tokenizer.model_max_length) for name, (tokenizer, _) in self.text_encoders().items()}
 
     def resolution(self) -> int:

@@ -67,8 +67,8 @@ def search(
 
     Raises:
         BudgetError: if even the smallest candidates cost too much. DataError: where a part of the pictures is empty,
-            labels do not fit, or pictures of the evaluation set are searched on. NumericsError: if the loss is no number or explodes. StoreError: where checkpoints were
-            made with other settings.
+            labels do not fit, or pictures of the evaluation set are searched on. NumericsError: if the loss is no
+            number or explodes. StoreError: where checkpoints were made with other settings.
     """
     chosen = from_keywords(SearchSettings, settings)
     if evaluation is not None:

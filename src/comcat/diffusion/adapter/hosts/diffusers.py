@@ -18,7 +18,8 @@ from .processors import AdapterProcessor, FluxProcessor, JointProcessor, PlainPr
 from .protocol import CHANNELS, AdaptableAttention, Found, RefusedAttention, Where, Widened
 
 _COPYING = ("FusedAttnProcessor2_0", "FusedJointAttnProcessor2_0")
-"""Those that read copies of q, k and v in one layer (``fuse_qkv_projections``). Ours read the projections themselves."""
+"""Those that read copies of q, k and v in one layer (``fuse_qkv_projections``). Ours read the projections themselves.
+"""
 _KINDS: tuple[tuple[type[AdapterProcessor], tuple[str, ...]], ...] = (
     (
         PlainProcessor,

@@ -118,7 +118,7 @@ class AdapterHost(Protocol):
         ...
 
     def why_not(self, attention: Any) -> str | None:
-        """Why an attention cannot carry terms as it stands, or None if it can. Other libraries may change it any time."""
+        """Why an attention cannot carry terms as it stands, or None if it can. Other libraries may change it."""
         ...
 
     def reclaim(self, attention: Any) -> str | None:
