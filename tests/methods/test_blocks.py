@@ -121,3 +121,22 @@ def test_sequential_calibration_with_tokens():
 def test_what_was_measured_is_of_every_block():
     ladders = measured_tokens(tiny_vit(depth=3), X)
     assert [t.site.path for t in ladders] == ["blocks.0", "blocks.1", "blocks.2"]
+
+
+@pytest.mark.parametrize("forms", ["ranks,units", "ranks,units,tokens"])
+def test_two_budgets_at_once(forms):
+    model = tiny_vit(depth=3)
+    whole, macs = comcat.count_parameters(model), comcat.count_macs(model, X[0][:1])
+    most = int(0.6 * whole)
+    small = comcat.compress(
+        model, X, reduce=0.3, budget="macs", max_parameters=most, forms=forms, pictures=16, multiple=4
+    )
+    made_by = small.comcat_record.plan.made_by
+    assert comcat.count_parameters(small) <= most and made_by["parameters"] == comcat.count_parameters(small)
+    assert comcat.count_macs(small, X[0][:1]) <= 0.71 * macs
+    assert 1 - comcat.count_macs(small, X[0][:1]) / macs == pytest.approx(made_by["saved"], abs=0.02)
+    for wish in ({"max_parameters": 10}, {"max_parameters": most, "budget": "parameters"}):
+        with pytest.raises((BudgetError, SettingsError), match="max_parameters"):
+            comcat.compress(
+                model, X, reduce=0.3, forms="ranks,units", pictures=16, multiple=4, **{"budget": "macs", **wish}
+            )

@@ -18,7 +18,7 @@ from .terminal import print_report
 class Compress(Common, CompressToSettings):
     """Make a model smaller and faster: calibrate, choose ranks, factorise, measure, save."""
 
-    ALTERNATIVES: ClassVar[tuple[str, ...]] = ("reduce", "max_drop")
+    ALTERNATIVES: ClassVar[tuple[str, ...]] = ("reduce", "max_drop", "target_ms")
 
     model: Positional[str]
     """timm:NAME, hf:NAME or a folder."""

@@ -27,7 +27,7 @@ __all__ = ["RULES", "Budget", "RankRule", "allocate", "check_asked", "describe",
 
 RankRule = Literal["uniform", "equal", "energy", "waterfill"]
 RULES: tuple[RankRule, ...] = ("uniform", "equal", "energy", "waterfill")
-Budget = Literal["parameters", "macs"]
+Budget = Literal["parameters", "macs", "latency"]
 _ORDERS: Mapping[str, Order] = {"waterfill": "price", "uniform": "share", "equal": "share", "energy": "energy"}
 
 
@@ -86,8 +86,8 @@ def allocate(
 
     _check(reduce, rule, multiple, energy)
     check_tokens(forms, budget, rule, statistic)
-    if budget == "macs" and cost is None:
-        raise SettingsError("budget 'macs' needs the cost of a site in MACs: pass cost and total")
+    if budget != "parameters" and cost is None:
+        raise SettingsError(f"budget {budget!r} needs the cost of a site in its units: pass cost and total")
     statistic = Weights() if statistic is None else statistic
     if sites is None or made_for is None:
         whole_model = find_sites(model)
@@ -176,7 +176,9 @@ def check_tokens(forms: Sequence[str] | str, budget: str, rule: str, statistic: 
     if "tokens" not in check_forms(forms):
         return
     if budget == "parameters":
-        raise SettingsError("got forms with tokens and a budget of parameters, of which tokens save none; say macs")
+        raise SettingsError(
+            "got forms with tokens and a budget of parameters, of which tokens save none; say macs or latency"
+        )
     if rule != "waterfill":
         raise SettingsError(
             f"got forms with tokens and ranks {rule!r}, expected 'waterfill', which weighs one with another"

@@ -43,3 +43,16 @@ class Macs:
 
     def on_fewer_tokens(self, share: float) -> Macs:
         return Macs({name: Flow(flow.rows * share, flow.pairs * share**2) for name, flow in self.flows.items()})
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Several costs at given prices, ``Σ price · cost``."""
+
+    priced: tuple[tuple[float, Cost], ...]
+
+    def __call__(self, site: AnySite, entry: SitePlan | None) -> float:
+        return sum(price * cost(site, entry) for price, cost in self.priced)
+
+    def on_fewer_tokens(self, share: float) -> Mixed:
+        return Mixed(tuple((price, cost.on_fewer_tokens(share)) for price, cost in self.priced))

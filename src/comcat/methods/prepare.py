@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from ..factors import Spectrum, Statistic, Weights, spectra
 from ..forms import Flow, check_plan
 from ..hosts import find_sites
 from ..measure import count_macs, count_parameters
+from ..measure.latency import measure_latency
 from ..plan import MadeFor, Plan
-from ..sites import Sites
+from ..sites import Sites, TokenSite
 from ..statistics import Statistics, calibrate, pictures_of
 from .allocate import describe, of_forms, shrinkable
 from .blocks import TokenLadder
@@ -72,13 +73,15 @@ def prepare(
             )
         statistic = calibrated(model, calibration, settings, sites, progress)
         sites = sites.without(statistic.unreached)
-    total, cost = budget_of(model, settings, sites, statistic, example)
     names = check_forms(settings.forms)
     tokens = ()
     if plan is None and "tokens" in names:
         if calibration is None:
             raise SettingsError("forms with tokens need calibration pictures, to measure what merging loses")
         tokens = tuple(measured_tokens(model, calibration, progress=progress))
+    total, cost = budget_of(
+        model, settings, sites, statistic, example, tokens=[t.site for t in tokens], progress=progress
+    )
     return Prepared(
         sites=sites,
         statistic=statistic,
@@ -116,13 +119,26 @@ def chosen_sites(whole: Sites, settings: CompressSettings) -> Sites:
 
 
 def budget_of(
-    model: nn.Module, settings: CompressSettings, sites: Sites, statistic: Statistic, example: Tensor | None
+    model: nn.Module,
+    settings: CompressSettings,
+    sites: Sites,
+    statistic: Statistic,
+    example: Tensor | None,
+    *,
+    tokens: Sequence[TokenSite] = (),
+    progress: bool = False,
 ) -> tuple[float, Cost]:
     """What the whole model costs, and how a site's cost is counted."""
     if settings.budget == "parameters":
         return float(count_parameters(model)), Parameters()
     if example is None:
-        raise SettingsError("budget 'macs' needs calibration pictures, at least one")
+        raise SettingsError(f"budget {settings.budget!r} needs calibration pictures, at least one")
+    if settings.budget == "latency":
+        latency = measure_latency(
+            model, sites, example, tokens=tokens, batch=settings.batch, compile=settings.compiled, quick=settings.quick,
+            progress=progress,
+        )  # fmt: skip
+        return latency.whole, latency
     return float(count_macs(model, example)), Macs(_flows(model, sites, statistic, example))
 
 

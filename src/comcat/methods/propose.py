@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 
 from torch import nn
 
 from ..errors import BudgetError, SettingsError
 from ..plan import Plan
 from .allocate import allocate
+from .both import within_both
+from .costs import Cost
 from .drop import largest_within
+from .pacing import within_time
 from .prepare import Prepared
 from .settings import CompressSettings
 
@@ -34,6 +38,13 @@ def propose(
     """
 
     def plan_with(reduce: float | None, multiple: int) -> Plan:
+        if settings.max_parameters is not None and reduce is not None:
+            return within_both(model, prepared, settings.max_parameters, reduce, partial(plan_at, multiple=multiple))
+        return plan_at(reduce, multiple=multiple)
+
+    def plan_at(
+        reduce: float | None, *, multiple: int, cost: Cost = prepared.cost, total: float = prepared.total
+    ) -> Plan:
         return allocate(
             model,
             prepared.statistic,
@@ -45,10 +56,10 @@ def propose(
             forms=settings.forms,
             multiple=multiple,
             energy=settings.energy,
-            tie=settings.budget == "macs" if settings.tie is None else settings.tie,
+            tie=settings.budget != "parameters" if settings.tie is None else settings.tie,
             per_head=settings.per_head,
-            total=prepared.total,
-            cost=prepared.cost,
+            total=total,
+            cost=cost,
             made_for=prepared.made_for,
             tokens=prepared.tokens,
         )
@@ -64,6 +75,8 @@ def propose(
                     return plan
         return finest
 
+    if settings.budget == "latency" and settings.max_drop is None:
+        return within_time(model, prepared, settings, plan_for)
     if settings.max_drop is None:
         return plan_for(settings.reduce)
     if held_out is None:

@@ -31,9 +31,11 @@ def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | Non
         SettingsError: without a plan, a saving or a drop. ModelError: for a model that is compressed already, or whose
             weights are not its own to read. NumericsError: for weights that are no numbers.
     """
-    if plan is None and settings.reduce is None and settings.max_drop is None and settings.ranks != "energy":
+    asked = (settings.reduce, settings.max_drop, settings.target_ms)
+    if plan is None and not any(wish is not None for wish in asked) and settings.ranks != "energy":
         raise SettingsError(
-            "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost) or a plan"
+            "say how far to go: reduce=0.5 (share to save), max_drop=1.0 (points that may be lost), "
+            "target_ms=12 (with budget='latency') or a plan"
         )
     check_asked(settings.reduce if plan is None else None, settings.multiple)
     check_ordinary(model)
@@ -61,8 +63,8 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
         check_plan(plan, whole)
         return
     sites = chosen_sites(whole, settings)
-    if settings.reduce is None or settings.ranks == "search":
-        return
+    if settings.reduce is None or settings.ranks == "search" or settings.budget == "latency":
+        return  # what time can be saved is known when it is measured
     statistic = Weights(name=settings.statistic)
     total, cost = budget_of(model, settings, sites, statistic, example)
     prepared = Prepared(

@@ -23,7 +23,19 @@ class CompressSettings:
     without labels).
     """
     budget: Budget = "parameters"
-    """What cost is: parameters or macs (multiply-accumulates)."""
+    """What cost is: parameters, macs (multiply-accumulates), or latency (time, measured on this machine, where the model
+    is and in the type of its weights).
+    """
+    target_ms: float | None = None
+    """Instead of reduce, with a budget of latency: a batch may take so many milliseconds."""
+    max_parameters: int | None = None
+    """Beside a budget of macs or latency: the whole model may have so many parameters."""
+    batch: int = 1
+    """Pictures at a time, with a budget of latency."""
+    compiled: bool = False
+    """With a budget of latency, time under torch.compile."""
+    quick: bool = False
+    """With a budget of latency, measure fewer widths."""
     statistic: StatisticName = "loss"
     """What errors are measured by: the weights alone (the paper), activations, or their effect on the loss."""
     forms: str | tuple[str, ...] = "ranks,units"
@@ -64,8 +76,19 @@ class CompressSettings:
         check_types(self)
         object.__setattr__(self, "forms", ",".join(check_forms(self.forms)))
         check_tokens(self.forms, self.budget, self.ranks, self.statistic)
-        if self.reduce is not None and self.max_drop is not None:
-            raise SettingsError("got both reduce and max_drop, expected one of them")
+        given = [name for name in ("reduce", "max_drop", "target_ms") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingsError(f"got both {given[0]} and {given[1]}, expected one of them")
+        if self.target_ms is not None and self.budget != "latency":
+            raise SettingsError(f"got target_ms and budget {self.budget!r}, expected budget 'latency'")
+        if self.max_parameters is not None and (self.budget == "parameters" or self.ranks != "waterfill"):
+            raise SettingsError(
+                f"got max_parameters beside budget {self.budget!r} and ranks {self.ranks!r}; "
+                "expected budget 'macs' or 'latency' and ranks 'waterfill'"
+            )
+        expect(self, "max_parameters", least=1)
+        expect(self, "target_ms", above=0)
+        expect(self, "batch", least=1)
         expect(self, "max_drop", above=0)
         expect(self, "pictures", "multiple", least=1)
         expect(self, "reduce", above=0, below=1)

@@ -98,5 +98,7 @@ class SearchSettings(SearchOptions):
                 "a search is over ranks and units; tokens are chosen by comcat.merge or comcat.compress"
             )
         expect(self, "reduce", above=0, below=1)
+        if self.budget == "latency":
+            raise SettingsError("a search is under parameters or macs; comcat.compress takes a budget of latency")
         expect(self, "multiple", "pictures", least=1)
         expect(self, "seed", least=0, most=LARGEST_SEED)
