@@ -59,5 +59,6 @@ def _run(command: Customize, processes: Any) -> int:
             f"{sum(p.numel() for p in adapter.parameters()):,} parameters."
         )
         size = command.out.stat().st_size / 1e6
-        print(f"Saved to {command.out} ({size:.2f} MB); report: {(folder_of(command.out) / 'report.html').resolve()}")
+        report = folder_of(command.out) / "report.html"
+        print(f"Saved to {command.out} ({size:.2f} MB)" + (f"; report: {report.resolve()}" if report.exists() else ""))
     return 0

@@ -19,6 +19,8 @@ class PipelineCommand:
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the pipeline's weights."""
+    variant: str | None = None
+    """Which of several sets of stored weights to read, fp16; left out, those without a variant, or the only one."""
 
 
 def open_pipeline(command: PipelineCommand, spec: str, device: Any = None) -> Any:
@@ -27,4 +29,5 @@ def open_pipeline(command: PipelineCommand, spec: str, device: Any = None) -> An
 
     from ..diffusion import load_pipeline
 
-    return load_pipeline(spec, device=device or pick_device(command.device), dtype=getattr(torch, command.dtype))
+    dtype = getattr(torch, command.dtype)
+    return load_pipeline(spec, device=device or pick_device(command.device), dtype=dtype, variant=command.variant)

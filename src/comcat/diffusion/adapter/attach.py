@@ -26,7 +26,7 @@ def attach(
     target: Any,
     *,
     rank: int = 2,
-    where: WhereToAttach = "cross",
+    where: WhereToAttach | None = None,
     text_encoder: bool = False,
     name: str = "default",
     init: Init = "zero",
@@ -41,7 +41,7 @@ def attach(
             ``requires_grad`` included.
         rank: extra channels of each head.
         where: ``"cross"`` (from picture to text, as in the paper), ``"self"``, ``"all"``, or ``"joint"`` where text and
-            picture share one attention (SD3, Flux).
+            picture share one attention (SD3, Flux). Left out, where the picture meets the text: cross or joint.
         text_encoder: the pipeline's CLIP text encoders as well.
         name: what the adapter is called in this pipeline.
         init: ``"zero"``: it changes nothing until it is trained; ``"random"``: as in the paper.
@@ -59,6 +59,7 @@ def attach(
     """
     _check_settings(rank, where, init, alpha)
     check_new(target, name)
+    where = where or default_where(target)
     chosen = _choose(denoiser_of(target), where)
     if text_encoder:
         chosen += _choose_text(target)
@@ -71,6 +72,16 @@ def attach(
         one.reset(init, generator)
         terms[found.path] = one
     return install(target, name, terms, Record(paths=tuple(terms)))
+
+
+def default_where(target: Any) -> WhereToAttach:
+    """The kind of attention in which pictures meet the text: cross in a UNet, joint in a transformer of SD3 or Flux.
+
+    Raises as :func:`attach`.
+    """
+    found, refused = find_places(denoiser_of(target))
+    kinds = {a.where for a in (*found, *refused)}
+    return "joint" if "joint" in kinds and "cross" not in kinds else "cross"
 
 
 def unload(target: Any, name: str | None = None) -> None:
@@ -157,10 +168,11 @@ def refusal(refused: list[RefusedAttention], model: object) -> UnsupportedSite:
     return UnsupportedSite(f"{type(model).__name__} cannot be adapted: {listed([str(r) for r in refused])}")
 
 
-def _check_settings(rank: int, where: str, init: str, alpha: float | None) -> None:
+def _check_settings(rank: int, where: str | None, init: str, alpha: float | None) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise SettingsError(f"got rank {rank!r}, expected a whole number from 1")
-    expect_one_of("where", where, get_args(WhereToAttach))
+    if where is not None:
+        expect_one_of("where", where, get_args(WhereToAttach))
     expect_one_of("init", init, get_args(Init))
     if alpha is not None and (why := bad_alpha(alpha)) is not None:
         raise SettingsError(f"alpha: {why}")

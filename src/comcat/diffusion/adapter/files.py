@@ -273,17 +273,17 @@ def _updated(
         paths=record.paths,
         identifier=identifier or record.identifier,
         prompt=prompt or record.prompt,
-        base=base or record.base or _name_of(target),
+        base=base or record.base or name_of(target),
         metadata={**record.metadata, **(metadata or {})},
         token_embeddings=words,
         brought_tokens=record.brought_tokens,
     )
 
 
-def _name_of(target: Any) -> str | None:
-    """The name that a pipeline or model was loaded by."""
+def name_of(target: Any) -> str | None:
+    """The name or folder that a pipeline or model was loaded from, if it was."""
     name = (getattr(target, "config", None) or {}).get("_name_or_path")
-    return str(name) if name else None  # a path if it came from a folder
+    return str(name) if name else None
 
 
 def _held_in(dtype: torch.dtype, key: str, value: Tensor) -> Tensor:

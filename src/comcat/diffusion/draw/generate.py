@@ -16,7 +16,7 @@ from ...errors import ModelError, SettingsError
 from ...files import check_writable
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
-from ..pipeline.families import Flux, check_multiple, family_of
+from ..pipeline.families import Flux, check_side, family_of
 from ..pipeline.shortage import shortage_explained
 from .pictures import already_made, file_name, save_picture
 from .settings import GenerateSettings
@@ -101,7 +101,7 @@ def _check_fits(pipe: Any, how: GenerateSettings) -> None:
     except ModelError:  # a pipeline that cannot be taught may still generate
         return
     if how.size is not None:  # diffusers' UNet pipelines take multiples of 8 whatever their VAE
-        check_multiple("size", how.size, max(8, family.multiple()) if family.component == "unet" else family.multiple())
+        check_side("size", how.size, family, max(8, family.multiple()) if family.component == "unet" else None)
     if how.negative is not None and isinstance(family, Flux):
         raise SettingsError(
             "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; "

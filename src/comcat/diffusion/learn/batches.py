@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...errors import NumericsError, SettingsError
 from ..pipeline.families import Conditions, Family
 from .latents import Latents, Rotation
 from .optimisation import Batch
@@ -18,7 +19,15 @@ class Texts:
     def __init__(self, family: Family, prompts: Sequence[str], *, live: bool) -> None:
         self.family, self.prompts = family, list(prompts)
         with torch.no_grad():
-            self.kept: Conditions | None = None if live else family.encode(self.prompts)
+            encoded = family.encode(self.prompts)
+        for name, value in encoded.items():
+            if not value.isfinite().all():
+                kind = str(value.dtype).removeprefix("torch.")
+                raise NumericsError(
+                    f"the pipeline's text encoders make NaN or infinity ({name}, {kind}) of the prompts "
+                    f"{', '.join(map(repr, self.prompts))}; their weights may be damaged"
+                )
+        self.kept: Conditions | None = None if live else encoded
 
     def of(self, which: Sequence[int]) -> Conditions:
         """The conditions of prompt number ``which[i]`` for picture i."""
@@ -66,3 +75,15 @@ class CachedSource:
             which += shown.tolist()
         conditions = self.texts.of(which) | {k: torch.cat([f[k] for f in framings]) for k in framings[0]}
         return Batch(torch.cat(latents), conditions, torch.tensor(weights))
+
+
+def check_dropout(family: Family, where: str, dropout: float) -> None:
+    """Raises SettingsError if pictures shown under the empty prompt would teach the adapter nothing."""
+    if dropout and where == "cross":
+        with torch.no_grad():
+            empty = family.encode([""])["prompt"]
+        if not empty.any():
+            raise SettingsError(
+                "caption_dropout: this pipeline's empty prompt is all zeros, of which cross-attention's terms read "
+                "nothing; leave it out, or learn where='all'"
+            )

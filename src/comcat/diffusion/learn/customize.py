@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +16,13 @@ import torch
 
 from ..._version import __version__
 from ...errors import SettingsError, StoreError
-from ...files import check_writable
 from ...runs.checkpoints import Checkpoint, Checkpoints
 from ...runs.loop import carry_out, find_checkpoint
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
-from ..adapter.attach import attach, unload
-from ..adapter.files import save
+from ..adapter.attach import WhereToAttach, attach, default_where, unload
+from ..adapter.files import name_of, save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
 from ..draw.prompts import check_heard, check_other_prompts, check_prompt, splitting_notes
@@ -30,13 +30,13 @@ from ..pipeline.families import Family, family_of
 from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
-from .batches import CachedSource, Stream
+from .batches import CachedSource, Stream, check_dropout
 from .examples import EXAMPLES, Examples, notes_on_sizes, read_examples
 from .latents import Rotation, check_resolution, encode
 from .optimisation import Optimisation
 from .prior import class_in, make_class_pictures
 from .protection import Protection
-from .run_folder import Samples, folder_of, samples_in, write_report
+from .run_folder import Samples, check_out, folder_of, samples_in, write_report
 from .settings import CustomizeSettings
 from .token import LearnedToken
 
@@ -72,7 +72,7 @@ def customize(
 
     Returns:
         The trained adapter, in place in ``pipe``. Everything else about the pipeline is as it was. After an error, the
-        adapter is out again, too.
+        adapter is out again, too, unless all was learned and only writing it failed.
 
     Raises:
         SettingsError: for a prompt without the identifier, or in which it comes after what the text encoders read, and
@@ -114,12 +114,13 @@ class Customization:
         check_sampling(pipe, settings.sample_steps)
         self.noising = noising_of(pipe.scheduler, settings.snr_gamma)
         self.side = check_resolution(settings.resolution, self.family)
+        self.where: WhereToAttach = settings.where or default_where(pipe)
         self.processes = Processes(cpu=self.family.device.type == "cpu")
         if settings.batch_size % self.processes.count:
             raise SettingsError(
                 f"batch_size: got {settings.batch_size} for {self.processes.count} processes, expected a multiple"
             )
-        self._check_dropout()
+        check_dropout(self.family, self.where, settings.caption_dropout)
         self.examples = read_examples(images)
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
         self.notes += check_heard(self.family, prompt, identifier, one_token=settings.new_token is not None)
@@ -128,7 +129,7 @@ class Customization:
         self.class_examples = None
         if settings.prior_images is not None:
             self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
-        self.out = None if out is None else _checked(Path(out).expanduser())
+        self.out = None if out is None else check_out(Path(out).expanduser())
         self.optimisation: Optimisation | None = None
 
     def run(self, restart: bool) -> Adapter:
@@ -143,7 +144,6 @@ class Customization:
         class_pictures = self._class_pictures()
         with frozen(self.family), self._learner() as learner:
             self._train(learner, class_pictures, checkpoints, since, about)
-            learner.stays = True
         return learner.adapter
 
     @contextmanager
@@ -152,7 +152,7 @@ class Customization:
         settings, family = self.settings, self.family
         with shortage_explained("attaching the adapter", [f"a rank below {settings.rank}"]):
             adapter = attach(
-                self.pipe, rank=settings.rank, where=settings.where, text_encoder=settings.text_encoder,
+                self.pipe, rank=settings.rank, where=self.where, text_encoder=settings.text_encoder,
                 name=self.name, init=settings.init, seed=derive_seed(settings.seed, "factors"),
             )  # fmt: skip
         learner = _Learner(adapter)
@@ -202,22 +202,31 @@ class Customization:
             if token is not None:
                 stack.enter_context(token.learning())
             every = settings.checkpoint_every
-            carry_out(
-                run, self.processes, checkpoints=checkpoints if every else None, every=(every,), since=since,
-                progress=self.progress,
-            )  # fmt: skip
+            try:
+                carry_out(
+                    run, self.processes, checkpoints=checkpoints if every else None, every=(every,), since=since,
+                    progress=self.progress,
+                )  # fmt: skip
+            except StoreError as error:
+                if run.progress.step < settings.steps:
+                    raise
+                self._say(f"The end of the run could not be kept, so that it cannot be made longer: {error}")
+        learner.stays = True  # whatever happens now, nothing that was learned is lost
         if token is not None:
             token.settle()
         for parameter in parameters.values():
             parameter.requires_grad_(False)
             parameter.grad = None
         record = records(self.pipe)[self.name]
-        known = {"identifier": self.identifier, "prompt": self.prompt, "base": _base_of(self.pipe)}
+        known = {"identifier": self.identifier, "prompt": self.prompt, "base": name_of(self.pipe)}
         remember(self.pipe, self.name, replace(record, **known))
         with self.processes.together():
             if self.out is not None and self.processes.main:
                 self._save(token)
-                self._report(samples)
+                try:
+                    self._report(samples)
+                except StoreError as error:
+                    self._say(f"The adapter is saved, but the report could not be written: {error}")
 
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
@@ -242,7 +251,7 @@ class Customization:
         if self.settings.prior_prompt is None or self.class_examples is not None:
             return self.class_examples
         folder = None if self.out is None else class_in(folder_of(self.out))
-        about = {"model": _base_of(self.pipe), "dtype": _dtype_of(self.family)}
+        about = {"model": name_of(self.pipe), "dtype": _dtype_of(self.family)}
         made = make_class_pictures(
             self.pipe, self.settings, self.side, folder, about=about, processes=self.processes, progress=self.progress
         )
@@ -273,28 +282,39 @@ class Customization:
         return {
             **made,
             **self.settings.shaping,
+            "where": self.where,
             "resolution": self.side,
             "prompt": self.prompt,
             "identifier": self.identifier,
             "pictures": self.examples.fingerprint,
-            "base": _base_of(self.pipe),
+            "base": name_of(self.pipe),
             "dtype": _dtype_of(self.family),
         }
 
     def _save(self, token: LearnedToken | None) -> None:
         assert self.out is not None
-        save(
-            self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt,
-            base=_base_of(self.pipe), token_embeddings=None if token is None else token.rows(),
-            metadata={"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))},
-        )  # fmt: skip
+        try:
+            save(
+                self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt,
+                base=name_of(self.pipe), token_embeddings=None if token is None else token.rows(),
+                metadata={"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))},
+            )  # fmt: skip
+        except StoreError as error:
+            raise StoreError(
+                f"{error}. The adapter is learned, and acts in the pipeline as {self.name!r}: make room and save() it, "
+                "or run the same again"
+            ) from error
+
+    def _say(self, note: str) -> None:
+        self.notes.append(note)
+        warnings.warn(note, stacklevel=5)
 
     def _report(self, samples: Samples | None) -> None:
         assert self.out is not None and samples is not None and self.optimisation is not None
         facts = {
             "prompt": self.prompt,
             "identifier": self.identifier,
-            "base": _base_of(self.pipe) or type(self.pipe).__name__,
+            "base": name_of(self.pipe) or type(self.pipe).__name__,
             "pictures": len(self.examples.images),
             **{k: v for k, v in asdict(self.settings).items() if v is not None},
             "resolution": self.side,
@@ -308,16 +328,6 @@ class Customization:
             samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
             notes=self.notes,
         )  # fmt: skip
-
-    def _check_dropout(self) -> None:
-        if self.settings.caption_dropout and self.settings.where == "cross":
-            with torch.no_grad():
-                empty = self.family.encode([""])["prompt"]
-            if not empty.any():
-                raise SettingsError(
-                    "caption_dropout: this pipeline's empty prompt is all zeros, of which cross-attention's terms read "
-                    "nothing; leave it out, or learn where='all'"
-                )
 
 
 @dataclass
@@ -333,18 +343,3 @@ class _Learner:
 def _dtype_of(family: Family) -> str:
     """``float32``: the type to compute in."""
     return str(next(family.denoiser.parameters()).dtype).removeprefix("torch.")
-
-
-def _base_of(pipe: Any) -> str | None:
-    """The name or folder that a pipeline was loaded from, if it was."""
-    name = pipe.config.get("_name_or_path")
-    return str(name) if name else None
-
-
-def _checked(out: Path) -> Path:
-    if out.suffix != ".safetensors":
-        raise SettingsError(f"out: got {str(out)!r}, expected a file name that ends in .safetensors")
-    if out.is_dir():
-        raise SettingsError(f"out: {str(out)!r} is a folder, expected a file to write to")
-    check_writable(out.parent)
-    return out

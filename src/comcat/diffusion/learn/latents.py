@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...errors import NumericsError
 from ...runs.seeding import derive_seed
-from ..pipeline.families import Conditions, Family, check_multiple
+from ..pipeline.families import Conditions, Family, check_side
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def check_resolution(side: int | None, family: Family) -> int:
     """
     if side is None:
         return family.resolution()
-    check_multiple("resolution", side, family.multiple())
+    check_side("resolution", side, family)
     return side
 
 
@@ -84,6 +85,13 @@ def encode(family: Family, images: Iterable[Image.Image], side: int, *, crops: i
         own = []
         for frame in of:
             mean, std = encode_pixels(family, frame.pixels[None])
+            if not (mean.isfinite().all() and std.isfinite().all()):
+                vae = family.pipe.vae
+                kind = str(vae.dtype).removeprefix("torch.")
+                raise NumericsError(
+                    f"the pipeline's VAE ({type(vae).__name__}, {kind}) makes NaN or infinity of picture {number}; its "
+                    f"weights may be damaged{_in_more_bits(vae.dtype)}"
+                )
             own.append(len(means))
             means.append(mean)
             stds.append(std)
@@ -91,6 +99,10 @@ def encode(family: Family, images: Iterable[Image.Image], side: int, *, crops: i
         frames_of.append(own)
     framing = {name: torch.cat([f[name] for f in framings]).to(means[0].device) for name in framings[0]}
     return Latents(torch.cat(means), torch.cat(stds), framing, frames_of)
+
+
+def _in_more_bits(dtype: torch.dtype) -> str:
+    return "; in float16 some overflow: load the pipeline in bfloat16 or float32" if dtype == torch.float16 else ""
 
 
 @torch.no_grad()

@@ -9,10 +9,22 @@ from typing import Any
 
 from PIL import Image
 
+from ...errors import SettingsError
+from ...files import check_writable
 from ..draw.generate import generate
 from ..draw.pages import Page, Sheet, write_page
 from ..draw.pictures import grid, save_picture
 from .settings import CustomizeSettings
+
+
+def check_out(out: Path) -> Path:
+    """The file to save to. Raises SettingsError or StoreError if it cannot be one."""
+    if out.suffix != ".safetensors":
+        raise SettingsError(f"out: got {str(out)!r}, expected a file name that ends in .safetensors")
+    if out.is_dir():
+        raise SettingsError(f"out: {str(out)!r} is a folder, expected a file to write to")
+    check_writable(out.parent)
+    return out
 
 
 def folder_of(out: Path) -> Path:

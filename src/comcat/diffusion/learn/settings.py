@@ -21,8 +21,9 @@ class CustomizeSettings:
     """Pictures a step, of all processes together."""
     rank: int = 2
     """Extra channels of each head."""
-    where: Literal["cross", "self", "all", "joint"] = "cross"
-    """Which attention learns: cross, self or all of a UNet; joint or all of a transformer (SD 3, Flux)."""
+    where: Literal["cross", "self", "all", "joint"] | None = None
+    """Which attention learns: cross, self or all of a UNet; joint or all of a transformer (SD 3, Flux). Left out, where
+    pictures meet the text: cross or joint."""
     text_encoder: bool = False
     """Let the CLIP text encoders' attention learn as well."""
     init: Literal["zero", "random"] = "zero"

@@ -53,6 +53,10 @@ class Family:
         """What the side of a picture must be a multiple of, in pixels."""
         return int(self.pipe.vae_scale_factor)
 
+    def largest(self) -> int:
+        """The largest side, in pixels, that is sensible to ask for: eight times the pipeline's own."""
+        return 8 * self.resolution()
+
     def encode(self, prompts: list[str]) -> Conditions:
         """The prompts' conditions; the empty one's are those that guidance leads away from. Gradients flow where the
         text encoders' parameters ask for them.
@@ -108,6 +112,10 @@ class StableDiffusion3(Family):
 
     def multiple(self) -> int:
         return int(self.pipe.vae_scale_factor * self.denoiser.config.patch_size)  # type: ignore[union-attr]
+
+    def largest(self) -> int:
+        places = getattr(self.denoiser.config, "pos_embed_max_size", None)  # its table of positions ends there
+        return super().largest() if places is None else min(super().largest(), places * self.multiple())
 
     def encode(self, prompts: list[str]) -> Conditions:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
@@ -178,8 +186,13 @@ def family_of(pipe: Any) -> Family:
     return found
 
 
-def check_multiple(name: str, side: int, step: int) -> None:
-    """Raises SettingsError unless a side, in pixels, is a multiple of a step."""
+def check_side(name: str, side: int, family: Family, step: int | None = None) -> None:
+    """Raises SettingsError unless a side, in pixels, is a multiple of a step, the family's own if not given, and no
+    larger than is sensible.
+    """
+    step, most = step or family.multiple(), family.largest()
+    if side > most:
+        raise SettingsError(f"{name}: got {side}, expected at most {most}; the pipeline's own is {family.resolution()}")
     if side < step or side % step:
         near = max(step, round(side / step) * step)
         raise SettingsError(f"{name}: got {side}, expected a multiple of {step}, for example {near}")

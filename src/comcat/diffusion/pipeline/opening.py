@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,31 @@ import torch
 from ...errors import ModelError, nearest
 from ...models.failures import first_line, loading_failure
 
+_WEIGHTS = re.compile(
+    r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(?P<variant>(?!index\b|safetensors\b|bin\b)[\w]+?))?"
+    r"(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
+)
+"""Names of files with weights: ``model.fp16.safetensors``, ``diffusion_pytorch_model-00001-of-00002.safetensors``."""
 _ON_THE_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def load_pipeline(
-    spec: str | os.PathLike[str], *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    spec: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
 ) -> Any:
     """A pipeline of diffusers: the name of one on the hub, or a folder that ``save_pretrained`` wrote.
 
+    Args:
+        dtype: of the weights in memory, whatever is stored.
+        variant: which of several sets of weights to read, ``"fp16"`` for ``model.fp16.safetensors``. Left out, those
+            without a variant; a folder that has one variant alone gives that.
+
     Raises:
-        ModelError: if there is none, a part of it is missing or damaged, or the hub cannot be reached.
+        ModelError: if there is none, a part of it is missing or damaged, there are no weights of that variant, or the
+            hub cannot be reached.
     """
     try:
         from diffusers import DiffusionPipeline
@@ -32,7 +48,7 @@ def load_pipeline(
     place = Path(text).expanduser()
     local = place.is_dir()
     if local:
-        _check_folder(place)
+        variant = _variant_in(place, _parts_of(place), variant)
     elif not _ON_THE_HUB.fullmatch(text):
         beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
         raise ModelError(
@@ -40,7 +56,7 @@ def load_pipeline(
             f"{nearest(place.name, beside)}"
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(place) if local else text, dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(str(place) if local else text, dtype=dtype, variant=variant)
     except Exception as error:  # every library below raises its own kinds
         raise loading_failure(text if local else f"hf:{text}", error, local=local) from error
     try:
@@ -49,8 +65,8 @@ def load_pipeline(
         raise ModelError(f"{text} cannot be moved to {device}: {first_line(error)}") from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Raises ModelError, naming what is not there, unless the folder holds all the parts that it says it does."""
+def _parts_of(folder: Path) -> list[str]:
+    """The parts that a folder says it holds. Raises ModelError, naming what is not there, unless all of them are."""
     index = folder / "model_index.json"
     if not index.is_file():
         raise ModelError(f"{folder} has no model_index.json, so it is no saved pipeline of diffusers")
@@ -58,8 +74,30 @@ def _check_folder(folder: Path) -> None:
         parts = json.loads(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{index} cannot be read: {error}") from None
-    missing = [
-        name for name, kind in parts.items() if isinstance(kind, list) and all(kind) and not (folder / name).is_dir()
-    ]
-    if missing:
+    named = [name for name, kind in parts.items() if isinstance(kind, list) and all(kind)]
+    if missing := [name for name in named if not (folder / name).is_dir()]:
         raise ModelError(f"{folder} lacks its {' and '.join(missing)}: expected a folder of that name for each")
+    return named
+
+
+def _variant_in(folder: Path, parts: list[str], wanted: str | None) -> str | None:
+    """The variant to read from a folder: the one wanted, or the only one there is where weights without are missing."""
+    found = {part: _variants(path.name for path in (folder / part).iterdir()) for part in parts}
+    named = sorted({variant for variants in found.values() for variant in variants if variant})
+    if wanted is not None:
+        if wanted not in named:
+            has = f"there are {', '.join(named)}" if named else "it has one set of weights alone, without a variant"
+            raise ModelError(f"{folder} has no weights of the variant {wanted!r}{nearest(wanted, named)}; {has}")
+        return wanted
+    lacking = [part for part, variants in found.items() if variants and None not in variants]
+    if not lacking:
+        return None
+    if len(named) > 1:
+        raise ModelError(f"{folder} has weights of the variants {', '.join(named)}; say which to read (variant)")
+    return named[0]
+
+
+def _variants(names: Iterable[str]) -> set[str | None]:
+    """The variants among the weights of one part, None for those without."""
+    matches = (_WEIGHTS.fullmatch(name) for name in names)
+    return {match["variant"] for match in matches if match is not None}

@@ -1,0 +1,155 @@
+"""What is wrong is said before the work, and by its name; what was learned survives a disk that is full at the end."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import comcat.diffusion as cd
+from comcat import files
+from comcat.diffusion.learn.customize import Customization
+from comcat.errors import NumericsError, SettingsError, StoreError
+
+from .. import tiny
+
+PROMPT = "a photo of V* dog"
+QUICK: dict[str, Any] = {"steps": 3, "resolution": 16}
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Any:
+    return tiny.stable_diffusion(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"steps": 2.5}, r"got steps=2\.5, expected a whole number"),
+        ({"lr": "fast"}, "got lr='fast', expected a number"),
+        ({"resolution": 100000}, "resolution: got 100000, expected at most 128; the pipeline's own is 16"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_the_work(pipe: Any, settings: dict[str, Any], said: str) -> None:
+    pipe.vae.encode = pipe.unet.forward = None  # any work would fail otherwise
+    with pytest.raises(SettingsError, match=said):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **settings)
+    assert cd.adapters(pipe) == {}
+
+
+def test_pictures_of_100000_pixels_are_not_generated(pipe: Any, tmp_path: Path) -> None:
+    pipe.unet.forward = None
+    with pytest.raises(SettingsError, match="size: got 100000, expected at most 128"):
+        list(cd.generate(pipe, "a dog", size=100000))
+
+
+def test_a_transformer_s_table_of_positions_bounds_the_resolution(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion_3(tmp_path)
+    side = pipe.transformer.config.pos_embed_max_size * pipe.transformer.config.patch_size * pipe.vae_scale_factor
+    assert side < 8 * 16
+    with pytest.raises(SettingsError, match=f"resolution: got {2 * side}, expected at most {side}"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, resolution=2 * side)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_a_vae_that_yields_nan_is_named_and_not_the_adapter(pipe: Any, kind: torch.dtype) -> None:
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.fill_(float("nan"))
+    pipe.vae.to(kind)
+    said = r"the pipeline's VAE \(AutoencoderKL, (float32|float16)\) makes NaN or infinity of picture 0"
+    with pytest.raises(NumericsError, match=said) as told:
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **QUICK)
+    assert ("bfloat16 or float32" in str(told.value)) == (kind == torch.float16)
+    assert cd.adapters(pipe) == {}
+
+
+def test_a_text_encoder_that_yields_nan_is_named(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.text_encoder.encoder.layers[0].mlp.fc1.weight.fill_(float("nan"))
+    with pytest.raises(NumericsError, match=r"the pipeline's text encoders make NaN.*'a photo of V\* dog'"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **QUICK)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "stable_diffusion_3", "flux"])
+def test_where_is_what_the_family_has_when_left_out(family: str, tmp_path: Path) -> None:
+    pipe = getattr(tiny, family)(tmp_path)
+    kind = "cross" if hasattr(pipe, "unet") else "joint"
+    assert set(cd.attach(pipe).modules) == set(cd.find_adaptable(pipe).only(kind))
+    cd.unload(pipe)
+    adapter = cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **QUICK)
+    assert set(adapter.modules) == set(cd.find_adaptable(pipe).only(kind))
+
+
+def test_a_run_that_named_the_family_s_own_attention_goes_on_without_naming_it(pipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "dog.safetensors"
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, where="cross", **QUICK)
+    cd.unload(pipe)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **QUICK)
+    cd.unload(pipe)
+    with pytest.raises(StoreError, match="where was 'cross', now 'all'"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, where="all", **QUICK)
+
+
+class Disk:
+    """A disk that is full for files of more than a number of bytes, once it is told so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.room, self.full = room, False
+        sync = files._sync
+
+        def checked(path: Path) -> None:
+            if self.full and path.is_file() and path.stat().st_size > self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(path)
+
+        monkeypatch.setattr(files, "_sync", checked)
+
+
+def run(pipe: Any, out: Path, disk: Disk, **settings: Any) -> Customization:
+    """A run whose disk fills up before its last step."""
+    from comcat.diffusion.learn.settings import CustomizeSettings
+
+    chosen = CustomizeSettings(**{**QUICK, **settings})
+    work = Customization(pipe, tiny.pictures(), PROMPT, "V*", "default", chosen, out, False)
+    forward = pipe.unet.forward
+    calls = []
+
+    def filling(*args: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        disk.full = len(calls) >= 3
+        return forward(*args, **keywords)
+
+    pipe.unet.forward = filling
+    return work
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_adapter_without_the_checkpoint(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "dog.safetensors"
+    size = cd.save(pipe, tmp_path / "x.safetensors", name=cd.attach(pipe).name).stat().st_size
+    cd.unload(pipe)
+    work = run(pipe, out, Disk(monkeypatch, room=2 * size))  # a checkpoint holds it in 32 bit, with two moments
+    with pytest.warns(UserWarning, match="could not be kept|could not be written") as warned:
+        adapter = work.run(False)
+    assert len(warned) == 2  # the last checkpoint, and the report with its pictures
+    assert cd.read(out).identifier == "V*" and list(cd.adapters(pipe)) == [adapter.name]
+    assert any("could not be kept" in note and "No space left" in note for note in work.notes)
+
+
+def test_a_disk_that_is_full_to_the_last_byte_leaves_the_adapter_in_the_pipe(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, disk = tmp_path / "dog.safetensors", Disk(monkeypatch, room=0)
+    said = r"No space left.*acts in the pipeline as 'default': make room and save\(\) it"
+    with pytest.warns(UserWarning, match="could not be kept"), pytest.raises(StoreError, match=said):
+        run(pipe, out, disk).run(False)
+    assert not out.exists() and list(tmp_path.glob(".dog*")) == []
+    disk.full = False
+    file = cd.read(cd.save(pipe, out))
+    assert file.identifier == "V*" and any(f["k_down"].any() for f in file.factors.values())
+    assert not any(p.requires_grad for p in cd.adapters(pipe)["default"].parameters())
