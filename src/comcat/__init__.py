@@ -17,7 +17,8 @@ _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate",
     "apply_": "apply", "batches": "data", "calibrate": "statistics", "compress": "methods.compress",
     "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure", "count_macs": "measure",
-    "count_parameters": "measure", "find_sites": "hosts", "load": "store", "load_model": "store",
+    "count_parameters": "measure", "export": "deployment.export", "find_sites": "hosts", "load": "store",
+    "load_model": "store", "open_exported": "deployment.runtimes",
     "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store",
     "preprocess_of": "models", "push_to_hub": "store", "save": "store", "search": "methods.search",
     "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from .apply import apply_ as apply_
     from .data import batches as batches
     from .data import open_pictures as open_pictures
+    from .deployment.export import export as export
+    from .deployment.runtimes import open_exported as open_exported
     from .errors import ComcatError as ComcatError
     from .hosts import find_sites as find_sites
     from .measure import benchmark as benchmark

@@ -55,6 +55,10 @@ class StoreError(ComcatError):
     """A saved folder is damaged, foreign or cannot be written."""
 
 
+class ExportError(ComcatError):
+    """A model cannot leave PyTorch, or what left it computes something else; the message says why."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that suggests the known name closest to ``name``: ``"; did you mean 'x'?"``, or an empty string."""
     matches = get_close_matches(name, list(known), n=3, cutoff=0.5)

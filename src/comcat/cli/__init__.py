@@ -21,6 +21,7 @@ VERBS = {
     "search": ("search:Search", "find the ranks of a plan by search on training pictures"),
     "tune": ("tune:Tune", "win back by training what compression lost"),
     "eval": ("evaluate:Eval", "accuracy of a model, and agreement with another"),
+    "export": ("export:Export", "write a model as a file that another runtime loads"),
     "bench": ("bench:Bench", "time a model, beside another in one interleaved run"),
     "customize": ("customize:Customize", "teach a text-to-image pipeline a concept"),
     "generate": ("generate:Generate", "pictures from prompts, with adapters"),
