@@ -139,5 +139,6 @@ def test_between_measured_widths_a_straight_line_and_no_wider_part_is_cheaper():
     rows = {f"a@1#{w}": {"ms": ms, "spread": 0.1} for w, ms in (("8", 1.0), ("16", 3.0), ("24", 2.0), ("dense", 5.0))}
     curve = curves_of(rows)["a", 1.0]
     assert (curve.at(4), curve.at(12), curve.at(20), curve.at(99), curve.dense) == (1.0, 1.75, 2.5, 2.5, 5.0)
+    assert Curve((8, 16), (1.0, 3.0), 9.0).at(24) == 5.0  # beyond what was measured it is never for nothing
     latency = Latency({("a", 1.0): curve, ("a", 0.5): Curve((), (), 2.0)}, {}, 10.0)
     assert latency._along("a", lambda c: c.dense, 0.75) == 3.5

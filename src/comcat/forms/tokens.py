@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ def token_entry(site: TokenSite, form: str, keep: int, *, residual: bool = True,
     if not residual:
         told["residual"] = False
     if form == "similar":
-        told |= {"mask": site.mask, "norm": site.norm}
+        told |= {"mask": site.mask}
     elif form == "grid":
         told |= {"grid": None if site.grid is None else list(site.grid), "patches": site.patches}
     else:
@@ -133,9 +134,11 @@ def _check_grid(name: str, entry: SitePlan, told: Mapping[str, Any]) -> None:
 
 
 def _similar(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:
+    names = list(inspect.signature(block.forward).parameters)[1:]
     return SimilarTokens(
-        *_common(entry, told), residual=told.get("residual", True), mask=told.get("mask"), norm=told.get("norm")
-    )
+        *_common(entry, told), residual=told.get("residual", True), mask=told.get("mask"), names=names,
+        norm=told.get("norm"),
+    )  # fmt: skip
 
 
 def _grid(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:

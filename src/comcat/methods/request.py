@@ -68,14 +68,14 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
     statistic = Weights(name=settings.statistic)
     total, cost = budget_of(model, settings, sites, statistic, example)
     prepared = Prepared(
-        sites=sites, statistic=statistic, factorizations={name: _blank(site) for name, site in sites.items()},
+        sites=sites, statistic=statistic, factorizations={name: blank_spectrum(site) for name, site in sites.items()},
         total=total, made_for=describe(model, whole, sites), cost=cost,
         tokens=tuple(blank_tokens(model, example)) if "tokens" in check_forms(settings.forms) else (),
     )  # fmt: skip
     propose(model, prepared, replace(settings, multiple=settings.multiple or 1))
 
 
-def _blank(site: Site) -> Spectrum:
+def blank_spectrum(site: Site) -> Spectrum:
     """A spectrum of a site's shape, all ones."""
     if isinstance(site, HiddenSite):
         return Elimination(order=torch.arange(site.full), prices=torch.ones(site.full))

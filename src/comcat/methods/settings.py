@@ -23,8 +23,8 @@ class CompressSettings:
     without labels).
     """
     budget: Budget = "parameters"
-    """What cost is: parameters, macs (multiply-accumulates), or latency (time, measured on this machine, where the model
-    is and in the type of its weights).
+    """What cost is: parameters, macs (multiply-accumulates), or latency (time, measured on this machine, where the
+    model is and in the type of its weights).
     """
     target_ms: float | None = None
     """Instead of reduce, with a budget of latency: a batch may take so many milliseconds."""

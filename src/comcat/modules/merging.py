@@ -8,7 +8,7 @@ saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,7 +44,7 @@ class TokenReduction(nn.Module):
         raise NotImplementedError
 
     def bias(self, reduction: Any) -> tuple[str, Tensor] | None:
-        """An additive attention mask for the reduced tokens, (batch, 1, 1, prefix + count), by its argument's name."""
+        """What is added to the logits of the reduced tokens, (batch, prefix + count), with its argument's name."""
         return None
 
     def forward(self, block: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -59,19 +59,24 @@ class TokenReduction(nn.Module):
                 f"got a tensor beside the tokens of a {type(block).__name__} (as an attention mask), expected none: "
                 "it has a row for every token, and the block runs on fewer; take the merges back by handle.revert()"
             )
-        prefix, rows = x[:, : self.prefix], x[:, self.prefix :]
-        few = torch.cat((prefix, reduction.mean(rows)), 1)
-        named = dict(rest[1])
+        few, named = self._reduced(x, reduction), dict(rest[1])
         if (bias := self.bias(reduction)) is not None:
             name, sizes = bias
-            named[name] = nn.functional.pad(sizes, (self.prefix, 0))[:, None, None].to(x.dtype)
-            rest = (), named  # what stood there by position was None
+            named |= dict(zip(self.names, rest[0], strict=False)) | {name: sizes[:, None, None].to(x.dtype)}
+            rest = (), named
         said = run(few, *rest[0], **named)
         after = said[0] if isinstance(said, tuple) else said
         whole = self._restored(x, few, after, reduction)
         return (whole, *said[1:]) if isinstance(said, tuple) else whole
 
+    def _reduced(self, x: Tensor, reduction: _Reduction) -> Tensor:
+        if isinstance(reduction, Groups):  # tokens in front are among the groups
+            return reduction.mean(x)
+        return torch.cat((x[:, : self.prefix], reduction.mean(x[:, self.prefix :])), 1)
+
     def _restored(self, x: Tensor, few: Tensor, after: Tensor, reduction: _Reduction) -> Tensor:
+        if isinstance(reduction, Groups):
+            return x + reduction.spread(after - few) if self.residual else reduction.spread(after)
         p = self.prefix
         if self.residual or isinstance(reduction, Chosen):
             rows = x[:, p:] + reduction.spread(after[:, p:] - few[:, p:])
@@ -89,12 +94,15 @@ class SimilarTokens(TokenReduction):
     Args:
         mask: the argument by which the block takes an additive attention mask. Groups then weigh as many tokens as they
             hold, by the logarithm of their size (Bolya et al. 2023, Eq. 1). None: every group weighs as one.
-        norm: the block's own norm, whose output tokens are compared by; None: by the tokens themselves.
+        names: the block's other arguments, in their order.
+        norm: the block's own norm, if tokens are to be compared by what it makes of them; None: by themselves.
     """
 
-    def __init__(self, *args: Any, mask: str | None = None, norm: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, mask: str | None = None, names: Sequence[str] = (), norm: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.mask, self.norm = mask, norm
+        self.mask, self.names, self.norm = mask, tuple(names), norm
 
     def reduction(self, block: nn.Module, x: Tensor) -> Groups | None:
         tokens = x.shape[1] - self.prefix
@@ -105,7 +113,7 @@ class SimilarTokens(TokenReduction):
         if self.norm is not None:
             with torch.no_grad():
                 metric = block.get_submodule(self.norm)(metric)
-        return look_alikes(metric[:, self.prefix :], count)
+        return look_alikes(metric[:, self.prefix :], count).behind(self.prefix)
 
     def bias(self, reduction: Groups) -> tuple[str, Tensor] | None:
         return None if self.mask is None else (self.mask, reduction.sizes().log())

@@ -27,24 +27,39 @@ class Groups:
     def sizes(self, weights: Tensor | None = None) -> Tensor:
         """Tokens in each group, (batch, count); with weights (batch, tokens) the sum of those."""
         weights = torch.ones_like(self.index, dtype=torch.float32) if weights is None else weights
-        return weights.new_zeros(self.index.shape[0], self.count).scatter_add(1, self.index, weights)
+        if exporting():
+            return (self._one_hot(weights.dtype) * weights[..., None]).sum(1)
+        start = weights.new_zeros(self.index.shape[0] * self.count)
+        return start.index_add(0, self._rows(), weights.flatten()).unflatten(0, (self.index.shape[0], self.count))
 
     def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
-        """The mean of each group's tokens, (batch, count, channels), weighted by weights (batch, tokens) if given."""
+        """The mean of each group's tokens, (batch, count, channels); weights are (batch, tokens)."""
         sizes = self.sizes(weights)
         x = x if weights is None else x * weights[..., None].to(x.dtype)
         if exporting():
             summed = self._one_hot(x.dtype).mT @ x
-        else:
-            where = self.index[..., None].expand_as(x)
-            summed = x.new_zeros(x.shape[0], self.count, x.shape[-1]).scatter_add(1, where, x)
+        else:  # whole rows at once: several times as fast as scatter and gather
+            start = x.new_zeros(x.shape[0] * self.count, x.shape[-1])
+            summed = start.index_add(0, self._rows(), x.flatten(0, 1)).unflatten(0, (x.shape[0], self.count))
         return summed / sizes[..., None].to(x.dtype)
 
     def spread(self, y: Tensor) -> Tensor:
         """Each token gets its group's value: (batch, count, channels) → (batch, tokens, channels)."""
         if exporting():
             return self._one_hot(y.dtype) @ y
-        return y.gather(1, self.index[..., None].expand(-1, -1, y.shape[-1]))
+        return y.flatten(0, 1).index_select(0, self._rows()).unflatten(0, self.index.shape)
+
+    def behind(self, prefix: int) -> Groups:
+        """The same groups where so many tokens come first, each of them a group of its own."""
+        if not prefix:
+            return self
+        first = torch.arange(prefix, device=self.index.device).expand(self.index.shape[0], -1)
+        return Groups(torch.cat((first, self.index + prefix), 1), self.count + prefix)
+
+    def _rows(self) -> Tensor:
+        """Each token's group as a row of all pictures' groups, (batch · tokens)."""
+        start = torch.arange(self.index.shape[0], device=self.index.device) * self.count
+        return (self.index + start[:, None]).flatten()
 
     def then(self, after: Groups) -> Groups:
         """The groups of groups, as groups of the tokens."""
@@ -76,7 +91,7 @@ def bipartite(metric: Tensor, merges: int) -> Groups:
     if merges == 0:
         return Groups(torch.arange(tokens, device=metric.device).expand(metric.shape[0], -1), tokens)
     with torch.no_grad():
-        metric = F.normalize(metric.detach().float(), dim=-1)
+        metric = F.normalize(metric.detach(), dim=-1)
         sources, destinations = metric[:, ::2], metric[:, 1::2]
         batch, many = sources.shape[:2]
         alone = many - merges

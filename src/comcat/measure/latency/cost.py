@@ -14,8 +14,9 @@ from ...sites import TokenSite
 
 @dataclass(frozen=True)
 class Curve:
-    """Milliseconds of one part by width, at one number of tokens; ``dense`` as it stands; ``spread`` half the distance of
-    the quartiles.
+    """Milliseconds of one part by width, at one number of tokens.
+
+    ``dense`` is as it stands, ``spread`` half the distance of the quartiles.
     """
 
     widths: tuple[int, ...]
@@ -24,20 +25,25 @@ class Curve:
     spread: float = 0.0
 
     def at(self, width: int) -> float:
-        """At a width: a straight line between the measured ones; under the least of them as at that one."""
-        return float(np.interp(width, self.widths, self.milliseconds)) if self.widths else self.dense
+        """At a width: a straight line between the measured ones and beyond them; under the least as at that one."""
+        if not self.widths:
+            return self.dense
+        if width <= self.widths[-1]:
+            return float(np.interp(width, self.widths, self.milliseconds))
+        (w0, w1), (t0, t1) = ((0, 0, *v)[-2:] for v in (self.widths, self.milliseconds))
+        return t1 + (t1 - t0) / (w1 - w0) * (width - w1)
 
 
 @dataclass(frozen=True)
 class Latency:
     """The time of a plan, as the choice asks for it: what each site costs in milliseconds a batch.
 
-    QK and VO of an attention share its time evenly, so they are priced well where they have one rank. A token site costs
-    what finding look-alikes takes, less what the rest of its block saves.
+    QK and VO of an attention share its time evenly, so they are priced well where they have one rank. A token
+    site costs what finding look-alikes and a mask take, less what the rest of its block saves.
 
     Attributes:
-        curves: of each part by (its shape's key, share of the tokens). parts: each site's key. whole: milliseconds of the
-            whole model as it stands. halves: sites that share their part's time with another.
+        curves: of each part by (its shape's key, share of the tokens). parts: each site's key.
+        whole: milliseconds of the whole model as it stands. halves: sites that share their part's time with another.
     """
 
     curves: Mapping[tuple[str, float], Curve]
@@ -87,7 +93,10 @@ def curves_of(found: Mapping[str, Any]) -> dict[tuple[str, float], Curve]:
         rows.setdefault((key, float(share)), {})[width] = value
     curves = {}
     for place, by_width in rows.items():
-        dense = by_width.pop("dense")
+        dense, merged = by_width.pop("dense"), by_width.pop("merged", None)
+        if merged is not None:
+            over = max(0.0, merged["ms"] - dense["ms"])
+            curves[place[0].removesuffix("block") + "merging", place[1]] = Curve((), (), over, merged["spread"])
         widths = sorted(map(int, by_width))
         times = rising([by_width[str(w)]["ms"] for w in widths])
         spread = float(np.median([v["spread"] for v in (dense, *by_width.values())]))

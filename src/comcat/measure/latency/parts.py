@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ...apply import apply_
+from ...forms.tokens import token_entry
 from ...hosts.symmetry import structure
-from ...modules.merging import SimilarTokens
 from ...plan import Plan, SitePlan
 from ...sites import HiddenSite, ProductSite, Site, Sites, TokenSite, part
 from ..running import call
+
+LARGER_THAN_A_CACHE = 48 * 2**20
+"""Bytes."""
 
 Seen = Mapping[str, tuple[tuple, dict[str, Any]]]
 
@@ -57,11 +61,12 @@ def jobs_of(
     for site in sites.values():
         by_path.setdefault((site.path, "attention" if isinstance(site, ProductSite) else site.name), []).append(site)
     few = {site.path: site for site in tokens}
-    for (path, _), group in by_path.items():
-        if path not in seen:
+    keys = {place: _key(model, place[0], group, seen) for place, group in by_path.items() if place[0] in seen}
+    times = Counter(keys.values())
+    for place, group in by_path.items():
+        if place not in keys:
             continue
-        kind = "attention" if isinstance(group[0], ProductSite) else group[0].kind
-        key = f"{kind} {'+'.join(s.kind for s in group)} {_shape(part(model, path), seen[path])}"
+        path, key = place[0], keys[place]
         parts |= {s.name: key for s in group}
         if key in done:
             continue
@@ -72,7 +77,7 @@ def jobs_of(
             if inputs is None:
                 continue
             for width in ("dense", *_widths(group[0], quick)):
-                jobs.append((key, share, width, _Build(model, sites, group, width, path, inputs)))
+                jobs.append((key, share, width, _Build(model, sites, group, width, path, inputs, times[key])))
     for site in tokens:
         if site.path not in seen:
             continue
@@ -84,13 +89,22 @@ def jobs_of(
         for share in shares:
             inputs = _fewer(seen[site.path], site, share)
             if inputs is not None:
-                jobs.append((f"{key} block", share, "dense", _Build(model, sites, [], "dense", site.path, inputs)))
+                jobs.append(
+                    (f"{key} block", share, "dense", _Build(model, sites, [], "dense", site.path, inputs, len(tokens)))
+                )
             if share < 1:
-                jobs.append((f"{key} merging", share, "dense", _Merging(model, site, share, seen[site.path])))
+                merged = _Merged(model, site, share, seen[site.path], len(tokens))
+                jobs.append((f"{key} block", share, "merged", merged))
     halves = frozenset(
         s.name for group in by_path.values() for s in group if len(group) == 2 and isinstance(s, ProductSite)
     )
     return jobs, parts, halves
+
+
+def _key(model: nn.Module, path: str, group: Sequence[Site], seen: Seen) -> str:
+    """What parts of one shape have in common."""
+    kind = "attention" if isinstance(group[0], ProductSite) else group[0].kind
+    return f"{kind} {'+'.join(s.kind for s in group)} {_shape(part(model, path), seen[path])}"
 
 
 def _widths(site: Site, quick: bool) -> Iterator[int]:
@@ -132,16 +146,23 @@ def _tensors(inputs: Any) -> list[Tensor]:
 
 
 class Bound(nn.Module):
-    """A part with what it is called with, ``inner`` times in a row."""
+    """A part with what it is called with, ``inner`` times in a row.
 
-    def __init__(self, module: nn.Module, inputs: tuple[tuple, dict[str, Any]]) -> None:
+    In a model a part's weights have left the cache when its turn comes. So copies of it take turns, as many as the
+    model has parts of its kind, or as fill any cache.
+    """
+
+    def __init__(self, module: nn.Module, inputs: tuple[tuple, dict[str, Any]], times: int = 1) -> None:
         super().__init__()
-        self.module, self.inputs, self.inner = module, inputs, 1
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        copies = max(1, min(times, math.ceil(LARGER_THAN_A_CACHE / max(size, 1))))
+        self.turns = nn.ModuleList([module, *(copy.deepcopy(module) for _ in range(copies - 1))])
+        self.inputs, self.inner = inputs, copies
 
     def forward(self, images: Tensor) -> Any:
         said = None
-        for _ in range(self.inner):
-            said = self.module(*self.inputs[0], **self.inputs[1])
+        for i in range(self.inner):
+            said = self.turns[i % len(self.turns)](*self.inputs[0], **self.inputs[1])
         return said
 
 
@@ -155,10 +176,11 @@ class _Build:
     width: int | str
     path: str
     inputs: tuple[tuple, dict[str, Any]]
+    times: int = 1
 
     def __call__(self) -> Bound:
         if self.width == "dense":
-            return Bound(part(self.model, self.path), self.inputs)
+            return Bound(part(self.model, self.path), self.inputs, self.times)
         form = "units" if isinstance(self.group[0], HiddenSite) else "product"
         entries = {s.name: SitePlan(form=form, keep=int(self.width), full=s.full) for s in self.group}
         handle = apply_(self.model, Plan(sites=entries), sites=self.sites, weights=False)
@@ -169,33 +191,26 @@ class _Build:
         with torch.no_grad():
             for p in narrow.parameters():  # what was never filled may hold numbers that are slow to reckon with
                 p.normal_(std=0.02)
-        return Bound(narrow, self.inputs)
-
-
-class _Rests(nn.Module):
-    """A block that does nothing, in which a reduction of tokens is timed."""
-
-    def __init__(self, block: nn.Module, reduction: nn.Module) -> None:
-        super().__init__()
-        self.block, self.reduction = block, reduction
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.reduction(self.block, lambda few, *a, **k: few, args, kwargs)
+        return Bound(narrow, self.inputs, self.times)
 
 
 @dataclass(frozen=True)
-class _Merging:
-    """What finding look-alikes and handing the update back costs, without the block."""
+class _Merged:
+    """A block that merges tokens as it would in the model, its mask included."""
 
     model: nn.Module
     site: TokenSite
     share: float
     inputs: tuple[tuple, dict[str, Any]]
+    times: int
 
     def __call__(self) -> Bound:
-        rows = self.site.prefix + self.site.full
-        keep = max(1, round(rows * self.share) - self.site.prefix)
-        reduction = SimilarTokens(
-            keep, self.site.full, self.site.prefix, self.site.stream, mask=None, norm=self.site.norm
-        )
-        return Bound(_Rests(part(self.model, self.site.path), reduction), self.inputs)
+        site, rows = self.site, self.site.prefix + self.site.full
+        keep = max(1, round(rows * self.share) - site.prefix)
+        plan = Plan(sites={site.name: token_entry(site, "similar", keep)})
+        handle = apply_(self.model, plan, sites=Sites({}))
+        try:
+            merged = copy.deepcopy(part(self.model, site.path))
+        finally:
+            handle.revert()
+        return Bound(merged, self.inputs, self.times)

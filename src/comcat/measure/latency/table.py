@@ -1,4 +1,4 @@
-"""Measuring the parts of a model on this machine, in one interleaved run a part, or reading what was measured before."""
+"""Measuring the parts of a model here, each in one interleaved run, or reading what was measured before."""
 
 from __future__ import annotations
 
@@ -65,8 +65,9 @@ def measure_latency(
     _add_rests(curves, tokens, sites, parts)
     spread = float(np.median([c.spread / max(c.dense, 1e-9) for c in curves.values()])) if curves else 0.0
     facts = {
-        "batch": batch, "dtype": str(p.dtype).removeprefix("torch."), "device": store.about["device"], "compile": compile,
-        "threads": torch.get_num_threads(), "parts": len(asked), "measured_now": len(missing), "spread": spread,
+        "batch": batch, "dtype": str(p.dtype).removeprefix("torch."), "device": store.about["device"],
+        "compile": compile, "threads": torch.get_num_threads(), "parts": len(asked), "measured_now": len(missing),
+        "spread": spread,
         "whole_ms": 1e3 * whole.median_s,
     }  # fmt: skip
     return Latency(curves, parts, 1e3 * whole.median_s, halves, facts=facts)
@@ -88,7 +89,7 @@ def _timed(
     try:
         once = benchmark(parts, images, repeats=1, warmup=1, min_seconds=0.0)
         for name, bound in parts.items():
-            bound.inner = max(1, math.ceil(LEAST_MS / max(1e3 * once[name].median_s, 1e-3)))
+            bound.inner *= max(1, math.ceil(LEAST_MS / max(1e3 * once[name].median_s, 1e-3)))
         found = benchmark(parts, images, repeats=3 if quick else 7, warmup=1, min_seconds=0.02, compile=compile)
     except RuntimeError as error:
         raise ModelError(f"a part of the model cannot be timed alone: {str(error).splitlines()[0]}") from error
