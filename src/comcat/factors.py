@@ -5,7 +5,7 @@ of them (:func:`comcat.linalg.factorize`); what differs per kind of site is wher
 biases:
 
 - **QK**: logits ``= x̃ᵀ M x'`` with ``A = [W_Q; b_Q]``, ``B = W_K``. The key bias adds a constant along keys, which
-  softmax ignores.
+  softmax ignores, unless there are keys besides those of tokens; then ``B = [W_K; b_K]``.
 - **VO**: ``A = W_V``, ``Bᵀ = W_O``. Attention rows sum to one, so the value bias and the mean of what truncation loses
   move to the output bias.
 - **Linear**: one factor is the identity; the decomposition happens on the narrower side.
@@ -120,23 +120,29 @@ class Unilateral(Weights):
 
 @dataclass(frozen=True)
 class Products:
-    """Thin weights of a QK site: q (heads, rank, in), q_bias (heads, rank) or None, k (heads, rank, in)."""
+    """Thin weights of a QK site: q (heads, rank, in), q_bias (heads, rank) or None, k (heads, rank, in).
+
+    ``k_bias`` and ``extra``, a key that no token gives, are (heads, rank), or None where there is none to keep.
+    """
 
     q: Tensor
     q_bias: Tensor | None
     k: Tensor
+    k_bias: Tensor | None = None
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Values:
     """Thin weights of a VO site: v (heads, rank, in), v_bias (heads, rank) or None, out (out, heads · rank), out_bias
-    (out).
+    (out); ``extra`` is the value of a key that no token gives, (heads, rank) or None.
     """
 
     v: Tensor
     v_bias: Tensor | None
     out: Tensor
     out_bias: Tensor
+    extra: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,9 @@ def weight_factors(
         bias = a.q.bias_or_none(model)
         if bias is not None and with_bias:
             q = torch.cat([q, _checked(site, bias).view(a.heads, 1, a.width)], dim=1)
+        key_bias = a.k.bias_or_none(model) if a.keeps_key_bias else None
+        if key_bias is not None and with_bias:
+            k = torch.cat([k, _checked(site, key_bias).view(a.heads, 1, a.width)], dim=1)
         return q, k
     v = _per_head(_checked(site, a.v.weight(model)), a)
     out = _checked(site, part(model, a.out).get_parameter("weight"))
@@ -252,7 +261,8 @@ def _truncate_qk(model: nn.Module, site: ProductSite, left: Tensor, right: Tenso
     if bias is not None:
         q_bias = torch.einsum("hk,hkr->hr", bias.double().view(a.heads, a.width), left)
         q_bias = q_bias * 0 if statistic.zero_biases else q_bias
-    return Products((q @ left).mT, q_bias, (k @ right).mT)
+    k_bias, extra = (None if b is None else torch.einsum("hk,hkr->hr", b.to(right), right) for b in kept_keys(model, a))
+    return Products((q @ left).mT, q_bias, (k @ right).mT, k_bias, extra)
 
 
 def _truncate_vo(
@@ -274,11 +284,30 @@ def _truncate_vo(
     if statistic.zero_biases:
         return Values(v.mT, None, out, out_bias * 0)
     if not a.folds_value_bias:  # attention rows may not sum to one: the bias stays with the values
-        return Values(v.mT, None if bias is None else torch.einsum("hk,hkr->hr", value_bias, left), out, out_bias)
+        v_bias = None if bias is None else torch.einsum("hk,hkr->hr", value_bias, left)
+        extra = extra_value(model, a)
+        return Values(
+            v.mT, v_bias, out, out_bias,
+            None if extra is None else torch.einsum("hk,hkr->hr", extra.to(left), left),
+        )  # fmt: skip
     # o' = (o − b_V) T, so y' = o' S + b' equals y in the mean if b' = b_O + E[o] W_O − (E[o] − b_V) T S
     mean = value_bias.flatten() if mean is None else mean.double()
     thin_mean = torch.einsum("hk,hkr->hr", mean.view(a.heads, a.width) - value_bias, left).flatten()
     return Values(v.mT, None, out, out_bias + weight @ mean - out @ thin_mean)
+
+
+def kept_keys(model: nn.Module, a: Attention) -> tuple[Tensor | None, Tensor | None]:
+    """The key bias, where it must stay, and the key that no token gives, (heads, width) each, or None."""
+    if not a.keeps_key_bias:
+        return None, None
+    found = (a.k.bias_or_none(model), part(model, a.path).bias_k)
+    return tuple(None if t is None else t.detach().view(a.heads, a.width) for t in found)  # type: ignore[return-value]
+
+
+def extra_value(model: nn.Module, a: Attention) -> Tensor | None:
+    """The value of the key that no token gives, (heads, width), or None."""
+    value = part(model, a.path).bias_v if a.keeps_key_bias else None
+    return None if value is None else value.detach().view(a.heads, a.width)
 
 
 def _truncate_linear(model: nn.Module, site: LinearSite, left: Tensor, right: Tensor, statistic: Statistic) -> Linears:

@@ -6,16 +6,14 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
+from .anatomy import Attention as Attention
+from .anatomy import Projection as Projection
+from .anatomy import part as part
 from .errors import UnknownSite, UnsupportedSite, nearest
-
-
-def part(model: nn.Module, path: str) -> Any:
-    """The module at a path. (Typed as Any: torch types every attribute of a module as ``Tensor | Module``.)"""
-    return model.get_submodule(path)
 
 
 def block_of(path: str) -> str:
@@ -26,59 +24,6 @@ def block_of(path: str) -> str:
 
 Kind = Literal["qk", "vo", "linear", "units"]
 KINDS: tuple[Kind, ...] = ("qk", "vo", "linear", "units")
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Rows of a linear layer in the host: where W_Q (or W_K, W_V) of all heads lives.
-
-    ``path`` is the layer's path in the model, ``start:stop`` its rows (heads · width, head by head), and ``bias`` the
-    path of a bias that the host keeps apart from the layer (BEiT's ``q_bias``), if it does.
-    """
-
-    path: str
-    start: int
-    stop: int
-    bias: str | None = None
-
-    def weight(self, model: nn.Module) -> Tensor:
-        """The rows, (heads · width, in)."""
-        return part(model, self.path).weight[self.start : self.stop]
-
-    def bias_or_none(self, model: nn.Module) -> Tensor | None:
-        """The bias of these rows, (heads · width,), or None."""
-        if self.bias is not None:
-            owner, _, name = self.bias.rpartition(".")
-            return getattr(part(model, owner), name)
-        bias = part(model, self.path).bias
-        return None if bias is None else bias[self.start : self.stop]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """The anatomy of one attention module: where its projections are and what its products are worth.
-
-    ``mount`` names how a replacement takes its place: ``"whole"`` (the module gives way to a low-rank attention behind
-    the same signature), ``"parts"`` (the host's own forward stays and its projections are exchanged), or ``"values"``
-    (the same, for V and O alone, where no QK product exists).
-    """
-
-    path: str
-    host: str
-    mount: Literal["whole", "parts", "values"]
-    signature: str
-    heads: int
-    width: int
-    in_features: int
-    out_features: int
-    scale: float
-    q: Projection
-    k: Projection
-    v: Projection
-    out: str
-    qk_reason: str | None = None
-    vo_reason: str | None = None
-    folds_value_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,7 +98,7 @@ class ProductSite(Factored):
 
     def macs(self, rank: int | None, tokens: float, pairs: float) -> float:
         r = self.full_rank if rank is None else rank
-        compared = self.full_rank if self.attention.mount == "values" else r  # padded back to the host's width
+        compared = self.full_rank if self.attention.mount == "padded" else r  # padded back to the host's width
         return self.heads * (r * tokens * (self.in_features + self.out_features) + compared * pairs)
 
 

@@ -23,7 +23,7 @@ class Case:
     """One model of the registry.
 
     Attributes:
-        attentions: how many attention modules have sites. mount: how replacements take their place.
+        attentions: how many attention modules have sites. mount: how they are replaced, in one word or several.
         qk, vo: words of the reason why the product does not exist, or None where it does.
         refused: words of the reason by the path of each module that is refused as a whole.
     """
@@ -193,7 +193,7 @@ TIMM = [
         scale_attn_norm=True), vo="a norm sits between"),
     Case(name="timm-vit-gated", build=gated_vit, vo="a gate sits between"),
     Case(name="timm-vit-qk-norm", build=timm_model("vit_tiny_patch16_224", **VIT, num_classes=7, qk_norm=True),
-        mount="values", qk="q_norm sits between"),
+        mount="padded", qk="q_norm sits between"),
     Case(name="timm-beit", build=timm_model("beit_base_patch16_224", **VIT, num_classes=7)),
     Case(name="timm-beitv2", build=timm_model("beitv2_base_patch16_224", **VIT, num_classes=7,
         use_shared_rel_pos_bias=True, use_rel_pos_bias=False)),
@@ -203,18 +203,18 @@ TIMM = [
         rel_pos_type="bias")),
     Case(name="timm-relpos-shared", build=timm_model("vit_srelpos_small_patch16_224", **VIT, num_classes=7),
         refused={"shared_rel_pos": "a position bias"}),
-    Case(name="timm-eva02", build=timm_model("eva02_tiny_patch14_224", **VIT, num_classes=7), mount="values",
+    Case(name="timm-eva02", build=timm_model("eva02_tiny_patch14_224", **VIT, num_classes=7), mount="padded",
         qk="rotary"),
     Case(name="timm-eva02-unfused", build=timm_model("eva02_base_patch14_224", **VIT, num_classes=7,
-        scale_attn_inner=False), mount="values", qk="rotary"),
+        scale_attn_inner=False), mount="padded", qk="rotary"),
     Case(name="timm-eva-scale-norm", build=timm_model("eva02_base_patch14_224", **VIT, num_classes=7,
         scale_attn_inner=True), attentions=0,
          refused={f"blocks.{i}.attn": "a norm sits between" for i in range(2)}),
-    Case(name="timm-dinov3", build=timm_model("vit_small_patch16_dinov3", **VIT), mount="values", qk="rotary"),
+    Case(name="timm-dinov3", build=timm_model("vit_small_patch16_dinov3", **VIT), mount="padded", qk="rotary"),
     Case(name="timm-swinv2", build=timm_model("swinv2_tiny_window8_256", **SWIN), image=64, attentions=4,
-        mount="values", qk="cosine"),
+        mount="padded", qk="cosine"),
     Case(name="timm-sam", build=timm_model("samvit_base_patch16", **VIT, window_size=3, global_attn_indexes=(1,),
-        neck_chans=8), mount="values", qk="computed from q"),
+        neck_chans=8), mount="padded", qk="computed from q"),
     Case(name="timm-davit", build=timm_model("davit_tiny", depths=(1, 1), embed_dims=(12, 24), num_heads=(1, 2),
         window_size=4, num_classes=7),
          refused={f"stages.{i}.blocks.0.1.attn": "more of W_Q and W_K than their product" for i in range(2)}),
@@ -278,8 +278,8 @@ TRANSFORMERS = [
         mount="parts"),
     Case(name="hf-clip", build=hf_model("CLIPVisionModelWithProjection", "CLIPVisionConfig", **HF, projection_dim=16),
         mount="parts"),
-    Case(name="hf-siglip", build=hf_model("SiglipVisionModel", "SiglipVisionConfig", **HF), mount="parts",
-        refused={"head.attention": "opaque"}),
+    Case(name="hf-siglip", build=hf_model("SiglipVisionModel", "SiglipVisionConfig", **HF), attentions=3,
+        mount="parts crossed"),
     Case(name="hf-beit", build=hf_model("BeitForImageClassification", "BeitConfig", **HF, num_labels=7,
         use_relative_position_bias=True), mount="parts"),
     Case(name="hf-beit-shared", build=hf_model("BeitModel", "BeitConfig", **HF, use_shared_relative_position_bias=True),
@@ -287,19 +287,18 @@ TRANSFORMERS = [
     Case(name="hf-swin", build=hf_model("SwinForImageClassification", "SwinConfig", **HF_SWIN), image=64, attentions=4,
         mount="parts"),
     Case(name="hf-swinv2", build=hf_model("Swinv2ForImageClassification", "Swinv2Config", **HF_SWIN), image=64,
-        attentions=4, mount="values", qk="cosine"),
-    Case(name="hf-dinov3", build=hf_model("DINOv3ViTModel", "DINOv3ViTConfig", **HF), mount="values", qk="rotary"),
+        attentions=4, mount="padded", qk="cosine"),
+    Case(name="hf-dinov3", build=hf_model("DINOv3ViTModel", "DINOv3ViTConfig", **HF), mount="padded", qk="rotary"),
     Case(name="hf-dinov3-gated", build=hf_model("DINOv3ViTModel", "DINOv3ViTConfig", **HF, use_gated_mlp=True),
-        mount="values", qk="rotary"),
+        mount="padded", qk="rotary"),
     Case(name="hf-sam", build=hf_model("SamVisionModel", "SamVisionConfig", **HF_SAM, window_size=3,
-        global_attn_indexes=[1]), mount="values", qk="computed from q"),
+        global_attn_indexes=[1]), mount="padded", qk="computed from q"),
     Case(name="hf-mae", build=hf_model("ViTMAEModel", "ViTMAEConfig", **HF), mount="parts"),
 ]  # fmt: skip
 
 HAND = [
     Case(name="hand-plain", build=lambda: HandModel(HandAttention(16, 2, 6), HandAttention(16, 2, 6))),
-    Case(name="hand-torch", build=lambda: HandModel(TorchBlock(16, 2), TorchBlock(16, 2)), attentions=0,
-         refused={f"blocks.{i}.attend.attention": "opaque" for i in range(2)}),
+    Case(name="hand-torch", build=lambda: HandModel(TorchBlock(16, 2), TorchBlock(16, 2)), mount="crossed"),
     Case(name="hand-head-by-head", build=lambda: HandModel(ChannelFirst(16, 2)), attentions=0,
         refused={"blocks.0.attend": "no known shape"}),
 ]  # fmt: skip

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from comcat.apply import apply_
 from comcat.hosts import find_sites
+from comcat.modules.crossed import LowRankCrossAttention
 from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
+from comcat.modules.padded import PaddedRows
 from comcat.modules.relaxed import RelaxedLinear, SoftRank
 from comcat.modules.tensor import TensorTrainLinear, TuckerLinear
 from comcat.plan import Plan, SitePlan
@@ -89,6 +91,33 @@ def of_timm(module: str, name: str, **settings: Any) -> Callable[[], nn.Module]:
     return build
 
 
+class Apart(nn.Module):
+    """An attention of three inputs, called on one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.attention = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x[:, 1:], x[:, 1:])[0]
+
+
+def crossed(**settings: Any) -> Callable[[], nn.Module]:
+    ranks = {"rank_qk": 2, "rank_vo": 3, "scale": 0.5}
+    return lambda: Apart(LowRankCrossAttention((WIDTH, WIDTH, WIDTH), WIDTH, 3, **{**ranks, **settings}))
+
+
+def multihead(**settings: Any) -> Callable[[], nn.Module]:
+    """``torch.nn.MultiheadAttention`` at low rank: what ``apply_`` puts in its place."""
+
+    def build() -> nn.Module:
+        model = Apart(nn.MultiheadAttention(WIDTH, 3, batch_first=True, **settings))
+        apply_(model, Plan(sites={n: SitePlan(keep=2, full=4) for n in ("attention:qk", "attention:vo")}))
+        return model
+
+    return build
+
+
 def fewer_units() -> nn.Module:
     """A feed-forward with fewer hidden units: plain linear layers of another width."""
     layers = nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Linear(20, WIDTH))
@@ -118,6 +147,7 @@ def tucker(out: list[int], into: list[int], ranks: list[int]) -> Callable[[], nn
     return lambda: TuckerLinear(WIDTH, 8, {"out": out, "in": into, "ranks": ranks})
 
 
+CROSSED = ("q", "v", "proj")
 QKV, HEADS = ("qkv", "proj"), ("linear",)
 CASES = [
     Case(name="linear", build=lambda: LowRankLinear(WIDTH, 8, 3), layers=("first", "last")),
@@ -150,6 +180,13 @@ CASES = [
     Case(name="padded-heads", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, bias=True), layers=HEADS),
     Case(name="padded-values", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, keep=8, bias=True), layers=HEADS),
     Case(name="narrow-heads", build=lambda: NarrowHeads(3, 2, 4, 8), layers=HEADS),
+    Case(name="padded-rows", build=lambda: PaddedRows(WIDTH, ((1, 4, 4), (3, 2, 4)), bias=True), layers=HEADS),
+    Case(name="padded-rows-interleaved",
+        build=lambda: PaddedRows(WIDTH, ((3, 1, 2), (3, 2, 2)), interleaved=True), layers=HEADS),
+    Case(name="crossed", build=crossed(), layers=CROSSED),
+    Case(name="crossed-more-keys", build=crossed(extra=True, zero=True, biases=(True,) * 4), layers=CROSSED),
+    Case(name="multihead", build=multihead(), layers=CROSSED),
+    Case(name="multihead-more-keys", build=multihead(add_bias_kv=True, add_zero_attn=True), layers=CROSSED),
     Case(name="concat", build=lambda: ConcatLinear([LowRankLinear(WIDTH, 4, 2), nn.Linear(WIDTH, 3, bias=False)]),
         layers=("first", "last")),
     Case(name="units", build=fewer_units, layers=("0", "2")),

@@ -17,7 +17,7 @@ def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean
 
     Returns:
         That mean in the new basis, (heads · width,), of a VO product; None of a QK product, whose key bias becomes zero
-        (a constant along keys, which softmax ignores).
+        (a constant along keys, which softmax ignores), unless there are keys besides those of tokens.
     """
     a = site.attention
     left, right = found.left, found.right  # (heads, width, width)
@@ -25,15 +25,18 @@ def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean
         _turn_rows(model, a, a.q, left)
         _turn_rows(model, a, a.k, right)
         bias = a.k.bias_or_none(model)
-        if bias is not None:
-            with torch.no_grad():
-                bias.zero_()
+        if a.keeps_key_bias:
+            _turn_(part(model, a.path).bias_k, a, right)
+        elif bias is not None:
+            a.k.write_(model, bias=torch.zeros_like(bias))
         return None
     bias = a.v.bias_or_none(model)
     if mean is None:
         mean = left.new_zeros(a.heads * a.width) if bias is None else bias.detach()
     rest = _turned(mean.to(left).view(a.heads, a.width), left).flatten()
     _turn_rows(model, a, a.v, left)
+    if a.keeps_key_bias:
+        _turn_(part(model, a.path).bias_v, a, left)
     out = part(model, a.out).weight  # (out, heads · width)
     with torch.no_grad():
         turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.width), right)
@@ -43,11 +46,16 @@ def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean
 
 def _turn_rows(model: nn.Module, a: Attention, projection: Projection, basis: Tensor) -> None:
     weight, bias = projection.weight(model), projection.bias_or_none(model)
-    with torch.no_grad():
-        heads = weight.to(basis).view(a.heads, a.width, -1)
-        weight.copy_(torch.einsum("hki,hkr->hri", heads, basis).flatten(0, 1))
-        if bias is not None:
-            bias.copy_(_turned(bias.to(basis).view(a.heads, a.width), basis).flatten())
+    heads = weight.to(basis).view(a.heads, a.width, -1)
+    turned = None if bias is None else _turned(bias.to(basis).view(a.heads, a.width), basis).flatten()
+    projection.write_(model, torch.einsum("hki,hkr->hri", heads, basis).flatten(0, 1), turned)
+
+
+def _turn_(extra: Tensor | None, a: Attention, basis: Tensor) -> None:
+    """The key, or value, that no token gives, likewise."""
+    if extra is not None:
+        with torch.no_grad():
+            extra.copy_(_turned(extra.to(basis).view(a.heads, a.width), basis).view_as(extra))
 
 
 def _turned(rows: Tensor, basis: Tensor) -> Tensor:

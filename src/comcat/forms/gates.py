@@ -67,9 +67,8 @@ def gate_(model: nn.Module, sites: Sites, rests: Mapping[str, Tensor | None] | N
             observed.add(a.path)
             undo.append(host_of(a).observe(model.get_submodule(a.path)))
         projection = a.q if site.kind == "qk" else a.v
-        projected.setdefault(projection.path, []).append(_Gated(projection, gate))
+        projected.setdefault(projection.called, []).append(_Gated(projection, gate))
     for path, parts in projected.items():
-        parts.sort(key=lambda p: p.projection.start)
         undo.append(model.get_submodule(path).register_forward_hook(_after(model, parts)).remove)
     return Gates(gates, undo)
 
@@ -108,22 +107,20 @@ class _Gated:
 
 
 def _after(model: nn.Module, parts: Sequence[_Gated]) -> Callable[[nn.Module, tuple, Tensor], Tensor]:
-    """A forward hook: some channels that the projection puts out are gated, in the order of where they begin."""
+    """A forward hook: some channels that the projection puts out are gated."""
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        pieces, at = [], 0
         for p in parts:
-            start, stop = p.projection.start, p.projection.stop
-            channels = output[..., start:stop]
+            rows = torch.arange(output.shape[-1], device=output.device)[p.projection.channels]
+            channels = output[..., rows]
             late = p.projection.bias_or_none(model) if p.projection.bias is not None else None
             if late is None:
                 channels = p.gate(channels)
             else:  # the host adds its bias after the module
                 late = late.to(output.dtype)
                 channels = p.gate(channels + late) - late
-            pieces += [output[..., at:start], channels]
-            at = stop
-        return torch.cat([*pieces, output[..., at:]], dim=-1)
+            output = output.index_copy(-1, rows, channels)
+        return output
 
     return hook
 
@@ -145,9 +142,7 @@ def fold_(model: nn.Module, sites: Sites, gates: Mapping[str, Gate]) -> None:
         if site.kind == "vo":
             _fold_reader(part(model, a.out), gate, scale=False)
         weight, bias = projection.weight(model), projection.bias_or_none(model)
-        weight.mul_(g.to(weight)[:, None])
-        if bias is not None:
-            bias.mul_(g.to(bias))
+        projection.write_(model, weight * g.to(weight)[:, None], None if bias is None else bias * g.to(bias))
 
 
 def _fold_reader(reader: nn.Linear, gate: Gate, *, scale: bool) -> None:

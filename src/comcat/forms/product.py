@@ -4,20 +4,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import PlanError
-from ..factors import Linears, Products, Values, truncate_site
+from ..factors import Linears, Products, Values, extra_value, kept_keys, truncate_site
 from ..hosts import host_of
 from ..hosts.mounting import exchange
 from ..hosts.symmetry import norm_and_gate
+from ..modules.crossed import LowRankCrossAttention
 from ..modules.lowrank import LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
+from ..modules.padded import PaddedRows
 from ..plan import SitePlan
-from ..sites import Attention, LinearSite, ProductSite, Replacement, Undo, part
+from ..sites import Attention, LinearSite, ProductSite, Projection, Replacement, Undo, part
 from .protocol import Flow, Material, Planned, factory_of, fill
 
 Factored = ProductSite | LinearSite
@@ -91,10 +93,8 @@ class _Builder:
         return module
 
     def attention(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
-        if a.mount == "values":
-            assert vo is not None
-            return self._values_alone(a, vo)
-        return self._parts(a, qk, vo) if a.mount == "parts" else self._whole(a, qk, vo)
+        build = {"whole": self._whole, "crossed": self._crossed, "parts": self._parts, "padded": self._padded}
+        return build[a.mount](a, qk, vo)
 
     def _whole(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         host = part(self.model, a.path)
@@ -130,6 +130,40 @@ class _Builder:
             fill(module.proj.bias, values.out_bias)
         return Replacement(whole=module, without_value_bias=True)
 
+    def _crossed(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
+        host = part(self.model, a.path)
+        out = part(self.model, a.out)
+        rank_qk, rank_vo = (a.width if p is None else p.entry.keep for p in (qk, vo))
+        given = [p.bias_or_none(self.model) is not None for p in (a.q, a.k, a.v)]
+        keeps = (a.keeps_key_bias, vo is None or not a.folds_value_bias)
+        biases = (given[0], given[1] and keeps[0], given[2] and keeps[1], out.bias is not None or vo is not None)
+        module = LowRankCrossAttention(
+            [p.weight(self.model).shape[1] for p in (a.q, a.k, a.v)],
+            a.out_features,
+            a.heads,
+            rank_qk,
+            rank_vo,
+            scale=a.scale,
+            biases=biases,
+            extra=host.bias_k is not None,
+            zero=host.add_zero_attn,
+            attention_dropout=host.dropout,
+            **factory_of(out),
+        )
+        if self.material.fill:
+            products, values = self.products(a, qk), self.values(a, vo)
+            for layer, weight, bias in (
+                (module.q, products.q, products.q_bias),
+                (module.k, products.k, products.k_bias),
+                (module.v, values.v, values.v_bias),
+                (module.proj, values.out, values.out_bias),
+            ):
+                fill(layer.weight, weight)
+                fill(layer.bias, bias)
+            fill(module.extra_k, products.extra)
+            fill(module.extra_v, values.extra)
+        return Replacement(whole=module, without_value_bias=True)
+
     def _parts(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         rank_qk, rank_vo = (a.width if p is None else p.entry.keep for p in (qk, vo))
         width = max(rank_qk, rank_vo)
@@ -163,36 +197,75 @@ class _Builder:
             parts={a.q.path: q, a.k.path: k, a.v.path: v, a.out: o}, width=width, without_value_bias=True
         )
 
-    def _values_alone(self, a: Attention, vo: Planned) -> Replacement:
-        factory = factory_of(part(self.model, a.out))
-        fused = a.q.path == a.v.path
-        host = part(self.model, a.v.path)
-        keep = a.v.start if fused else 0
-        kept_bias = host.bias[:keep] if fused and host.bias is not None else None
-        value_bias = a.v.bias_or_none(self.model) is not None and not a.folds_value_bias
-        apart = a.v.bias is not None
-        projection = PaddedHeads(
-            a.in_features,
-            a.heads,
-            vo.entry.keep,
-            a.width,
-            keep=keep,
-            bias=kept_bias is not None or (value_bias and not apart),
+    def _padded(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
+        thin: dict[str, tuple[int, Tensor | None, Tensor | None]] = {}  # rank, weight and bias of q, k, v
+        products = self.products(a, qk) if self.material.fill and qk is not None else None
+        values = self.values(a, vo) if self.material.fill and vo is not None else None
+        if qk is not None:
+            thin["q"] = (qk.entry.keep, products and products.q, products and products.q_bias)
+            thin["k"] = (qk.entry.keep, products and products.k, None)
+        if vo is not None:
+            thin["v"] = (vo.entry.keep, values and values.v, values and values.v_bias)
+        parts: dict[str, nn.Module] = {}
+        for path in dict.fromkeys(p.path for p in (a.q, a.k, a.v)):
+            sides = {side: p for side, p in zip("qkv", (a.q, a.k, a.v), strict=True) if p.path == path}
+            if thin.keys() & sides.keys():
+                parts[path] = self._rows(a, path, sides, thin)
+        if vo is not None:
+            out = part(self.model, a.out)
+            parts[a.out] = narrow = NarrowHeads(a.heads, vo.entry.keep, a.width, a.out_features, **factory_of(out))
+            if values is not None:
+                fill(narrow.linear.weight, values.out)
+                fill(narrow.linear.bias, values.out_bias)
+        return Replacement(parts=parts, without_value_bias=vo is not None and a.folds_value_bias)
+
+    def _rows(
+        self,
+        a: Attention,
+        path: str,
+        sides: Mapping[str, Projection],
+        thin: Mapping[str, tuple[int, Tensor | None, Tensor | None]],
+    ) -> nn.Module:
+        """A layer that holds the projections of some ``sides``: those that are ``thin`` padded, others as they are."""
+        host = part(self.model, path)
+        pieces = layout(sides, host.weight.shape[0])
+        sections = [
+            (a.heads, thin[side][0], a.width) if side in thin else (p.heads, p.stop - p.start, p.stop - p.start)
+            for side, p in pieces
+        ]
+        folds = a.folds_value_bias or a.v.bias is not None
+        alone = len(sides) == 1 and ("k" in sides or ("v" in sides and folds)) and len(pieces) == 1
+        module = PaddedRows(
+            host.weight.shape[1],
+            sections,
+            interleaved=any(p.heads > 1 for p in sides.values()),
+            bias=host.bias is not None and not alone,
             **factory_of(host),
         )
-        out = NarrowHeads(a.heads, vo.entry.keep, a.width, a.out_features, **factory)
         if self.material.fill:
-            values = self.values(a, vo)
-            weight, bias = values.v.flatten(0, 1), values.v_bias
-            if keep:
-                weight = torch.cat([host.weight[:keep].double(), weight])
-            if projection.linear.bias is not None:
-                thin = weight.new_zeros(len(weight) - keep) if bias is None else bias.flatten()
-                fill(projection.linear.bias, thin if kept_bias is None else torch.cat([kept_bias.double(), thin]))
-            fill(projection.linear.weight, weight)
-            fill(out.linear.weight, values.out)
-            fill(out.linear.bias, values.out_bias)
-        return Replacement(parts={a.v.path: projection, a.out: out}, without_value_bias=a.folds_value_bias)
+            weights, biases = [], []
+            for side, p in pieces:
+                _, weight, bias = thin.get(side, (0, p.weight(self.model).double(), p.bias_or_none(self.model)))
+                assert weight is not None
+                weights.append(weight.flatten(0, -2).double())
+                biases.append(weights[-1].new_zeros(len(weights[-1])) if bias is None else bias.flatten().double())
+            fill(module.linear.weight, torch.cat(weights))
+            fill(module.linear.bias, torch.cat(biases))
+        return module
+
+
+def layout(sides: Mapping[str, Projection], rows: int) -> list[tuple[str, Projection]]:
+    """The projections in one layer of so many rows, in their order, with the rows between them (called ``""``)."""
+    ordered = sorted(sides.items(), key=lambda item: item[1].start)
+    path, found, at = ordered[0][1].path, [], 0
+    for side, p in ordered:
+        if p.heads == 1 and p.start > at:
+            found.append(("", Projection(path, at, p.start)))
+        found.append((side, p))
+        at = p.stop
+    if ordered[-1][1].heads == 1 and at < rows:
+        found.append(("", Projection(path, at, rows)))
+    return found
 
 
 def _heads_linear(a: Attention, rank: int, width: int, bias: bool, factory: dict) -> nn.Module:
@@ -211,7 +284,7 @@ def _identity_products(model: nn.Module, a: Attention) -> Products:
     """Queries and keys as they are."""
     bias = a.q.bias_or_none(model)
     q, k = (p.weight(model).detach().view(a.heads, a.width, -1) for p in (a.q, a.k))
-    return Products(q, None if bias is None else bias.detach().view(a.heads, a.width), k)
+    return Products(q, None if bias is None else bias.detach().view(a.heads, a.width), k, *kept_keys(model, a))
 
 
 def _identity_values(model: nn.Module, a: Attention) -> Values:
@@ -221,4 +294,5 @@ def _identity_values(model: nn.Module, a: Attention) -> Values:
     out_bias = weight.new_zeros(a.out_features) if out.bias is None else out.bias.detach()
     bias = a.v.bias_or_none(model)
     v = a.v.weight(model).detach().view(a.heads, a.width, -1)
-    return Values(v, None if bias is None else bias.detach().view(a.heads, a.width), weight, out_bias)
+    bias = None if bias is None else bias.detach().view(a.heads, a.width)
+    return Values(v, bias, weight, out_bias, extra_value(model, a))

@@ -137,7 +137,7 @@ def relax_(
             if center is not None and rest is not None:
                 center.copy_(rest)
         projection = a.q if site.kind == "qk" else a.v
-        masked.setdefault(projection.path, []).append(_Masked(projection, soft[name], a.heads, center))
+        masked.setdefault(projection.called, []).append(_Masked(projection, soft[name], a.heads, center))
     for path, parts in masked.items():
         handle = model.get_submodule(path).register_forward_hook(_mask_output(model, parts))
         relaxation._undo.append(handle.remove)
@@ -181,9 +181,8 @@ def _put_in_order(model: nn.Module, site: HiddenSite, found: Elimination, statis
     with torch.no_grad():
         for up in site.ups:
             rows, bias = up.weight(model), up.bias_or_none(model)
-            rows.copy_(rows[order.to(rows.device)])
-            if bias is not None:
-                bias.copy_(bias[order.to(bias.device)])
+            here = order.to(rows.device)
+            up.write_(model, rows[here], None if bias is None else bias[here])
         down.weight.copy_(down.weight[:, order.to(down.weight.device)])
         if mean is not None:
             center.copy_(mean[order])
@@ -203,19 +202,15 @@ def _mask_output(model: nn.Module, parts: Sequence[_Masked]) -> Callable[[nn.Mod
     """A forward hook: ``y → y ⊙ m + rest ⊙ (1 − m)`` on the masked channels of a projection, others as they are."""
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        gain, shift, at = [], [], 0
-        for p in sorted(parts, key=lambda p: p.projection.start):
+        gain, shift = output.new_ones(output.shape[-1]), output.new_zeros(output.shape[-1])
+        for p in parts:
             mask = p.soft.mask().to(output.dtype).repeat(p.heads)
             rest = torch.zeros_like(mask) if p.center is None else p.center.to(output.dtype)
             if p.projection.bias is not None:  # the host adds it after the module
                 bias = p.projection.bias_or_none(model)
                 rest = rest if bias is None else rest - bias.to(output.dtype)
-            between = p.projection.start - at
-            gain += [output.new_ones(between), mask]
-            shift += [output.new_zeros(between), rest * (1 - mask)]
-            at = p.projection.stop
-        after = output.shape[-1] - at
-        gain, shift = [*gain, output.new_ones(after)], [*shift, output.new_zeros(after)]
-        return torch.addcmul(torch.cat(shift), output, torch.cat(gain))
+            rows = torch.arange(len(gain), device=gain.device)[p.projection.channels]
+            gain, shift = gain.index_copy(0, rows, mask), shift.index_copy(0, rows, rest * (1 - mask))
+        return torch.addcmul(shift, output, gain)
 
     return hook

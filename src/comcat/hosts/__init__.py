@@ -13,6 +13,7 @@ from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusa
 from .blocks import check_blocks
 from .classes import classes_of
 from .feedforward import find_feedforwards
+from .multihead import MultiheadHost
 from .ordinary import check_ordinary, not_replaceable
 from .symmetry import structure
 from .timm import TimmHost
@@ -20,7 +21,7 @@ from .transformers import TransformersHost
 
 __all__ = ["HOSTS", "check_blocks", "find_sites", "host_of"]
 
-HOSTS: tuple[Host, ...] = (TimmHost(), TransformersHost())
+HOSTS: tuple[Host, ...] = (MultiheadHost(), TimmHost(), TransformersHost())
 
 _ATTENTION_CHILDREN = {
     "qkv",
@@ -113,10 +114,6 @@ def find_sites(model: nn.Module) -> Sites:
             closed.append(path)
             if next(module.children(), None) is not None:
                 refused.append(Refusal(path, "computes a position bias: no tokens of a picture flow through it"))
-        elif isinstance(module, nn.TransformerEncoderLayer):
-            for name in ("linear1", "linear2"):
-                closed.append(child := _join(path, name))
-                refused.append(Refusal(child, "torch.nn.TransformerEncoderLayer reads its weights past the module"))
     tied = frozenset(path for path, module in linears.items() if _shared(module, uses))
     for hidden in find_feedforwards(model, linears, tied, structure):
         if isinstance(hidden, Refusal):
@@ -142,8 +139,6 @@ def _in_order(model: nn.Module, found: dict[str, Site]) -> dict[str, Site]:
 def _recognise(
     model: nn.Module, path: str, module: nn.Module, known: dict[tuple, tuple[str, Attention | Refusal]]
 ) -> Attention | Refusal | None:
-    if isinstance(module, nn.MultiheadAttention):
-        return Refusal(path, "torch.nn.MultiheadAttention computes its products in one opaque call")
     if next(module.children(), None) is None:
         return None
     for host in HOSTS:
@@ -173,7 +168,7 @@ def _spoken_for(path: str, module: nn.Module) -> list[str]:
     """What a refused attention closes: all of one that a host knows, else its own projections (a pooling head's MLP
     can shrink).
     """
-    if isinstance(module, nn.MultiheadAttention) or any(h.resembles(module) for h in HOSTS):
+    if any(h.resembles(module) for h in HOSTS):
         return [path]
     return [_join(path, n) for n, m in module.named_children() if isinstance(m, nn.Linear) or n in _ATTENTION_CHILDREN]
 
@@ -192,7 +187,10 @@ def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refu
     def move(path: str) -> str:
         return new + path.removeprefix(old)
 
-    q, k, v = (replace(p, path=move(p.path), bias=p.bias and move(p.bias)) for p in (anatomy.q, anatomy.k, anatomy.v))
+    q, k, v = (
+        replace(p, path=move(p.path), bias=p.bias and move(p.bias), seen=p.seen and move(p.seen))
+        for p in (anatomy.q, anatomy.k, anatomy.v)
+    )
     return replace(anatomy, path=move(anatomy.path), q=q, k=k, v=v, out=move(anatomy.out))
 
 
@@ -219,18 +217,29 @@ def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[ProductSi
     q_bias, k_bias, v_bias = (0 if p.bias_or_none(model) is None else a.heads * a.width for p in (a.q, a.k, a.v))
     if a.k.bias is not None:
         k_bias = 0  # BEiT's key bias is a constant zero, no parameter
+    extra = a.heads * a.width if a.keeps_key_bias and model.get_submodule(a.path).bias_k is not None else 0
     out_bias = 0 if model.get_submodule(a.out).bias is None else a.out_features
     # a fused projection whose values alone become thin keeps its bias, theirs (then zero) with it
-    stays = a.mount == "values" and a.q.path == a.v.path and a.v.bias is None
+    padded = a.mount == "padded"
+    stays = padded and a.v.path in (a.q.path, a.k.path) and a.v.bias is None
     keeps = v_bias > 0 and (stays or not a.folds_value_bias)
     # a fused projection of ours has one bias for queries, keys (zeros) and values
     fused = a.mount == "whole" and q_bias + v_bias > 0
     qk_reason = a.qk_reason and (
         a.qk_reason if a.vo_reason else f"{a.qk_reason}; its vo and linear sites can still shrink"
     )
-    common = {"path": a.path, "full_rank": a.width, "in_features": a.in_features, "heads": a.heads, "attention": a}
-    qk = {"out_features": a.in_features, "biases": q_bias + k_bias, "bias_per_rank": 2 if fused else int(q_bias > 0)}
-    vo = {"out_features": a.out_features, "biases": v_bias + out_bias, "bias_per_rank": int(fused or keeps)}
+    keys = k_bias > 0 and (a.keeps_key_bias or (padded and a.k.path in (a.q.path, a.v.path)))
+    per_qk = 2 if fused else int(q_bias > 0) + int(keys) + int(extra > 0)
+    per_vo = int(fused or keeps) + int(extra > 0)
+    q_in, k_in, v_in = (p.weight(model).shape[1] for p in (a.q, a.k, a.v))
+    common = {"path": a.path, "full_rank": a.width, "heads": a.heads, "attention": a}
+    qk = {"in_features": q_in, "out_features": k_in, "biases": q_bias + k_bias + extra, "bias_per_rank": per_qk}
+    vo = {
+        "in_features": v_in,
+        "out_features": a.out_features,
+        "biases": v_bias + out_bias + extra,
+        "bias_per_rank": per_vo,
+    }
     yield ProductSite(f"{a.path}:qk", "qk", **common, **qk), qk_reason  # type: ignore[arg-type]
     yield ProductSite(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
 

@@ -44,13 +44,28 @@ def exchange(model: nn.Module, path: str, module: nn.Module, parts: Parts | None
     _carry_over(before, module, path)
     setattr(parent, name, module)
     training = parent.training
+    shortcuts = _close_shortcuts(model, path)
 
     def undo() -> None:
+        shortcuts()
         setattr(parent, name, before)
         if parent.training != training:
             before.train(parent.training)
 
     return undo
+
+
+def _close_shortcuts(model: nn.Module, path: str) -> Undo:
+    """Make torch's encoders around a path call their parts, where they would read the weights past them."""
+    undos: list[Undo] = []
+    while path:
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        if isinstance(around, nn.TransformerEncoderLayer):
+            undos.append(set_attribute(around, "activation_relu_or_gelu", 0))
+        elif isinstance(around, nn.TransformerEncoder):
+            undos.append(set_attribute(around, "use_nested_tensor", False))
+    return all_of(undos)
 
 
 def _freeze_like(module: nn.Module, old: Iterable[nn.Parameter], path: str) -> None:

@@ -162,18 +162,18 @@ def norm_and_gate(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None
 
 def _transform_rows(module: nn.Module, projection: Projection, heads: int, matrix: Tensor) -> None:
     """``W → W R`` for each head's rows (and bias); ``matrix`` is (heads, width, width)."""
-    weight = projection.weight(module)
-    weight.copy_(torch.einsum("hwd,hwv->hvd", weight.unflatten(0, (heads, -1)), matrix).flatten(0, 1))
-    bias = projection.bias_or_none(module)
+    weight, bias = projection.weight(module).unflatten(0, (heads, -1)), projection.bias_or_none(module)
+    turned = None
     if bias is not None:
-        bias.copy_(torch.einsum("hw,hwv->hv", bias.unflatten(0, (heads, -1)), matrix).flatten())
+        turned = torch.einsum("hw,hwv->hv", bias.unflatten(0, (heads, -1)), matrix).flatten()
+    projection.write_(module, torch.einsum("hwd,hwv->hvd", weight, matrix).flatten(0, 1), turned)
 
 
 def _shift_bias(module: nn.Module, projection: Projection, shift: Tensor) -> bool:
     bias = projection.bias_or_none(module)
     if bias is None:
         return False
-    bias.add_(shift)
+    projection.write_(module, bias=bias + shift)
     return True
 
 

@@ -98,7 +98,7 @@ class TimmHost:
         return Attention(
             path=path,
             host=self.name,
-            mount="values" if qk_reason else "whole",
+            mount="padded" if qk_reason else "whole",
             signature=local.signature,
             heads=heads,
             width=width,

@@ -89,7 +89,7 @@ class TransformersHost:
         return Attention(
             path=path,
             host=self.name,
-            mount="values" if qk_reason else "parts",
+            mount="padded" if qk_reason else "parts",
             signature=local.signature,
             heads=heads,
             width=width,

@@ -101,7 +101,7 @@ class LowRankAttention(nn.Module):
         q, k, v = self.qkv(rows).split(self.widths, dim=-1)
         q, k, v = self._heads(q, self.rank_qk), self._heads(k, self.rank_qk), self._heads(v, self.rank_vo)
         dropout = self.attention_dropout if self.training else 0.0
-        o = _attend(q, k, v, attn_mask, dropout, is_causal, self.scale)  # (batch, heads, tokens, rank)
+        o = fused_attention(q, k, v, attn_mask, dropout, is_causal, self.scale)  # (batch, heads, tokens, rank)
         o = o[..., : self.rank_vo].transpose(1, 2).flatten(2)
         if self.norm is not None:
             o = self.norm(o)
@@ -137,7 +137,7 @@ class LowRankAttention(nn.Module):
 
 
 @torch.fx.wrap  # one node of a traced graph: what it decides on is known only when it runs
-def _attend(
+def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout: float, is_causal: bool, scale: float
 ) -> Tensor:
     """Fused attention, in float32 where it must give gradients in bfloat16 on a CPU.

@@ -54,7 +54,7 @@ class Recorder:
 
     def _observe_qk(self, stack: ExitStack, model: nn.Module, site: ProductSite, a: Attention) -> None:
         def rows_of(projection: Projection, output: Tensor) -> Tensor:
-            return output[..., projection.start : projection.stop]
+            return output[..., projection.channels]
 
         def keep_q(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             q = rows_of(a.q, output).detach()
@@ -72,8 +72,8 @@ class Recorder:
                 moments, pictures = self._of(site, "a", a.heads, a.width), self.pictures
                 output.register_hook(lambda g: moments.add(rows_of(a.k, g), pictures, per="picture"))
 
-        stack.enter_context(_hook(model.get_submodule(a.q.path).register_forward_hook(keep_q)))
-        stack.enter_context(_hook(model.get_submodule(a.k.path).register_forward_hook(keep_k)))
+        stack.enter_context(_hook(model.get_submodule(a.q.called).register_forward_hook(keep_q)))
+        stack.enter_context(_hook(model.get_submodule(a.k.called).register_forward_hook(keep_k)))
 
     def _observe_vo(self, stack: ExitStack, model: nn.Module, site: ProductSite, a: Attention) -> None:
         def keep(module: nn.Module, inputs: tuple) -> tuple:
