@@ -136,8 +136,8 @@ def _attend_step_by_step(
     if m.add_zero_attn:
         k, v = (F.pad(t, (0, 0, 0, 1)) for t in (k, v))
     q, k, v = (t.unflatten(-1, (m.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-    mask = 0 if mask is None else F.pad(mask, (0, k.shape[2] - key.shape[1]))
-    attention = (q @ k.mT * m.head_dim**-0.5 + mask).softmax(-1)
+    logits = q @ k.mT * m.head_dim**-0.5
+    attention = (logits if mask is None else logits + F.pad(mask, (0, k.shape[2] - key.shape[1]))).softmax(-1)
     o = F.dropout(attention, m.dropout if m.training else 0.0) @ v
     return m.out_proj(o.transpose(1, 2).flatten(2)), attention if need_weights else None
 
