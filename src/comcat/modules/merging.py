@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 from ..errors import ModelError
 from ..tokens import Chosen, Groups, Windows, highest, look_alikes
 
+COMPARED = 128
+"""Channels by which tokens are compared; more find hardly better pairs, and cost more."""
+
 _Reduction = Groups | Windows | Chosen
 
 
@@ -29,10 +32,16 @@ class TokenReduction(nn.Module):
         keep, full: of ``full`` tokens of the grid, ``keep`` are run; of another number the same share.
         prefix: tokens in front (class, registers) that pass by. stream: the name of the block's first argument.
         residual: the update is added to what each token was; without, tokens that were merged leave as one.
+        names: the block's other arguments, in their order.
     """
 
-    def __init__(self, keep: int, full: int, prefix: int, stream: str, *, residual: bool = True) -> None:
+    names: tuple[str, ...]
+
+    def __init__(
+        self, keep: int, full: int, prefix: int, stream: str, *, residual: bool = True, names: Sequence[str] = ()
+    ) -> None:
         super().__init__()
+        self.names = tuple(names)
         self.keep, self.full, self.prefix, self.stream, self.residual = keep, full, prefix, stream, residual
 
     def count(self, tokens: int) -> int:
@@ -59,7 +68,8 @@ class TokenReduction(nn.Module):
                 f"got a tensor beside the tokens of a {type(block).__name__} (as an attention mask), expected none: "
                 "it has a row for every token, and the block runs on fewer; take the merges back by handle.revert()"
             )
-        few, named = self._reduced(x, reduction), dict(rest[1])
+        few = self._reduced(x, reduction)
+        named: dict[str, Any] = dict(rest[1])
         if (bias := self.bias(reduction)) is not None:
             name, sizes = bias
             named |= dict(zip(self.names, rest[0], strict=False)) | {name: sizes[:, None, None].to(x.dtype)}
@@ -94,15 +104,12 @@ class SimilarTokens(TokenReduction):
     Args:
         mask: the argument by which the block takes an additive attention mask. Groups then weigh as many tokens as they
             hold, by the logarithm of their size (Bolya et al. 2023, Eq. 1). None: every group weighs as one.
-        names: the block's other arguments, in their order.
         norm: the block's own norm, if tokens are to be compared by what it makes of them; None: by themselves.
     """
 
-    def __init__(
-        self, *args: Any, mask: str | None = None, names: Sequence[str] = (), norm: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, mask: str | None = None, norm: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.mask, self.names, self.norm = mask, tuple(names), norm
+        self.mask, self.norm = mask, norm
 
     def reduction(self, block: nn.Module, x: Tensor) -> Groups | None:
         tokens = x.shape[1] - self.prefix
@@ -113,7 +120,7 @@ class SimilarTokens(TokenReduction):
         if self.norm is not None:
             with torch.no_grad():
                 metric = block.get_submodule(self.norm)(metric)
-        return look_alikes(metric[:, self.prefix :], count).behind(self.prefix)
+        return look_alikes(metric[:, self.prefix :, :COMPARED], count).behind(self.prefix)
 
     def bias(self, reduction: Groups) -> tuple[str, Tensor] | None:
         return None if self.mask is None else (self.mask, reduction.sizes().log())
