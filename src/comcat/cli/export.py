@@ -12,7 +12,7 @@ import tyro
 from ..deployment.settings import OPSETS, FormatName, Target
 from ..errors import ExportError, SettingsError
 from ..settings import LARGEST_SEED
-from .common import Positional, at_least_one
+from .common import Positional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,8 @@ def _export_model(command: Export) -> int:
     from ..store import load_model
 
     settings = _settings(command)
-    at_least_one("--count", command.count)
+    if command.count < 1:
+        raise SettingsError(f"got --count {command.count}, expected at least 1")
     if not 0 <= command.seed <= LARGEST_SEED:
         raise SettingsError(f"got --seed {command.seed}, expected 0 to {LARGEST_SEED}")
     check_place(command.out, settings)  # before the model is loaded
