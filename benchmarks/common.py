@@ -122,3 +122,18 @@ def table(head: list[str], rows: list[list[Any]]) -> None:
         print("  ".join(c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True))))
         if i == 0:
             print("  ".join("-" * w for w in widths))
+
+
+def where(r: dict[str, Any]) -> str:
+    e = r["environment"]
+    device = e.get("device") or e.get("cpu") or "?"
+    parts = [str(device), f"{e.get('threads', '?')} thread(s)", f"torch {e.get('versions', {}).get('torch', '?')}"]
+    return f"*{', '.join(parts)}; {r['date']}; `{r['command']}`*"
+
+
+def rows_of(head: list[str], rows: list[list[Any]]) -> str:
+    def cell(c: Any) -> str:
+        return "–" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c)
+
+    lines = [head, ["---"] * len(head), *[[cell(c) for c in r] for r in rows]]
+    return "\n".join("| " + " | ".join(r) + " |" for r in lines)

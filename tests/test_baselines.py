@@ -372,6 +372,12 @@ def test_tables_carry_the_statistic_to_apply_with() -> None:
     assert BASELINES["unilateral"].statistic == Unilateral()
 
 
+@pytest.mark.parametrize("propose", [product_plan, tucker_plan, tensor_train_plan])
+def test_heads_stay_where_no_sites_are_given(propose, model: Transformer, sites: Sites) -> None:
+    assert propose(model, None, 0.2).sites and "head" not in propose(model, None, 0.2).sites
+    assert "head" in propose(model, sites, 0.2).sites  # asked for
+
+
 def test_sites_are_found_where_none_are_given(model: Transformer, sites: Sites) -> None:
     found, given = (BASELINES["unilateral"](model, s, 0.5) for s in (None, sites))
     assert dict(found.sites) == dict(given.sites)

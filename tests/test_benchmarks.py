@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TABLES, TRAINED = ("table1", "table3", "table4"), ("table2", "figure6", "figure7", "figures89")
-TUNED = ("train_cifar10", "tuning_throughput", "time_by_operation", "accuracy", "real")
+TUNED = ("train_cifar10", "tuning_throughput", "time_by_operation", "accuracy", "real", "factorize", "prediction")
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +233,35 @@ def test_what_was_judged_is_not_judged_again(scripts, folder, monkeypatch):
     first = accuracy.main(asked)
     monkeypatch.setattr(accuracy, "right", None)
     assert accuracy.main(asked) == first
+
+
+def test_prediction_has_a_spread_over_calibration_samples(scripts, folder):
+    import prediction
+
+    given = ["--model", str(folder), "--train", "digits:train", "--validation", "digits:test", "--pictures", "20"]
+    result = prediction.main([*given, "--calibration", "8", "--seeds", "2", "--layers", "1", "--shares", "0.2", "0.4"])
+    assert [r[0] for r in result["together"]] == [0.2, 0.4]
+    assert [r[0] for r in result["alone"]] == [f"blocks.1.{part}" for part in prediction.ALONE]
+    for row in (*result["together"], *result["alone"]):
+        assert all(len(values) == 2 and min(values) >= 0 for values in row[-2:])
+    predicted = [sum(r[1]) for r in result["together"]]
+    assert predicted == sorted(predicted) and predicted[0] > 0
+    assert all(-1 <= v <= 1 for near in result["cosine_to_occurring_moment"].values() for v in near.values())
+
+
+def test_thin_qr_factorises_a_product(scripts):
+    import factorize
+
+    left, right = torch.randn(2, 3, 20, 5, dtype=torch.float64).unbind()
+    a, b = factorize.thin_qr(left, right)
+    torch.testing.assert_close(a @ b.mT, left @ right.mT)
+    best = torch.linalg.svdvals(left @ right.mT)[:, 2:].square().sum(-1).sqrt()
+    torch.testing.assert_close(torch.linalg.norm((a[..., :2] @ b[..., :2].mT - left @ right.mT), dim=(-2, -1)), best)
+    asked = ["--model", "vit_tiny_patch16_224", "--repeats", "1", "--dense-repeats", "1", "--heads", "1"]
+    result = factorize.main(asked)
+    assert result["largest_relative_difference"] < 1e-4
+    assert set(result["ratios"]) == {"thin QR", "thin QR, float32", "dense, torch", "dense, numpy"}
+    assert (
+        json.loads(next(scripts.rglob("factorize-*.json")).read_text())["ratio_quartiles"].keys()
+        == result["ratios"].keys()
+    )

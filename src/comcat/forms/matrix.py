@@ -5,16 +5,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from ..hosts import host_of
+from ..linalg import factorize
 from ..modules.lowrank import ConcatLinear, LowRankLinear
 from ..modules.tensor import matrix_factors
 from ..plan import SitePlan
 from ..sites import LinearSite, ProductSite, Replacement, Undo, part
 from .product import Product
 from .protocol import Flow, Material, Planned, fill
+
+
+@runtime_checkable
+class LayerStatistic(Protocol):
+    """A statistic by which each matrix of an attention is decomposed apart, not by the weights alone."""
+
+    def layer(self, path: str, start: int) -> tuple[Tensor, Tensor | None]:
+        """Of a layer's rows from ``start`` on, one matrix (out, in): the metric of its narrower side, and the input's
+        mean (in,) where a bias makes up for what is lost of it.
+        """
+        ...
 
 
 class Matrix:
@@ -46,17 +60,22 @@ class Matrix:
             return Product().apply(model, planned, material)
         a, ranks = site.attention, {side: p.entry.keep for p in planned for side in p.site.kind}  # of q, k, v, o
         layers: dict[str, list[nn.Module]] = {}
+        seen = material.statistic if isinstance(material.statistic, LayerStatistic) and material.fill else None
         for side, projection in (("q", a.q), ("k", a.k), ("v", a.v)):
             bias = None if projection.bias is not None else projection.bias_or_none(model)
-            made = _matrix(projection.weight(model), bias, ranks.get(side), material.fill)
+            by = seen.layer(projection.path, projection.start) if seen and side in ranks else None
+            made = _matrix(projection.weight(model), bias, ranks.get(side), material.fill, by)
             layers.setdefault(projection.path, []).append(made)
         parts = {path: found[0] if len(found) == 1 else ConcatLinear(found) for path, found in layers.items()}
         out = part(model, a.out)
-        parts[a.out] = _matrix(out.get_parameter("weight"), out.bias, ranks.get("o"), material.fill)
+        by = seen.layer(a.out, 0) if seen and "o" in ranks else None
+        parts[a.out] = _matrix(out.get_parameter("weight"), out.bias, ranks.get("o"), material.fill, by)
         return host_of(a).mount(model, a, Replacement(parts=parts))
 
 
-def _matrix(weight: Tensor, bias: Tensor | None, rank: int | None, filled: bool) -> nn.Module:
+def _matrix(
+    weight: Tensor, bias: Tensor | None, rank: int | None, filled: bool, by: tuple[Tensor, Tensor | None] | None
+) -> nn.Module:
     factory = {"device": weight.device, "dtype": weight.dtype}
     if rank is None:
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, **factory)
@@ -65,8 +84,26 @@ def _matrix(weight: Tensor, bias: Tensor | None, rank: int | None, filled: bool)
         return dense
     module = LowRankLinear(weight.shape[1], weight.shape[0], rank, bias=bias is not None, **factory)
     if filled:
-        first, last = matrix_factors(weight.detach(), rank)
+        weight, metric, mean = weight.detach(), *(by or (None, None))
+        first, last = matrix_factors(weight, rank) if metric is None else nearest_factors(weight, metric, rank)
+        if bias is not None and mean is not None:
+            bias = bias.detach().double() + weight.double() @ mean - last @ (first @ mean)
         fill(module.first.weight, first)
         fill(module.last.weight, last)
         fill(module.last.bias, None if bias is None else bias.detach())
     return module
+
+
+def nearest_factors(weight: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The rank-r factors of a matrix (out, in) nearest in a metric: first (rank, in) and last (out, rank), float64.
+
+    The metric is one of the input, C (in, in), where that is the narrower side: ``‖(W − W') C^½‖`` is least. Where the
+    output is, it is ``W C Wᵀ`` (out, out).
+    """
+    weight, metric = weight.double(), metric.double()
+    if weight.shape[1] <= weight.shape[0]:
+        left, right = factorize(metric, weight.mT @ weight).truncate(rank)
+        return left.mT, weight @ right
+    eye = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
+    left, right = factorize(metric, eye).truncate(rank)
+    return left.mT @ weight, right

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +77,14 @@ def watch_gradients(
     layers: Mapping[str, str],
     add: Callable[[str, Tensor, Tensor, int], None],
     *,
+    of: Literal["input", "output"] = "input",
     seed: int = 0,
 ) -> int:
-    """Show pictures under the sampled loss and pass on what enters some layers with its gradient; the number of
-    pictures.
+    """Show pictures under the sampled loss and pass on what enters some layers with a gradient; the number of pictures.
 
     Args:
-        layers: path of each layer → the name to pass on. add: called with the name, the input (..., channels), its
-            gradient and the number of pictures.
+        layers: path of each layer → the name to pass on. add: called with the name, the input (..., channels), the
+            gradient ``of`` the input or of the layer's output, and the number of pictures.
     """
     pictures = 0
 
@@ -100,10 +101,22 @@ def watch_gradients(
 
         return keep
 
+    def observe_output(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
+        def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+            if output.requires_grad:
+                h = inputs[0].detach()
+                output.register_hook(lambda gradient: add(name, h, gradient, pictures))
+
+        return keep
+
     device = next(model.parameters()).device
     with ExitStack() as stack:
         for path, name in layers.items():
-            handle = model.get_submodule(path).register_forward_pre_hook(observe(name))
+            layer = model.get_submodule(path)
+            if of == "input":
+                handle = layer.register_forward_pre_hook(observe(name))
+            else:
+                handle = layer.register_forward_hook(observe_output(name))
             stack.callback(handle.remove)
         shown = examples_of(model, batches)
         return _show(model, shown, device, begin, lambda: None, torch.Generator().manual_seed(seed))

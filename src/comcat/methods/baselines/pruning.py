@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..factors import Statistic, Weights
-from ..sites import HiddenSite, Site, Sites, part
-from ..statistics import Statistics, watch_gradients
+from ...factors import Statistic, Weights
+from ...sites import HiddenSite, Site, Sites, part
+from ...statistics import calibrate, watch_gradients
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ def taylor_scores(model: nn.Module, batches: Iterable, sites: Sites, *, seed: in
     return {name: total / max(seen, 1) for name, total in totals.items()}
 
 
-def scored(
-    kind: str, model: nn.Module, sites: Sites, *, batches: Iterable | None = None, refit: Statistics | None = None
+def scored_units(
+    kind: str, model: nn.Module, sites: Sites, batches: Iterable, *, refit: bool = False, seed: int = 0
 ) -> Scored:
-    """The statistic of a baseline: ``kind`` is ``"magnitude"`` or ``"taylor"`` (which needs pictures)."""
-    base = Weights() if refit is None else refit
-    if kind == "magnitude":
-        return Scored("magnitude", base)
-    return Scored("taylor", base, taylor_scores(model, batches or (), sites))
+    """The statistic of a baseline: ``kind`` is ``"magnitude"`` or ``"taylor"``; pictures are gone through twice if need
+    be.
+    """
+    base = calibrate(model, batches, statistic="activation", sites=sites) if refit else Weights()
+    scores = taylor_scores(model, batches, sites, seed=seed) if kind == "taylor" else None
+    return Scored(kind, base, scores)

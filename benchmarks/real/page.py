@@ -1,0 +1,59 @@
+"""The sections on real weights of the page of results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import rows_of, where
+
+
+def real(r: dict[str, Any]) -> str:
+    budgets = sorted({x["reduce"] for x in r["rows"]})
+    rows = {(x["method"], x["reduce"]): x for x in r["rows"]}
+    methods = list(dict.fromkeys(x["method"] for x in r["rows"]))
+    against = f"less {r['settings']['against']}"
+    head = ["method", *(f"−{100 * b:g} %" for b in budgets)]
+
+    def scores(x: dict[str, Any] | None) -> str | None:
+        return x and f"{x['mean']:.2f}" + ("" if x["std"] is None else f" ± {x['std']:.2f}")
+
+    def difference(x: dict[str, Any] | None) -> str | None:
+        found = x and x.get(against)
+        return found and f"{found['mean']:+.2f} ({found['seed_error'] or 0:.2f}; {found['picture_error']:.2f})"
+
+    told, paired = (
+        rows_of(head, [[m, *(cell(rows.get((m, b))) for b in budgets)] for m in methods if any(cell(rows.get((m,
+            b))) for b in budgets)])
+        for cell in (scores, difference)
+    )  # fmt: skip
+    tuned = f"{r['settings']['tune']} steps of distillation" if r["settings"]["tune"] else "nothing tuned"
+    return "\n\n".join([
+        f"{r['about']}; {r['judged']} pictures judged, {r['calibration_pictures']} to calibrate on, {tuned}. Dense: "
+        f"{r['dense']['score']:.2f} (error from the choice of pictures "
+        f"{r['dense']['picture_error']:.2f}). {r['measure']} with parameters of the whole model saved, mean ± standard "
+        "deviation over seeds:",
+        told, f"Paired differences, {against} (in brackets: standard error over seeds; from the choice of pictures):",
+        paired, where(r),
+    ])  # fmt: skip
+
+
+def heads(r: dict[str, Any]) -> str:
+    rows = [
+        [x["task"], f"−{100 * x['reduce']:g} %", f"{x['predicted_ranks']:.4f}", f"{x['predicted_with_heads']:.4f}",
+            f"{100 * x['gain']:.1f} %", f"{x['heads_gone']} of {x['heads']}",
+         f"{x['difference']['mean']:+.2f} ± "
+         f"{x['difference']['picture_error']:.2f}" if "difference" in x else None] for x in r["rows"]
+    ]  # fmt: skip
+    columns = [
+        "task",
+        "parameters",
+        "predicted loss, ranks",
+        "with whole heads",
+        "less by",
+        "heads gone",
+        "measured gain",
+    ]
+    return (
+        "Predicted loss at equal parameters, in the statistic's own unit; measured where it falls by more than "
+        f"{100 * r['settings']['verify']:g} %.\n\n{rows_of(columns, rows)}\n\n{where(r)}"
+    )
