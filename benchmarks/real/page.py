@@ -15,11 +15,15 @@ def real(r: dict[str, Any]) -> str:
     head = ["method", *(f"−{100 * b:g} %" for b in budgets)]
 
     def scores(x: dict[str, Any] | None) -> str | None:
-        return x and f"{x['mean']:.2f}" + ("" if x["std"] is None else f" ± {x['std']:.2f}")
+        if x is None:
+            return None
+        return f"{x['mean']:.2f}" + ("" if x["std"] is None else f" ± {x['std']:.2f}")
 
     def difference(x: dict[str, Any] | None) -> str | None:
-        found = x and x.get(against)
-        return found and f"{found['mean']:+.2f} ({found['seed_error'] or 0:.2f}; {found['picture_error']:.2f})"
+        if x is None or against not in x:
+            return None
+        found = x[against]
+        return f"{found['mean']:+.2f} ({found['seed_error'] or 0:.2f}; {found['picture_error']:.2f})"
 
     told, paired = (
         rows_of(head, [[m, *(cell(rows.get((m, b))) for b in budgets)] for m in methods if any(cell(rows.get((m,
