@@ -24,7 +24,7 @@ from comcat.factors import weight_factors
 from comcat.hosts import find_sites
 from comcat.linalg import factorize, gram
 from comcat.methods.allocate import spectra
-from comcat.sites import Sites
+from comcat.sites import ProductSite, Sites
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def measured(model: nn.Module, sites: Sites, a: argparse.Namespace) -> dict[str,
         "dense, numpy": partial(each, model, sites, dense_numpy, torch.float32, a.heads),
     }
     thin["grams"]()  # warm-up
-    scale = 1.0 if a.heads is None else next(iter(sites.values())).heads / a.heads
+    first: Any = next(iter(sites.values()))
+    scale = 1.0 if a.heads is None else first.heads / a.heads
     found = interleaved(thin, a.repeats)
     found |= {way: [scale * s for s in taken] for way, taken in interleaved(dense, a.dense_repeats).items()}
     return found
@@ -86,9 +87,13 @@ def each(
     heads: int | None = None,
 ) -> None:
     """Factorise every product one way, of the first ``heads`` heads."""
-    for site in sites.values():
+    for site in products(sites):
         left, right = (f[:heads].to(dtype) for f in weight_factors(model, site, with_bias=False) if f is not None)
         way(left, right)
+
+
+def products(sites: Sites) -> list[ProductSite]:
+    return [site for site in sites.values() if isinstance(site, ProductSite)]
 
 
 def thin_qr(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +121,7 @@ def quartiles_of(rounds: list[float], base: float) -> list[float]:
 def largest_difference(model: nn.Module, sites: Sites, heads: int | None) -> float:
     """Of a singular value between ours and the dense product's, relative to the product's largest."""
     worst = 0.0
-    for site in sites.values():
+    for site in products(sites):
         left, right = (f[:heads] for f in weight_factors(model, site, with_bias=False) if f is not None)
         ours = factorize(gram(left), gram(right)).singular_values  # without the query bias, which dense ways drop
         theirs = torch.linalg.svdvals(left.float() @ right.float().mT)

@@ -126,7 +126,7 @@ def test_fisher_is_that_of_each_picture_alone(model):
     sites = find_sites(model)
     rows = [*rows_of(model, sites.only("blocks.0.attn")), *rows_of(model, sites.only("blocks.1.mlp.fc2"))]
     found = input_fisher(model, rows, shown(), seed=3)
-    labels, totals = torch.Generator().manual_seed(3), dict.fromkeys(rows, 0.0)
+    labels, totals = torch.Generator().manual_seed(3), dict.fromkeys(rows, torch.zeros(()))
     for example in examples_of(model, shown()):
         model.zero_grad()
         inputs = example.on(torch.device("cpu"), torch.float32, gradients=True)
