@@ -68,6 +68,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     p.add_argument("--choose", action="store_true", help="judge 2,000 held-out training pictures instead")
     p.add_argument("--only", nargs="*", choices=list(SHARES), default=list(SHARES))
     p.add_argument("--shares", type=float, nargs="*")
+    p.add_argument("--methods", nargs="*", help="rows by name, by default all; the default of a part is always there")
     p.add_argument("--variants", nargs="*", choices=("no-refit", "sequential"), default=[])
     p.add_argument("--name", help="of the result")
     a = p.parse_args(given)
@@ -169,7 +170,10 @@ class Bench:
                         label = f"{kind} {rule}{UNITS if 'units' in forms else ''}{variant and f' {variant}'}"
                         words = (part, share, kind, forms, rule, variant)
                         made[label] = [partial(self.data_aware, *words, seed) for seed in range(self.a.seeds)]
-        return made
+        wanted = [DEFAULTS[part], *(self.a.methods if self.a.methods is not None else made)]
+        if unknown := [label for label in wanted if label not in made]:
+            raise SystemExit(f"error: got method {unknown[0]!r}, expected one of {', '.join(made)}")
+        return {label: runs for label, runs in made.items() if label in wanted}
 
     def data_free(self, part: str, share: float, statistic: Statistic, rule: Any) -> NDArray[Any]:
         return self.judge(self.plan(part, share, statistic, "ranks", rule, None), statistic)

@@ -233,6 +233,10 @@ def test_what_was_judged_is_not_judged_again(scripts, folder, monkeypatch):
     first = accuracy.main(asked)
     monkeypatch.setattr(accuracy, "right", None)
     assert accuracy.main(asked) == first
+    (row,) = accuracy.main([*asked, "--methods", "weights uniform"])["rows"]
+    assert list(row["top1"]) == ["weights uniform", accuracy.DEFAULTS["ffn"]]
+    with pytest.raises(SystemExit, match="got method 'weight', expected one of weights uniform"):
+        accuracy.main([*asked, "--methods", "weight"])
 
 
 def test_prediction_has_a_spread_over_calibration_samples(scripts, folder):

@@ -319,13 +319,13 @@ def test_the_runner_keeps_rows_and_goes_on(tiny_task, tmp_path, monkeypatch, cap
     from real.measure import Table
     from real.methods import Shrinker
 
-    names = ("ranks", "ranks + units", "ranks, weights", "matrix + svd", "product + taylor, refitted")
+    names = ("ranks", "ranks + units", "ranks, weights", "matrix + svd", "product + taylor, refitted", "FWSVD")
     words = ("--methods", *names, "--budgets", "0.3", "0.97")
     first = run(tmp_path, *words)
     written = json.loads(next((tmp_path / "results").rglob("real-classifier.json")).read_text())
     assert {(r["method"], r["reduce"]) for r in written["rows"]} == {(name, 0.3) for name in names}  # none saves 97 %
     rows = {r["method"]: r for r in written["rows"]}
-    assert {m: len(r["runs"]) for m, r in rows.items()} == dict(zip(names, (2, 2, 1, 1, 2), strict=True))
+    assert {m: len(r["runs"]) for m, r in rows.items()} == dict(zip(names, (2, 2, 1, 1, 2, 2), strict=True))
     for row in written["rows"]:
         assert all(Table.from_dict(r["pictures"]).score() == pytest.approx(r["scores"]["top1"]) for r in row["runs"])
         assert all(r["parameters"] <= 0.7 * written["parameters"] for r in row["runs"])
