@@ -16,7 +16,8 @@ from ._version import __version__
 _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate",
     "apply_": "apply", "batches": "data", "calibrate": "statistics", "compress": "methods.compress",
-    "compress_to": "workflows.compress", "evaluate": "measure", "benchmark": "measure", "count_macs": "measure",
+    "compress_to": "workflows.compress", "evaluate": "measure", "explore": "methods.exploring",
+    "explore_to": "workflows.explore", "benchmark": "measure", "count_macs": "measure",
     "count_parameters": "measure", "export": "deployment.export", "find_sites": "hosts", "load": "store",
     "load_model": "store", "open_exported": "deployment.runtimes",
     "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .measure import evaluate as evaluate
     from .methods.allocate import allocate as allocate
     from .methods.compress import compress as compress
+    from .methods.exploring import explore as explore
     from .methods.merging import merge as merge
     from .methods.search import search as search
     from .models import Origin as Origin
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .store import save as save
     from .tuning.tune import tune as tune
     from .workflows.compress import compress_to as compress_to
+    from .workflows.explore import explore_to as explore_to
     from .workflows.merge import merge_to as merge_to
     from .workflows.search import search_to as search_to
     from .workflows.tune import tune_to as tune_to

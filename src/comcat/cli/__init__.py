@@ -17,6 +17,7 @@ from ..settings import LARGEST_SEED, expect
 VERBS = {
     "inspect": ("inspect:Inspect", "what of a model can shrink, and what cannot and why"),
     "compress": ("compress:Compress", "make a model smaller and faster"),
+    "explore": ("explore:Explore", "every budget of a model on a page with a slider"),
     "merge": ("merge:Merge", "run a model's blocks on fewer tokens"),
     "search": ("search:Search", "find the ranks of a plan by search on training pictures"),
     "tune": ("tune:Tune", "win back by training what compression lost"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -10,11 +9,11 @@ import numpy as np
 from torch import nn
 
 from ..errors import BudgetError
-from ..forms import site_for
 from ..measure import count_parameters
-from ..plan import Plan, SitePlan
+from ..plan import Plan
 from .costs import Cost, Mixed, Parameters
 from .prepare import Prepared
+from .savings import saved_share
 
 PRICES = tuple(np.linspace(0.0, 1.0, 9))
 STEPS = 12
@@ -38,7 +37,7 @@ def within_both(model: nn.Module, prepared: Prepared, most: int, reduce: float, 
     whole = float(count_parameters(model))
     fewer = max(0.0, 1 - most / whole)
     first = plan_at(reduce, cost=prepared.cost, total=prepared.total)
-    if _saved(first.sites, prepared, Parameters(), whole) >= fewer - 1e-9:
+    if saved_share(first.sites, prepared, Parameters(), whole) >= fewer - 1e-9:
         return _noted(first, prepared, whole, most)
     best: Plan | None = None
     for price in PRICES:
@@ -69,36 +68,12 @@ def within_both(model: nn.Module, prepared: Prepared, most: int, reduce: float, 
 
 
 def _meets(plan: Plan, prepared: Prepared, whole: float, reduce: float, fewer: float) -> bool:
-    cost = _saved(plan.sites, prepared, prepared.cost, prepared.total)
-    return cost >= reduce - 1e-9 and _saved(plan.sites, prepared, Parameters(), whole) >= fewer - 1e-9
-
-
-def _saved(entries: Mapping[str, SitePlan], prepared: Prepared, cost: Cost, whole: float) -> float:
-    """The share of a cost that entries save. What is saved where tokens become fewer is counted at those tokens."""
-    shares = {}
-    for name, entry in entries.items():
-        site = site_for(name, entry, prepared.sites)
-        if site.kind == "tokens":
-            shares[site.path] = site.share(entry.keep)
-    saved, covered = 0.0, set()
-    for name, entry in entries.items():
-        site = site_for(name, entry, prepared.sites)
-        if site.kind == "tokens":
-            saved -= cost(site, entry)
-            continue
-        share = next((s for path, s in shares.items() if site.path.startswith(f"{path}.")), 1.0)
-        saved += cost(site, None) - cost.on_fewer_tokens(share)(site, entry)
-        covered |= {name, *site.modules}
-    for site in prepared.sites.values():  # what stays as it is costs less on fewer tokens as well
-        share = next((s for path, s in shares.items() if site.path.startswith(f"{path}.")), 1.0)
-        if share < 1.0 and covered.isdisjoint({site.name, *site.modules}):
-            covered |= {site.name, *site.modules}
-            saved += cost(site, None) - cost.on_fewer_tokens(share)(site, None)
-    return saved / whole
+    cost = saved_share(plan.sites, prepared, prepared.cost, prepared.total)
+    return cost >= reduce - 1e-9 and saved_share(plan.sites, prepared, Parameters(), whole) >= fewer - 1e-9
 
 
 def _noted(plan: Plan, prepared: Prepared, whole: float, most: int) -> Plan:
     """What it saves, told in the cost that was asked for."""
-    saved = _saved(plan.sites, prepared, prepared.cost, prepared.total)
-    left = whole * (1 - _saved(plan.sites, prepared, Parameters(), whole))
+    saved = saved_share(plan.sites, prepared, prepared.cost, prepared.total)
+    left = whole * (1 - saved_share(plan.sites, prepared, Parameters(), whole))
     return replace(plan, made_by={**plan.made_by, "saved": saved, "max_parameters": most, "parameters": round(left)})

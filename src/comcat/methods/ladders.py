@@ -7,7 +7,7 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -185,10 +185,15 @@ def ladders(
     return [ladder for _, ladder in sorted(found, key=lambda pair: pair[0])]
 
 
+def covered_by(sites: Iterable[Site]) -> set[str]:
+    """Names of sites that are told by some sites: themselves, and the layers of a feed-forward by its hidden units."""
+    return {name for s in sites for name in (s.name, *(s.modules if isinstance(s, HiddenSite) else ()))}
+
+
 def idle(sites: Sites, shrinking: Sites) -> list[Ladder]:
     """Decisions without a choice: sites that stay as they are beside those that may shrink."""
-    changed = {path for site in shrinking.values() for path in site.modules}
-    rest = {name: site for name, site in searchable(sites).items() if changed.isdisjoint(site.modules)}
+    told = covered_by(shrinking.values())
+    rest = {name: site for name, site in searchable(sites).items() if told.isdisjoint(covered_by([site]))}
     return [Ladder(name, {name: site}, (site,), (AS_IT_IS,)) for name, site in rest.items()]
 
 

@@ -32,9 +32,12 @@ def propose(
     *,
     held_out: Iterable | None = None,
     notes: list[str] | None = None,
+    corrects: bool = True,
 ) -> Plan:
-    """Ranks for the budget; with ``max_drop``, the largest saving whose measured drop on held-out pictures stays
-    within it.
+    """What sites become within the budget; with ``max_drop``, the largest saving whose measured drop on held-out
+    pictures stays within it.
+
+    ``corrects``: under a budget of time, measure the whole plan and correct it.
     """
 
     def plan_with(reduce: float | None, multiple: int) -> Plan:
@@ -75,7 +78,7 @@ def propose(
                     return plan
         return finest
 
-    if settings.budget == "latency" and settings.max_drop is None:
+    if settings.budget == "latency" and settings.max_drop is None and corrects:
         return within_time(model, prepared, settings, plan_for)
     if settings.max_drop is None:
         return plan_for(settings.reduce)
