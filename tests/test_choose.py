@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from comcat.errors import SettingsError
 from comcat.methods.choose import Table, in_step, least_loss, same_share
-from comcat.methods.ladders import check_forms
+from comcat.methods.settings import check_forms
 
 NUMBERS = st.floats(0.01, 10, allow_nan=False)
 

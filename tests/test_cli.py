@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -359,12 +360,28 @@ def test_importing_comcat_brings_in_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
-def test_every_public_name_exists():
-    for name in comcat.__all__:
-        assert getattr(comcat, name) is not None
-    assert callable(comcat.calibrate)
-    with pytest.raises(AttributeError):
-        comcat.nothing  # noqa: B018
+def test_options_of_every_verb_are_read_without_a_heavy_library():
+    """A mistyped option is told at once: nothing is imported that only the work needs."""
+    code = (
+        "import sys; from comcat.cli import VERBS, settings_of; "
+        "print([(v, m) for v in VERBS if settings_of(v) for m in ('torch', 'numpy', 'timm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["comcat", "comcat.diffusion", "comcat.scoring", "comcat.methods.search"])
+def test_every_public_name_exists(name):
+    package = import_module(name)
+    for public in package.__all__:
+        assert getattr(package, public) is not None
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="nothing"):
+        package.nothing  # noqa: B018
+
+
+def test_a_function_stands_before_a_module_of_its_name():
+    assert callable(comcat.calibrate) and callable(comcat.search)
 
 
 def test_the_seed_decides(folder, tmp_path):

@@ -33,7 +33,8 @@ from comcat.linalg import refit
 from comcat.measure import count_parameters
 from comcat.methods.allocate import of_forms, spectra
 from comcat.methods.costs import Parameters
-from comcat.methods.ladders import check_forms, ladders
+from comcat.methods.ladders import ladders
+from comcat.methods.settings import check_forms
 from comcat.sites import ProductSite, Site, Sites
 from real.measure import paired, resamples
 from real.tasks import TASKS, outputs

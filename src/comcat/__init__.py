@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .lazy import attributes_of
 
 _WHERE = {
     "Origin": "models", "Plan": "plan", "SitePlan": "plan", "Statistics": "statistics", "allocate": "methods.allocate",
@@ -67,15 +68,11 @@ if TYPE_CHECKING:
     from .workflows.tune import tune_to as tune_to
 
 
+_attribute = attributes_of(__name__, _WHERE)
+
+
 def __getattr__(name: str) -> Any:
-    if name in _PARTS:
-        return import_module(f".{name}", __name__)
-    if name not in _WHERE:
-        raise AttributeError(f"module 'comcat' has no attribute {name!r}")
-    # Once imported, a sub-module of the same name (comcat.search) becomes an attribute: put the function there.
-    value = getattr(import_module(f".{_WHERE[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    return import_module(f".{name}", __name__) if name in _PARTS else _attribute(name)
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,9 @@ from .errors import SettingsError, nearest
 T = TypeVar("T")
 LARGEST_SEED = 2**63 - 1
 
+StatisticName = Literal["weights", "activation", "loss"]
+"""What errors of a compression can be measured by."""
+
 _NUMBERS: dict[Any, Any] = {int: Integral, float: Real}
 _WORDS: dict[Any, tuple[str, str]] = {
     bool: ("true or false", "true or false"), int: ("a whole number", "whole numbers"), float: ("a number", "numbers"),

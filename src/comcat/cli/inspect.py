@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..sites import HiddenSite, Site, Sites
 from .common import Common, Positional, load, pick_device
 from .terminal import table
+
+if TYPE_CHECKING:
+    from ..sites import Site, Sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,7 @@ def _row(model: Any, site: Site, sites: Sites, total: int, kept: bool) -> dict[s
     """What a site is and what it costs. A feed-forward is told by its hidden units; its layers are the alternative."""
     from ..factors import Weights, factorize_site
     from ..report import rank_for_energy
+    from ..sites import HiddenSite
 
     row = {"site": site.name, "kind": site.kind, "kept_by_default": kept}
     row |= {"parameters": site.parameters(), "share": site.parameters() / total}

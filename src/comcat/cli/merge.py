@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..methods.merging import MergeSettings
+from ..methods.settings import MergeSettings
 from ..settings import keywords_of
 from ..tuning.settings import TuneSettings
 from .common import Common, Positional, command_line, load

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..methods.search import SearchSettings
+from ..methods.search.settings import SearchSettings
 from ..settings import keywords_of
 from .common import Common, Positional, in_processes, load
 from .terminal import table

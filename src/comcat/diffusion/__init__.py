@@ -10,42 +10,48 @@
 :func:`attach` puts fresh terms into a pipeline, to be trained and saved.
 """
 
-from .adapter.attach import attach, unload
-from .adapter.files import AdapterFile, read, save
-from .adapter.find import Adaptable, find_adaptable
-from .adapter.fuse import fuse, unfuse
-from .adapter.load import load
-from .adapter.merge import MergeReport, merge
-from .adapter.paper import import_paper
-from .adapter.records import Adapter, adapters
-from .adapter.scale import set_scale
-from .draw.generate import generate, generate_to
-from .draw.settings import GenerateSettings
-from .learn.customize import customize
-from .learn.settings import CustomizeSettings
-from .pipeline.opening import load_pipeline
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Adaptable",
-    "Adapter",
-    "AdapterFile",
-    "CustomizeSettings",
-    "GenerateSettings",
-    "MergeReport",
-    "adapters",
-    "attach",
-    "customize",
-    "find_adaptable",
-    "fuse",
-    "generate",
-    "generate_to",
-    "import_paper",
-    "load",
-    "load_pipeline",
-    "merge",
-    "read",
-    "save",
-    "set_scale",
-    "unfuse",
-    "unload",
-]
+from ..lazy import attributes_of
+
+if TYPE_CHECKING:
+    from .adapter.attach import attach as attach
+    from .adapter.attach import unload as unload
+    from .adapter.files import AdapterFile as AdapterFile
+    from .adapter.files import read as read
+    from .adapter.files import save as save
+    from .adapter.find import Adaptable as Adaptable
+    from .adapter.find import find_adaptable as find_adaptable
+    from .adapter.fuse import fuse as fuse
+    from .adapter.fuse import unfuse as unfuse
+    from .adapter.load import load as load
+    from .adapter.merge import MergeReport as MergeReport
+    from .adapter.merge import merge as merge
+    from .adapter.paper import import_paper as import_paper
+    from .adapter.records import Adapter as Adapter
+    from .adapter.records import adapters as adapters
+    from .adapter.scale import set_scale as set_scale
+    from .draw.generate import generate as generate
+    from .draw.generate import generate_to as generate_to
+    from .draw.settings import GenerateSettings as GenerateSettings
+    from .learn.customize import customize as customize
+    from .learn.settings import CustomizeSettings as CustomizeSettings
+    from .pipeline.opening import load_pipeline as load_pipeline
+
+_WHERE = {
+    "Adaptable": "adapter.find", "Adapter": "adapter.records", "AdapterFile": "adapter.files",
+    "CustomizeSettings": "learn.settings", "GenerateSettings": "draw.settings", "MergeReport": "adapter.merge",
+    "adapters": "adapter.records", "attach": "adapter.attach", "customize": "learn.customize",
+    "find_adaptable": "adapter.find", "fuse": "adapter.fuse", "generate": "draw.generate",
+    "generate_to": "draw.generate", "import_paper": "adapter.paper", "load": "adapter.load",
+    "load_pipeline": "pipeline.opening", "merge": "adapter.merge", "read": "adapter.files", "save": "adapter.files",
+    "set_scale": "adapter.scale", "unfuse": "adapter.fuse", "unload": "adapter.attach",
+}  # fmt: skip
+
+__all__ = sorted(_WHERE)
+
+__getattr__ = attributes_of(__name__, _WHERE)
+
+
+def __dir__() -> list[str]:
+    return __all__

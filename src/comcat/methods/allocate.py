@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,13 +21,11 @@ from ..sites import HiddenSite, LinearSite, ProductSite, Sites
 from .blocks import TokenLadder, options_of_blocks
 from .choose import least_loss, same_share
 from .costs import Cost, Parameters
-from .ladders import Choice, Order, check_forms, idle, ladders, tail_loss
+from .ladders import Choice, Order, idle, ladders, tail_loss
+from .settings import RULES, Budget, RankRule, check_forms, check_tokens
 
 __all__ = ["RULES", "Budget", "RankRule", "allocate", "check_asked", "describe", "shrinkable", "spectra", "tail_loss"]
 
-RankRule = Literal["uniform", "equal", "energy", "waterfill"]
-RULES: tuple[RankRule, ...] = ("uniform", "equal", "energy", "waterfill")
-Budget = Literal["parameters", "macs", "latency"]
 _ORDERS: Mapping[str, Order] = {"waterfill": "price", "uniform": "share", "equal": "share", "energy": "energy"}
 
 
@@ -169,25 +167,6 @@ def _check(reduce: float | None, rule: str, multiple: int, energy: float) -> Non
     check_asked(reduce, multiple)
     if not 0 < energy <= 1:
         raise SettingsError(f"got energy={energy:g}, expected a share above 0 and up to 1")
-
-
-def check_tokens(forms: Sequence[str] | str, budget: str, rule: str, statistic: Any) -> None:
-    """Raises SettingsError where tokens are asked for beside what they cannot be weighed with."""
-    if "tokens" not in check_forms(forms):
-        return
-    if budget == "parameters":
-        raise SettingsError(
-            "got forms with tokens and a budget of parameters, of which tokens save none; say macs or latency"
-        )
-    if rule != "waterfill":
-        raise SettingsError(
-            f"got forms with tokens and ranks {rule!r}, expected 'waterfill', which weighs one with another"
-        )
-    name = statistic if isinstance(statistic, str) else getattr(statistic, "name", "weights")
-    if name != "loss" and set(check_forms(forms)) != {"tokens"}:
-        raise SettingsError(
-            f"got forms with tokens and statistic {name!r}; only with 'loss' both lose in one unit, nats"
-        )
 
 
 def check_asked(reduce: float | None, multiple: int | None) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import SettingsError, nearest
 from ..factors import Spectrum
 from ..linalg import Elimination
 from ..plan import SitePlan
@@ -23,8 +22,6 @@ from ..sites import HiddenSite, Site, Sites
 from .choose import Table, in_step
 from .costs import Cost
 
-FormName = Literal["ranks", "units", "tokens"]
-FORM_NAMES: tuple[FormName, ...] = ("ranks", "units", "tokens")
 Order = Literal["price", "share", "energy"]
 
 
@@ -70,21 +67,6 @@ class Ladder:
 
 
 AS_IT_IS = Choice({}, 0.0, 1.0)
-
-
-def check_forms(forms: Sequence[str] | str) -> tuple[FormName, ...]:
-    """Forms as a tuple, out of one or out of words with commas between.
-
-    Raises SettingsError for one that is unknown.
-    """
-    words = forms.split(",") if isinstance(forms, str) else [w for form in forms for w in form.split(",")]
-    words = [word.strip() for word in words if word.strip()]
-    for word in words:
-        if word not in FORM_NAMES:
-            raise SettingsError(f"got forms {word!r}, expected {' or '.join(FORM_NAMES)}{nearest(word, FORM_NAMES)}")
-    if not words:
-        raise SettingsError(f"got no forms, expected some of {', '.join(FORM_NAMES)}")
-    return tuple(form for form in FORM_NAMES if form in words)
 
 
 def tail_loss(spectrum: Spectrum, *, relative: bool = False) -> Tensor:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from ..hosts import find_sites
 from ..hosts.classes import classes_of
 from ..measure.running import call, evaluating
 from ..plan import Plan, SitePlan
-from ..settings import check_types, expect, expect_one_of, from_keywords
+from ..settings import from_keywords
 from ..sites import ProductSite, TokenSite
 from ..statistics.examples import Example, examples_of
 from ..statistics.losses import divergence
@@ -33,46 +32,12 @@ from .allocate import describe
 from .blocks import TokenLadder
 from .choose import Table, least_loss
 from .ladders import AS_IT_IS, Choice
+from .settings import DRAWN, How, MergeSettings
 
-How = Literal["similar", "grid", "drop"]
-HOWS: tuple[How, ...] = ("similar", "grid", "drop")
-By = Literal["class", "random"]
-BYS: tuple[By, ...] = ("class", "random")
 MEASURED = (0.8, 0.5)
 """Shares of the tokens at which each block is tried."""
 OFFERED = tuple(round(1 - 0.05 * i, 2) for i in range(1, 14))
 WINDOWS = ((1, 2), (2, 1), (2, 2))
-DRAWN = 24
-"""Pictures that the divergence is measured on."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeSettings:
-    """On how many tokens the blocks of a model shall run, and which tokens are run as one."""
-
-    keep: float = 0.7
-    """Mean share of the grid's tokens over all blocks."""
-    how: How = "similar"
-    """Merge tokens that look alike (similar) or neighbours (grid: CAIT's asymmetric merging), or leave some out (drop:
-    a baseline).
-    """
-    by: By = "class"
-    """With drop, which stay: those that the class token looks at (class), or any (random)."""
-    blocks: tuple[str, ...] = ()
-    """Paths of the blocks that may run on fewer tokens (blocks.3); by default all."""
-    residual: bool = True
-    """Hand each token the block's update of its group, so that it keeps what it was; without, tokens that were merged
-    leave the block as one.
-    """
-    pictures: int = DRAWN
-    """Pictures that schedules are measured on."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        expect(self, "keep", above=0, most=1)
-        expect(self, "pictures", least=1)
-        expect_one_of("how", self.how, HOWS)
-        expect_one_of("by", self.by, BYS)
 
 
 @outside_inference_mode

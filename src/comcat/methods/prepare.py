@@ -19,9 +19,8 @@ from ..statistics import Statistics, calibrate, pictures_of
 from .allocate import describe, of_forms, shrinkable
 from .blocks import TokenLadder
 from .costs import Cost, Macs, Parameters
-from .ladders import check_forms
 from .merging import measured_tokens
-from .settings import CompressSettings
+from .settings import CompressSettings, check_forms
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,10 @@ from ..plan import Plan
 from ..runs.watching import first_unsound
 from ..sites import HiddenSite, ProductSite, Site
 from .allocate import check_asked, describe
-from .ladders import check_forms
 from .merging import blank_tokens
 from .prepare import Prepared, budget_of, chosen_sites
 from .propose import propose
-from .settings import CompressSettings
+from .settings import CompressSettings, check_forms
 
 
 def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | None = None) -> None:

@@ -1,15 +1,25 @@
-"""What to compress and how."""
+"""What is asked of a method: its settings, and the words that they take. Nothing here needs torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from ..errors import SettingsError
-from ..settings import LARGEST_SEED, check_types, expect
-from ..statistics import StatisticName
-from .allocate import Budget, RankRule, check_tokens
-from .ladders import check_forms
+from ..errors import SettingsError, nearest
+from ..settings import LARGEST_SEED, StatisticName, check_types, expect, expect_one_of
+
+RankRule = Literal["uniform", "equal", "energy", "waterfill"]
+RULES: tuple[RankRule, ...] = ("uniform", "equal", "energy", "waterfill")
+Budget = Literal["parameters", "macs", "latency"]
+FormName = Literal["ranks", "units", "tokens"]
+FORM_NAMES: tuple[FormName, ...] = ("ranks", "units", "tokens")
+How = Literal["similar", "grid", "drop"]
+HOWS: tuple[How, ...] = ("similar", "grid", "drop")
+By = Literal["class", "random"]
+BYS: tuple[By, ...] = ("class", "random")
+DRAWN = 24
+"""Pictures that the divergence of merging is measured on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,3 +104,66 @@ class CompressSettings:
         expect(self, "reduce", above=0, below=1)
         expect(self, "energy", above=0, most=1)
         expect(self, "seed", least=0, most=LARGEST_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSettings:
+    """On how many tokens the blocks of a model shall run, and which tokens are run as one."""
+
+    keep: float = 0.7
+    """Mean share of the grid's tokens over all blocks."""
+    how: How = "similar"
+    """Merge tokens that look alike (similar) or neighbours (grid: CAIT's asymmetric merging), or leave some out (drop:
+    a baseline).
+    """
+    by: By = "class"
+    """With drop, which stay: those that the class token looks at (class), or any (random)."""
+    blocks: tuple[str, ...] = ()
+    """Paths of the blocks that may run on fewer tokens (blocks.3); by default all."""
+    residual: bool = True
+    """Hand each token the block's update of its group, so that it keeps what it was; without, tokens that were merged
+    leave the block as one.
+    """
+    pictures: int = DRAWN
+    """Pictures that schedules are measured on."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        expect(self, "keep", above=0, most=1)
+        expect(self, "pictures", least=1)
+        expect_one_of("how", self.how, HOWS)
+        expect_one_of("by", self.by, BYS)
+
+
+def check_forms(forms: Sequence[str] | str) -> tuple[FormName, ...]:
+    """Forms as a tuple, out of one or out of words with commas between.
+
+    Raises SettingsError for one that is unknown.
+    """
+    words = forms.split(",") if isinstance(forms, str) else [w for form in forms for w in form.split(",")]
+    words = [word.strip() for word in words if word.strip()]
+    for word in words:
+        if word not in FORM_NAMES:
+            raise SettingsError(f"got forms {word!r}, expected {' or '.join(FORM_NAMES)}{nearest(word, FORM_NAMES)}")
+    if not words:
+        raise SettingsError(f"got no forms, expected some of {', '.join(FORM_NAMES)}")
+    return tuple(form for form in FORM_NAMES if form in words)
+
+
+def check_tokens(forms: Sequence[str] | str, budget: str, rule: str, statistic: Any) -> None:
+    """Raises SettingsError where tokens are asked for beside what they cannot be weighed with."""
+    if "tokens" not in check_forms(forms):
+        return
+    if budget == "parameters":
+        raise SettingsError(
+            "got forms with tokens and a budget of parameters, of which tokens save none; say macs or latency"
+        )
+    if rule != "waterfill":
+        raise SettingsError(
+            f"got forms with tokens and ranks {rule!r}, expected 'waterfill', which weighs one with another"
+        )
+    name = statistic if isinstance(statistic, str) else getattr(statistic, "name", "weights")
+    if name != "loss" and set(check_forms(forms)) != {"tokens"}:
+        raise SettingsError(
+            f"got forms with tokens and statistic {name!r}; only with 'loss' both lose in one unit, nats"
+        )

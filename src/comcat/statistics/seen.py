@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Weights
+from ..settings import StatisticName
 from ..sites import HiddenSite, Site
 from .moments import Moments
 
-StatisticName = Literal["weights", "activation", "loss"]
 STATISTICS: tuple[StatisticName, ...] = ("weights", "activation", "loss")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..methods.merging import MergeSettings, merge
+from ..methods.merging import merge
+from ..methods.settings import MergeSettings
 from ..plan import Plan
 from ..settings import from_keywords
 from .compress import compress_to

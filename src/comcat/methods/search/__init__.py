@@ -10,9 +10,24 @@ on training pictures that the weights are never updated on. One forward stands f
 anew, so a rank chosen low can grow back.
 """
 
-from .run import search as search
-from .run import search_ as search_
-from .settings import SearchOptions as SearchOptions
-from .settings import SearchSettings as SearchSettings
+from typing import TYPE_CHECKING
 
-__all__ = ["SearchOptions", "SearchSettings", "search", "search_"]
+from ...lazy import attributes_of
+
+if TYPE_CHECKING:
+    from .run import search as search
+    from .run import search_ as search_
+    from .settings import SearchOptions as SearchOptions
+    from .settings import SearchSettings as SearchSettings
+
+_WHERE = {
+    "SearchOptions": "settings", "SearchSettings": "settings", "search": "run", "search_": "run",
+}  # fmt: skip
+
+__all__ = sorted(_WHERE)
+
+__getattr__ = attributes_of(__name__, _WHERE)
+
+
+def __dir__() -> list[str]:
+    return __all__

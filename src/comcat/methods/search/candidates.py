@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +15,7 @@ from ...factors import Spectrum
 from ...sites import HiddenSite, Site, Sites
 from ..choose import Table, least_loss
 from ..ladders import tail_loss
-
-Grid = Literal["near", "even", "paper"]
+from .settings import Grid
 
 PAPER = {192: range(32, 161, 32), 384: range(64, 321, 64), 768: range(128, 513, 64)}
 """Candidate ranks in COMCAT's code, summed over the heads of a layer, by the width of the model."""

@@ -25,9 +25,8 @@ from ...runs.watching import LossWatch
 from ...settings import from_keywords
 from ...tuning.data import Batch, Feed, TrainingData, open_labelled
 from ...tuning.leaks import check_apart, check_sources
-from ..ladders import check_forms
 from ..prepare import Prepared, prepare
-from ..settings import CompressSettings
+from ..settings import CompressSettings, check_forms
 from .mixture import Mixture
 from .objective import Objective
 from .schedule import Phase, Schedule

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import SettingsError
-from ...settings import LARGEST_SEED, check_types, expect
-from ...statistics import StatisticName
-from ..allocate import Budget
-from ..ladders import check_forms
-from .candidates import Grid
+from ...settings import LARGEST_SEED, StatisticName, check_types, expect
+from ..settings import Budget, check_forms
+
+Grid = Literal["near", "even", "paper"]
 
 
 @dataclass(frozen=True, kw_only=True)
