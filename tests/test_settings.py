@@ -13,6 +13,7 @@ from comcat.cli import VERBS, settings_of
 from comcat.diffusion import CustomizeSettings, GenerateSettings
 from comcat.errors import SettingsError
 from comcat.methods.compress import CompressSettings
+from comcat.methods.gating import PruneSettings
 from comcat.methods.search import SearchOptions, SearchSettings
 from comcat.scoring.settings import ScoreSettings
 from comcat.settings import check_types, expect, expect_one_of, from_keywords, part_of
@@ -25,6 +26,7 @@ ALL = [
     SearchOptions,
     SearchSettings,
     TuneSettings,
+    PruneSettings,
     CustomizeSettings,
     GenerateSettings,
     ScoreSettings,

@@ -21,6 +21,7 @@ _WHERE = {
     "explore_to": "workflows.explore", "benchmark": "measure", "count_macs": "measure",
     "count_parameters": "measure", "export": "deployment.export", "find_sites": "hosts", "load": "store",
     "load_model": "store", "open_exported": "deployment.runtimes",
+    "prune": "methods.gating", "prune_to": "workflows.prune",
     "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store",
     "preprocess_of": "models", "push_to_hub": "store", "save": "store", "search": "methods.search",
     "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from .methods.allocate import allocate as allocate
     from .methods.compress import compress as compress
     from .methods.exploring import explore as explore
+    from .methods.gating import prune as prune
     from .methods.merging import merge as merge
     from .methods.search import search as search
     from .models import Origin as Origin
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from .workflows.compress import compress_to as compress_to
     from .workflows.explore import explore_to as explore_to
     from .workflows.merge import merge_to as merge_to
+    from .workflows.prune import prune_to as prune_to
     from .workflows.search import search_to as search_to
     from .workflows.tune import tune_to as tune_to
 

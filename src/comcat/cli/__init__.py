@@ -19,6 +19,7 @@ VERBS = {
     "compress": ("compress:Compress", "make a model smaller and faster"),
     "explore": ("explore:Explore", "every budget of a model on a page with a slider"),
     "merge": ("merge:Merge", "run a model's blocks on fewer tokens"),
+    "prune": ("prune:Prune", "prune channels while the model is trained"),
     "search": ("search:Search", "find the ranks of a plan by search on training pictures"),
     "tune": ("tune:Tune", "win back by training what compression lost"),
     "eval": ("evaluate:Eval", "accuracy of a model, and agreement with another"),

@@ -242,10 +242,12 @@ def _accuracy(evaluated: Evaluation | Mapping[str, Any] | None) -> dict[str, flo
 
 
 def _plan_settings(plan: Plan) -> dict[str, Any]:
-    """How the plan was made, without the curve of its search."""
+    """How the plan was made, without the curve of its search and the choices of its gates."""
     made_by = dict(plan.made_by)
     if "search" in made_by:
         made_by["search"] = made_by["search"]["settings"]
+    if "gates" in made_by:
+        made_by["gates"] = made_by["gates"]["start"]
     return {f"plan.{k}": v for k, v in made_by.items()}
 
 

@@ -61,7 +61,7 @@ def calibrate(
     device = next(model.parameters()).device if device is None else torch.device(device)
     recorder = Recorder(sites, gradients=statistic == "loss", device=device)
     with recorder.attached(model):
-        seen = _show(
+        seen = show(
             model, examples_of(model, batches, limit, progress), device, recorder.begin, recorder.check,
             torch.Generator().manual_seed(seed) if statistic == "loss" else None,
         )  # fmt: skip
@@ -119,10 +119,10 @@ def watch_gradients(
                 handle = layer.register_forward_hook(observe_output(name))
             stack.callback(handle.remove)
         shown = examples_of(model, batches)
-        return _show(model, shown, device, begin, lambda: None, torch.Generator().manual_seed(seed))
+        return show(model, shown, device, begin, lambda: None, torch.Generator().manual_seed(seed))
 
 
-def _show(
+def show(
     model: nn.Module,
     examples: Iterable[Example],
     device: torch.device,
@@ -130,8 +130,14 @@ def _show(
     end: Callable[[], None],
     labels: torch.Generator | None,
 ) -> int:
-    """Show batches of pictures to a frozen model in evaluation mode, backwards too where labels can be drawn; their
-    number.
+    """Show batches of pictures to a frozen model in evaluation mode, backwards too where labels can be drawn.
+
+    Args:
+        begin: called before each batch with the number of its pictures. end: called after each. labels: what labels are
+            drawn with from the model's own predictions; None goes forward alone.
+
+    Returns:
+        The number of pictures. Raises DataError where there is none.
     """
     wanted, classes = [(p, p.requires_grad) for p in model.parameters()], classes_of(model)
     seen = 0

@@ -82,10 +82,14 @@ class Training(Run):
             self.learner.named_parameters(),
             replay=lambda: first_unsound_output(self.learner.bare, images),
         )
-        self.learner.update(number)
+        self.update(number)
         # ------------------------------------------------------------
         self.journal.add(found, count, time.monotonic() - started)
         return self.journal.note(number + 1)
+
+    def update(self, number: int) -> None:
+        """Change the weights by the gradients of a step's batch."""
+        self.learner.update(number)
 
     def _shown(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """A batch on the device: images (batch, channels, height, width), what they show, and weights (batch,).

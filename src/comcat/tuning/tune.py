@@ -118,7 +118,7 @@ def tune_(
         result = _trained(student, setup, restart=restart, progress=progress)
     else:
         result = {"curve": [], "seconds": 0.0, "images_per_second": None}
-    _note(student, {"settings": asdict(settings), "teacher": _name_of(teacher), **result})
+    _note(student, {"settings": asdict(settings), "teacher": name_of_teacher(teacher), **result})
     return student
 
 
@@ -136,7 +136,7 @@ def _trained(student: nn.Module, setup: Setup, *, restart: bool, progress: bool)
     return training.journal.result()
 
 
-def _name_of(model: nn.Module | None) -> str | None:
+def name_of_teacher(model: nn.Module | None) -> str | None:
     """What a person calls a model."""
     if model is None:
         return None
