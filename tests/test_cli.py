@@ -370,7 +370,9 @@ def test_options_of_every_verb_are_read_without_a_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("name", ["comcat", "comcat.diffusion", "comcat.scoring", "comcat.methods.search"])
+@pytest.mark.parametrize(
+    "name", ["comcat", "comcat.diffusion", "comcat.scoring", "comcat.methods.search", "comcat.methods.gating"]
+)
 def test_every_public_name_exists(name):
     package = import_module(name)
     for public in package.__all__:

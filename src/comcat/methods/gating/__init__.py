@@ -9,8 +9,21 @@ together (the proximal step of a group lasso, as ResRep of Ding et al. 2021 does
 no longer marked comes back. At the end gates are folded into the weights and the marked channels are cut.
 """
 
-from .run import prune as prune
-from .run import prune_ as prune_
-from .settings import PruneSettings as PruneSettings
+from typing import TYPE_CHECKING
 
-__all__ = ["PruneSettings", "prune", "prune_"]
+from ...lazy import attributes_of
+
+if TYPE_CHECKING:
+    from .run import prune as prune
+    from .run import prune_ as prune_
+    from .settings import PruneSettings as PruneSettings
+
+_WHERE = {"PruneSettings": "settings", "prune": "run", "prune_": "run"}
+
+__all__ = sorted(_WHERE)
+
+__getattr__ = attributes_of(__name__, _WHERE)
+
+
+def __dir__() -> list[str]:
+    return __all__

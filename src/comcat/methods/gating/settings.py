@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...errors import SettingsError
-from ...settings import expect
-from ...statistics import StatisticName
+from ...settings import StatisticName, expect
 from ...tuning.settings import TuneSettings
 from ..settings import CompressSettings
 
