@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median, quantiles, stdev
 from typing import Any
 
 from card.page import card_accuracy, card_speed, caveat
@@ -25,7 +25,8 @@ vision transformer trained on CIFAR-10 comes second.
 Every figure was printed by a script in `benchmarks/` on the machine named, and this page is written from their
 results by `python benchmarks/summarise.py`. Ratios compare things measured in one run, interleaved. ± is one thing
 everywhere: the standard deviation over seeds. The error from having judged these pictures and no others is from a
-bootstrap, and stands beside it where it was measured. Times have quartiles.
+bootstrap, and stands beside it where it was measured.
+Quartiles stand beside times wherever the rounds were kept.
 """
 
 
@@ -38,6 +39,12 @@ def main() -> None:
             sections.append(f"## {title}\n\n" + "\n\n".join(texts) + "\n")
     PAGE.write_text("\n".join(sections))
     print(f"wrote {PAGE}")
+
+
+def of_rounds(values: list[float]) -> str:
+    """Median and quartiles of some rounds, as a table shows them."""
+    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return quartiles({"low": low, "median": middle, "high": high})
 
 
 def factorise(r: dict[str, Any]) -> str:
@@ -54,7 +61,11 @@ def factorise(r: dict[str, Any]) -> str:
 
 
 def calibrate(r: dict[str, Any]) -> str:
-    rows = [[k, v, r["ratios"].get(k)] for k, v in r["seconds"].items()]
+    samples, dense = r["samples"], r["samples"]["forward"]
+    rows = [
+        [k, of_rounds(v), None if k == "forward" else of_rounds([a / b for a, b in zip(v, dense, strict=True)])]
+        for k, v in samples.items()
+    ]
     memory = [[k.rpartition("-")[0], int(k.rpartition("-")[2]), v / 2**20] for k, v in r["peak_rss_bytes"].items()]
     return "\n\n".join([
         f"{r['benchmark'].removeprefix('calibrate-')}, {r['pictures']} pictures.",
@@ -190,9 +201,9 @@ def card_adapter(r: dict[str, Any]) -> str:
 
 def search_step(r: dict[str, Any]) -> str:
     rows = [
-        [k, v, r["over_dense"][k], r["naive_over"][k], r["peak_bytes"][k] / 2**20, r["memory_over_dense"][k]] for k,
-        v in r["median"].items()
-    ]  # fmt: skip
+        [k, of_rounds(v), r["over_dense"][k], r["naive_over"][k], r["peak_bytes"][k] / 2**20, r["memory_over_dense"][k]]
+        for k, v in r["seconds"].items()
+    ]
     head = ["step", "seconds", "× dense", "naive is slower by", "peak MiB of tensors", "× dense"]
     return (
         f"{r['model']}, batch {r['batch']}, {r['dtype']}, {r['candidates']} candidates a "
