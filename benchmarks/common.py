@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ def write(name: str, result: dict[str, Any]) -> Path:
     path = RESULTS / machine() / f"{name}.json"
     content = {
         "benchmark": name,
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + shlex.join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),
         "environment": environment(),
         **result,

@@ -23,7 +23,9 @@ from comcat.factors import Weights
 from comcat.forms.relax import Relaxation, relax_
 from comcat.hosts import find_sites
 from comcat.measure.memory import LiveBytes
+from comcat.methods.allocate import of_forms, shrinkable
 from comcat.methods.search.candidates import candidates_of
+from comcat.sites import LinearSite
 
 WAYS = ("dense", "search ranks", "search weights", "naive")
 
@@ -81,7 +83,7 @@ def steps_of(name: str, batch: int, way: str, grid: int, device: str, dtype: tor
     before: Callable[[], Tensor] | None = None
     relaxation: Relaxation | None = None
     if way != "dense":
-        sites = find_sites(model)
+        sites = of_forms(shrinkable(find_sites(model)), ("ranks",))
         found = candidates_of(sites, lambda s, r: float(s.parameters(r)), grid="even", size=grid - 1)
         if way == "naive":
             _naive(model, sites, found)
@@ -128,7 +130,7 @@ def _naive(model: nn.Module, sites, found) -> None:
         owner, _, child = path.rpartition(".")
         setattr(model.get_submodule(owner), child, module)
     for name, site in sites.items():
-        if site.attention is None:
+        if isinstance(site, LinearSite):
             owner, _, child = name.rpartition(".")
             setattr(model.get_submodule(owner), child, Apart(model.get_submodule(name), found[name].ranks))
 
@@ -151,14 +153,14 @@ def peak_memory(arguments: argparse.Namespace, way: str) -> int:
     return mode.peak
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> dict[str, float]:
     p = common.parser(__doc__)
     p.add_argument("--model", default="deit_small_patch16_224")
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--grid", type=int, default=8, help="candidates a site")
     p.add_argument("--repeats", type=int, default=7)
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    arguments = p.parse_args()
+    arguments = p.parse_args(given)
     memory = {}
     for way in WAYS:
         memory[way] = peak_memory(arguments, way)
@@ -188,6 +190,7 @@ def main() -> None:
              "naive_over": {w: medians["naive"] / medians[w] for w in WAYS},
              "peak_bytes": memory, "memory_over_dense": {w: memory[w] / memory["dense"] for w in WAYS}},
         )  # fmt: skip
+    return medians
 
 
 if __name__ == "__main__":

@@ -12,7 +12,16 @@ from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TABLES, TRAINED = ("table1", "table3", "table4"), ("table2", "figure6", "figure7", "figures89")
-TUNED = ("train_cifar10", "tuning_throughput", "time_by_operation", "accuracy", "real", "factorize", "prediction")
+TUNED = (
+    "train_cifar10",
+    "tuning_throughput",
+    "time_by_operation",
+    "accuracy",
+    "real",
+    "factorize",
+    "prediction",
+    "search_step",
+)
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +278,10 @@ def test_thin_qr_factorises_a_product(scripts):
         json.loads(next(scripts.rglob("factorize-*.json")).read_text())["ratio_quartiles"].keys()
         == result["ratios"].keys()
     )
+
+
+def test_a_step_of_search_is_compared_with_one_layer_a_candidate(scripts):
+    import search_step
+
+    asked = ["--model", "vit_tiny_patch16_224", "--batch", "1", "--grid", "2", "--repeats", "1", "--no-write"]
+    assert search_step.main(asked).keys() == set(search_step.WAYS)
