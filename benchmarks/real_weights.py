@@ -96,7 +96,9 @@ class Bench:
         self.dtype = getattr(torch, a.dtype)
         self.judged = task.pixels("judged").first(a.judged)
         self.model = task.build().to(a.device)
-        asked = [k.get("forms", "ranks,units") for k in methods.values() if "baselines" not in k]
+        asked = [
+            k.get("forms", "ranks,units") for k in methods.values() if not {"baselines", "merge", "published"} & set(k)
+        ]
         forms = ",".join(sorted({form for forms in asked for form in forms.split(",")})) or "ranks"
         self.shrinker = Shrinker(task, self.model, pictures=a.pictures, forms=forms)
         self.code = code_version()

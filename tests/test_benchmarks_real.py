@@ -1,5 +1,6 @@
 """The benchmark on real weights, on tiny models and made-up pictures; the real ones are marked slow."""
 
+import copy
 import io
 import json
 import sys
@@ -366,6 +367,64 @@ def test_rows_of_one_seed_share_what_is_measured_and_the_model_is_given_back(tin
         handle.revert()
     assert len(calls) == 2
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_rows_of_tokens(tiny_task):
+    """Shares of the tokens, or of the multiply-accumulates; the model is given back, and can be copied meanwhile."""
+    from real import methods
+
+    model, x = tiny_task.build(), torch.randn(2, 3, 32, 32)
+    before, macs = model(x), comcat.count_macs(model, x[:1])
+    names = [name for name in methods.METHODS if "token" in name]
+    shrinker = methods.Shrinker(tiny_task, model, forms="ranks,tokens,units")
+    for name in names:
+        keywords = methods.METHODS[name]
+        assert methods.unknown_settings(keywords) == [] and methods.needs_pictures(keywords) == (
+            "published" not in keywords
+        )
+        handle, _ = shrinker.shrink(keywords, 0.3, 0)
+        few, spent = model(x), comcat.count_macs(model, x[:1])
+        torch.manual_seed(0)
+        again = copy.deepcopy(model)(x)
+        handle.revert()
+        assert few.shape == before.shape and not few.equal(before), name
+        assert "random" in name or torch.allclose(again, few, atol=1e-6), name
+        assert spent <= (0.71 if "MACs" in name else 0.97) * macs, (name, spent / macs)
+        assert model(x).equal(before), name
+    assert methods.unknown_settings({"merge": {"keeps": 1}}) == ["keeps"]
+
+
+def test_published_merging_is_what_was_published():
+    """Against a loop that shares no code with it: blocks, then groups by the keys, weighted by size, with log sizes."""
+    from real.published import apply_published_, merges_after_each
+
+    from .tokens.test_tokens import published
+
+    model, x = tiny_vit(depth=3), torch.randn(2, 3, 32, 32)
+    model.norm = model.head_drop = torch.nn.Identity()
+    merges = merges_after_each(16, 3, 0.7)
+    assert merges == 5  # (16 + 11 + 6) / 48 = 0.69
+    with torch.no_grad():
+        handle = apply_published_(model, x[:1], 0.7)
+        got = model.forward_features(x)
+        handle.revert()
+        for picture in range(2):
+            stream = model._pos_embed(model.patch_embed(x[picture : picture + 1]))
+            members = [[n] for n in range(16)]
+            for number, block in enumerate(model.blocks):
+                sizes = torch.tensor([1.0, *(len(m) for m in members)])
+                keys = block.attn.qkv(block.norm1(stream))[..., 48:96].unflatten(-1, (3, 16)).mean(2)[:, 1:]
+                stream = block(stream, attn_mask=sizes.log().view(1, 1, 1, -1))
+                if number < 2:
+                    joined = published(keys, merges)[0]
+                    rows, size = stream[0, 1:], sizes[1:, None]
+                    means = [(rows[j] * size[j]).sum(0) / size[j].sum() for j in joined]
+                    stream = torch.cat((stream[:, :1], torch.stack(means)[None]), 1)
+                    members = [[token for n in j for token in members[n]] for j in joined]
+            for row, group in zip(stream[0, 1:], members, strict=True):
+                for token in group:
+                    torch.testing.assert_close(got[picture, 1 + token], row, atol=1e-5, rtol=1e-5)
+    assert model.forward_features(x).equal(model.forward_features(x))
 
 
 def test_rows_that_the_library_does_not_know_are_left_out(tiny_task, tmp_path, monkeypatch, capsys):

@@ -36,6 +36,13 @@ def test_a_recipe_says_what_the_paper_says(name):
     assert (tune.distillation, tune.clip, tune.mixup, tune.cutmix, tune.repeats) == ("hard", None, 0.8, 1.0, 3)
 
 
+def test_the_recipe_after_cait_takes_tokens_channels_and_tuning_in_one_go():
+    command = parsed("cait-deit-small")
+    assert (command.model, command.reduce, command.budget) == ("timm:deit_small_patch16_224", 0.5, "macs")
+    assert (command.forms, command.ranks, command.statistic) == ("ranks,units,tokens", "waterfill", "loss")
+    assert command.tuning is not None and command.tuning.distillation == "soft" and command.tuning.epochs == 30
+
+
 def test_what_is_given_by_hand_wins():
     command = parsed("deit-small-half", "--reduce", "0.3", "--tune.epochs", "2", "--search.beta", "1")
     assert (command.reduce, command.tune.epochs, command.search.beta) == (0.3, 2, 1.0)
@@ -56,4 +63,4 @@ def test_their_augmentation_works_at_its_strongest():
 
 
 def test_no_recipe_is_left_out():
-    assert {path.stem for path in RECIPES.glob("deit-*.yaml")} == set(PAPER)
+    assert {path.stem for path in RECIPES.glob("*deit-*.yaml")} == {*PAPER, "cait-deit-small"}

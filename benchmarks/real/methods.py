@@ -3,6 +3,9 @@
 A row is ``{"forms": "ranks", "statistic": "activation", …}``, fields of
 :class:`comcat.methods.settings.CompressSettings`, or ``{"baselines": ("matrix", "svd")}``, names of
 :data:`comcat.methods.baselines.BASELINES`, one for each part of the model. Sizes have multiple 1 unless a row says so.
+Rows of tokens, ``{"merge": {"how": "grid"}}`` (fields of :class:`comcat.methods.merging.MergeSettings`) and
+``{"published": {}}`` (:mod:`.published`), run 1 − reduce of the tokens, on the mean over blocks, and have all
+parameters. Rows with ``"budget": "macs"`` save that share of the multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from comcat.errors import BudgetError, SettingsError, nearest
 from comcat.factors import Statistic
 from comcat.measure import count_parameters
 from comcat.methods.baselines import BASELINES, Baseline
+from comcat.methods.merging import DRAWN, MergeSettings
 from comcat.methods.prepare import Prepared, prepare
 from comcat.methods.propose import propose
 from comcat.methods.sequential import apply_sequentially
 from comcat.methods.settings import CompressSettings
 
+from .published import apply_published_
 from .tasks import Task
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,9 +55,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "product + magnitude, refitted": {"baselines": ("product", "magnitude-refit")},
     "product + taylor": {"baselines": ("product", "taylor")},
     "product + taylor, refitted": {"baselines": ("product", "taylor-refit")},
+    "ranks + units + tokens, MACs": {"forms": "ranks,units,tokens", "budget": "macs"},
+    "ranks + units, MACs": {"forms": "ranks,units", "budget": "macs"},
+    "tokens, MACs": {"forms": "tokens", "budget": "macs"},
+    "tokens alike": {"merge": {"how": "similar"}},
+    "tokens alike, replaced": {"merge": {"how": "similar", "residual": False}},
+    "tokens of the grid": {"merge": {"how": "grid"}},
+    "tokens dropped by attention": {"merge": {"how": "drop"}},
+    "tokens dropped at random": {"merge": {"how": "drop", "by": "random"}},
+    "tokens merged as published": {"published": {}},
 }
-SHARED_BY = ("reduce", "forms", "ranks", "multiple", "tie", "per_head", "joint_refit", "sequential")
+SHARED_BY = ("reduce", "ranks", "multiple", "tie", "per_head", "joint_refit", "sequential")
 """Settings that do not touch what is measured and decomposed: rows that differ in these alone share it."""
+_DEFAULT = CompressSettings(reduce=0.5)
 
 
 def chosen_methods(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -67,6 +82,10 @@ def unknown_settings(keywords: Mapping[str, Any]) -> list[str]:
     """Settings of a row that this version of the library does not know; such a row cannot be run."""
     if "baselines" in keywords:
         return [name for name in keywords["baselines"] if name not in BASELINES]
+    if "merge" in keywords:
+        return [name for name in keywords["merge"] if name not in MergeSettings.__dataclass_fields__]
+    if "published" in keywords:
+        return list(keywords["published"])
     return [name for name in keywords if name not in CompressSettings.__dataclass_fields__]
 
 
@@ -74,6 +93,8 @@ def needs_pictures(keywords: Mapping[str, Any]) -> bool:
     """Whether a row depends on the calibration sample."""
     if "baselines" in keywords:
         return any(BASELINES[name].needs_pictures for name in keywords["baselines"])
+    if "published" in keywords:
+        return False
     return keywords.get("statistic") != "weights"
 
 
@@ -102,6 +123,9 @@ class Shrinker:
         self.task, self.model, self.forms = task, model, forms
         self.pictures = pictures or task.calibration
         self.sites = comcat.find_sites(model).only(*task.only)
+        self._others = {
+            "baselines": self._by_baselines, "merge": self._by_merging, "published": self._by_published,
+        }  # fmt: skip
         self._seed: int | None = None
         self._kept: dict[Any, Any] = {}
 
@@ -109,7 +133,7 @@ class Shrinker:
         """Shrink the model in place by a share of its parameters. Gives the way back, and facts."""
         if seed != self._seed:
             self._kept, self._seed = {}, seed
-        by = self._by_baselines if "baselines" in keywords else self._by_settings
+        by = next((how for kind, how in self._others.items() if kind in keywords), self._by_settings)
         applied, shared, seconds = by(keywords, reduce, seed)
         facts = {name: applied.made_by.get(name) for name in ("saved", "predicted_loss", "statistic")}
         return applied, {**facts, "prepare_seconds": shared, "seconds": seconds, "plan": applied.plan}
@@ -136,14 +160,34 @@ class Shrinker:
 
     def _prepared(self, settings: CompressSettings) -> tuple[Prepared, float]:
         """What does not depend on the budget, and the seconds that it took when it was made."""
-        default = CompressSettings(reduce=0.5, forms=self.forms)
-        key = replace(settings, **{name: getattr(default, name) for name in SHARED_BY})
+        key = replace(settings, **{name: getattr(_DEFAULT, name) for name in SHARED_BY}, forms=self._forms(settings))
         if key not in self._kept:
             start = time.perf_counter()
             batches = self.task.calibration_batches(settings.seed, self.pictures)
             prepared = prepare(self.model, batches, key)
             self._kept[key] = (prepared, time.perf_counter() - start)
         return self._kept[key]
+
+    def _forms(self, settings: CompressSettings) -> str:
+        """Forms to measure for: ranks and units of all rows, tokens only where this row has them."""
+        own = set(str(settings.forms).split(","))
+        return ",".join(sorted(own | set(self.forms.split(",")) - {"tokens"}))
+
+    def _by_merging(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Applied, float, float]:
+        """Blocks on fewer tokens, chosen by what was measured on the first pictures."""
+        start = time.perf_counter()
+        plan = comcat.merge(
+            self.model, self.task.calibration_batches(seed, DRAWN), keep=1 - reduce, **keywords["merge"]
+        )
+        handle = comcat.apply_(self.model, plan)
+        return Applied((handle,), plan.to_dict()["sites"], plan.made_by), 0.0, time.perf_counter() - start
+
+    def _by_published(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Applied, float, float]:
+        start = time.perf_counter()
+        p = next(self.model.parameters())
+        example = self.task.calibration_batches(seed, 1)[0][:1].to(p.device, p.dtype)
+        merging = apply_published_(self.model, example, 1 - reduce)
+        return Applied((merging,), {}, {}), 0.0, time.perf_counter() - start
 
     def _by_baselines(self, keywords: Mapping[str, Any], reduce: float, seed: int) -> tuple[Applied, float, float]:
         """One baseline a part of the model; every part saves the same share, so that the whole saves ``reduce``."""

@@ -46,7 +46,7 @@ class Case:
         build: makes the module, anew at every call. inputs: makes its arguments, (2, tokens, 12) and a mask if any.
         layers: names of its linear layers, by which PEFT finds them. unasked: names of modules of the host that the
             host itself reads and never calls. steady: False where it is made for the search alone, which no other
-            library meets.
+            library meets. traced: False where torch.fx and TorchScript refuse it, with a reason.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Case:
     layers: tuple[str, ...] = ()
     unasked: tuple[str, ...] = ()
     steady: bool = True
+    traced: bool = True
 
     def model(self) -> Holder:
         """The module in a model, the same at every call, every parameter random, in evaluation mode."""
@@ -126,6 +127,26 @@ def fewer_units() -> nn.Module:
     return model[0]
 
 
+def reduced(name: str, form: str, keep: int, inputs: Callable[[], tuple[Tensor, ...]], **more: Any) -> Case:
+    """A block of timm that runs on fewer of eight tokens, which follow a class token."""
+
+    def build() -> nn.Module:
+        from timm.models.vision_transformer import Block
+
+        told = {"prefix": 1, "channels": WIDTH, "stream": "x", **more}
+        model = nn.Sequential(Block(WIDTH, num_heads=3, mlp_ratio=2, qkv_bias=True))
+        apply_(model, Plan(sites={"0:tokens": SitePlan(form=form, keep=keep, full=8, details={"tokens": told})}))
+        return model[0]
+
+    return Case(name=name, build=build, inputs=inputs, layers=("qkv", "proj", "fc1", "fc2"), traced=False)
+
+
+def pairs() -> tuple[Tensor, ...]:
+    """A class token, and eight tokens of which two and two are almost equal, so that no rounding changes the pairs."""
+    tokens = torch.randn(2, 4, WIDTH).repeat_interleave(2, 1)
+    return (torch.cat((torch.randn(2, 1, WIDTH), tokens + 0.03 * torch.randn(2, 8, WIDTH)), 1),)
+
+
 def rel_pos(kind: str) -> Callable[[int], nn.Module]:
     def build(num_heads: int, **factory: Any) -> nn.Module:
         from timm import layers
@@ -190,6 +211,13 @@ CASES = [
     Case(name="concat", build=lambda: ConcatLinear([LowRankLinear(WIDTH, 4, 2), nn.Linear(WIDTH, 3, bias=False)]),
         layers=("first", "last")),
     Case(name="units", build=fewer_units, layers=("0", "2")),
+    reduced("tokens-alike", "similar", 4, pairs, mask="attn_mask", norm="norm1"),
+    reduced("tokens-alike-unweighted", "similar", 4, pairs),
+    reduced("tokens-alike-replaced", "similar", 4, pairs, norm="norm1", residual=False),
+    reduced("tokens-windows", "grid", 4, tokens(9), grid=[2, 4], window=[1, 2]),
+    reduced("tokens-windows-odd", "grid", 3, tokens(9), grid=[1, 8], window=[1, 3]),
+    reduced("tokens-chosen", "drop", 6, tokens(9), query=["attn.qkv", 0, 12], key=["attn.qkv", 12, 24], heads=3,
+            scale=0.5, norm="norm1"),
     Case(name="tucker", build=tucker(out=[8], into=[WIDTH], ranks=[3, 3])),
     Case(name="tucker-of-modes", build=tucker(out=[2, 4], into=[3, 4], ranks=[2, 3, 2, 3])),
     Case(name="tensor-train", build=lambda: TensorTrainLinear(WIDTH, 8, {"out": [2, 4], "in": [3, 4], "ranks": [3]})),

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from comcat.errors import ModelError
+
 from .cases import BY_NAME, CASES, Case
 
 STEADY = [case.name for case in CASES if case.steady]
 CALLED = [case.name for case in CASES if case.steady and not case.unasked]
+TRACED = [case.name for case in CASES if case.steady and case.traced]
+TOKENS = [case.name for case in CASES if not case.traced]
 WITH_LAYERS = [case.name for case in CASES if case.layers and case.steady]
 
 
@@ -172,19 +176,28 @@ def test_the_weight_that_it_answers_is_what_it_multiplies_by(case: Case) -> None
     close(nn.functional.linear(x, layer.weight, layer.bias), layer(x), 1e-5)
 
 
-@on_cases(STEADY)
+@on_cases(TRACED)
 def test_fx(case: Case) -> None:
     model = case.model()
     assert output(torch.fx.symbolic_trace(model), case).equal(output(model, case))
 
 
-@on_cases(STEADY)
+@on_cases(TRACED)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torchscript(case: Case, tmp_path: Path) -> None:
     model = case.model()
     scripted = torch.jit.script(model)
     torch.jit.save(scripted, str(tmp_path / "model.pt"))
     close(output(torch.jit.load(str(tmp_path / "model.pt")), case), output(model, case))
+
+
+@on_cases(TOKENS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_cannot_be_traced_is_refused(case: Case) -> None:
+    model = case.model()
+    for trace in (torch.fx.symbolic_trace, torch.jit.script):
+        with pytest.raises(ModelError, match=r"use torch\.export"):
+            trace(model)
 
 
 @on_cases(STEADY)
@@ -194,7 +207,37 @@ def test_export(case: Case) -> None:
     close(output(exported, case), output(model, case))
 
 
-@on_cases(["linear", "attention-mask", "beit", "tucker-of-modes"])
+@on_cases(["tokens-alike", "tokens-windows", "tokens-windows-odd", "tokens-chosen"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_onnx_with_any_number_of_pictures(case: Case, tmp_path: Path) -> None:
+    runtime: Any = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, (x,) = case.model(), case.arguments()
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(
+        model, (x,), str(tmp_path / "model.onnx"), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    kinds = {node.op_type for node in pytest.importorskip("onnx").load(str(tmp_path / "model.onnx")).graph.node}
+    assert not {k for k in kinds if k.startswith("Scatter")}
+    with torch.no_grad():
+        for pictures in (x, x[:1], torch.cat((x, x.flip(0), x))):
+            got = session.run(None, {session.get_inputs()[0].name: pictures.numpy()})[0]
+            close(torch.from_numpy(got), model(pictures), 1e-4)
+
+
+@on_cases(TOKENS)
+def test_replicas_of_data_parallel(case: Case) -> None:
+    """What torch's DataParallel makes for every device: the class and the numbers stay, the children are its own."""
+    model = case.model()
+    replica = model.inner._replicate_for_data_parallel()
+    assert type(replica) is type(model.inner) and replica.token_reduction.keep == model.inner.token_reduction.keep
+    with torch.no_grad():
+        x = model.norm(*case.arguments())
+        assert replica(x).equal(model.inner(x))
+
+
+@on_cases(["linear", "attention-mask", "beit", "tucker-of-modes", "tokens-alike", "tokens-windows", "tokens-chosen"])
 def test_compile(case: Case) -> None:
     torch._dynamo.reset()
     model = case.model()

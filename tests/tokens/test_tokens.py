@@ -113,6 +113,7 @@ def test_products_for_export_are_equal_to_gathering(monkeypatch):
     groups = look_alikes(metric, 6)
     plain = groups.mean(x), groups.spread(groups.mean(x))
     monkeypatch.setattr("comcat.tokens.similar.exporting", lambda: True)
+    assert torch.equal(look_alikes(metric, 6).index, groups.index)
     torch.testing.assert_close(groups.mean(x), plain[0])
     torch.testing.assert_close(groups.spread(plain[0]), plain[1])
 

@@ -1,6 +1,7 @@
 """``comcat merge`` as a user types it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -42,6 +43,32 @@ def test_merge_is_saved_reported_and_loaded(folder, tmp_path, capsys):
     before = comcat.load_model(str(folder))
     assert comcat.count_macs(model, x[:1]) < comcat.count_macs(before, x[:1])
     assert not torch.equal(model(x), before(x))
+
+
+def test_the_recipe_after_cait_runs_in_one_go(folder, tmp_path, capsys):
+    out, recipe = tmp_path / "small", Path(__file__).parents[2] / "recipes" / "cait-deit-small.yaml"
+    given = [
+        "--reduce",
+        "0.3",
+        "--tune.epochs",
+        "0.02",
+        "--tune.batch-size",
+        "16",
+        "--tune.workers",
+        "0",
+        "--pictures",
+        "16",
+    ]
+    status = main(
+        ["compress", str(folder), "--recipe", str(recipe), "--data", "digits:train", "--eval", "digits:test",
+         "--eval-limit", "20", "--no-bench", "--tune.precision", "fp32", *given, "--out", str(out)]
+    )  # fmt: skip
+    assert status == 0, capsys.readouterr().err
+    model = comcat.load(out)
+    record = model.comcat_record
+    assert "similar" in {e.form for e in record.plan.sites.values()} and record.results.tuning["curve"]
+    before = comcat.load_model(str(folder))
+    assert comcat.count_macs(model, pictures(1, 1)[0]) <= 0.71 * comcat.count_macs(before, pictures(1, 1)[0])
 
 
 @pytest.mark.parametrize(

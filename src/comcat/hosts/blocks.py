@@ -7,7 +7,7 @@ and windows break this.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,31 +38,36 @@ class Anatomy:
     norm: str | None
 
 
-def objection_or_anatomy(block: nn.Module, channels: int, prefix: int, others: Sequence[Any] = ()) -> Anatomy | str:
+def objection_or_anatomy(
+    block: nn.Module, channels: int, prefix: int, others: Sequence[Any] = (), named: Mapping[str, Any] | None = None
+) -> Anatomy | str:
     """What a reduction needs to know of a block, or why the block cannot run on fewer tokens.
 
     Args:
-        channels: of a token. prefix: tokens in front. others: what else the block is called with, by position.
+        channels: of a token. prefix: tokens in front. others, named: what else the block is called with, by position
+            and by name.
     """
     if hasattr(block, "token_reduction"):
         return "it runs on fewer tokens already; take that back by handle.revert() first"
     if "forward" in vars(block):
         return "its forward was replaced by another library"
-    generator = torch.Generator().manual_seed(0)
+    generator, named = torch.Generator().manual_seed(0), dict(named or {})
     copied, count = random_copy(block, generator), 9
     x = torch.randn(2, prefix + count, channels, generator=generator, dtype=torch.float64)
     order = torch.cat((torch.arange(prefix), prefix + torch.randperm(count, generator=generator)))
     with torch.no_grad():
         try:
-            y = _first(copied(x, *others))
+            y = _first(copied(x, *others, **named))
         except _FAILURES:
             return "does not accept fewer tokens than the grid has"
         if y.shape != x.shape:
             return "does not pass on as many tokens as it gets"
-        if not _close(_first(copied(x[:, order], *others)), y[:, order]):
+        if not _close(_first(copied(x[:, order], *others, **named)), y[:, order]):
             return "its tokens know their places (relative positions or windows), so they cannot be merged"
         return Anatomy(
-            next(iter(inspect.signature(block.forward).parameters)), _mask(copied, x, y), _norm(copied, x, others)
+            next(iter(inspect.signature(block.forward).parameters)),
+            _mask(copied, x, y, named),
+            _norm(copied, x, others, named),
         )
 
 
@@ -90,16 +95,16 @@ def _close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).abs().max() <= TOLERANCE * (1 + b.abs().max()))
 
 
-def _mask(block: nn.Module, x: Tensor, y: Tensor) -> str | None:
+def _mask(block: nn.Module, x: Tensor, y: Tensor, named: Mapping[str, Any]) -> str | None:
     """The argument by which a block takes an additive mask: −∞ on a token hides it from the others."""
     names = list(inspect.signature(block.forward).parameters)
     for name in (n for n in MASKS if n in names):
         mask = torch.zeros(len(x), 1, 1, x.shape[1], dtype=x.dtype)
         mask[..., -1] = -1e9
         try:
-            masked = _first(block(x, **{name: mask}))
-            without = _first(block(x[:, :-1]))
-            zero = _first(block(x, **{name: mask * 0}))
+            masked = _first(block(x, **{**named, name: mask}))
+            without = _first(block(x[:, :-1], **named))
+            zero = _first(block(x, **{**named, name: mask * 0}))
         except _FAILURES:
             continue
         if _close(masked[:, :-1], without) and _close(zero, y):
@@ -107,7 +112,7 @@ def _mask(block: nn.Module, x: Tensor, y: Tensor) -> str | None:
     return None
 
 
-def _norm(block: nn.Module, x: Tensor, others: Sequence[Any]) -> str | None:
+def _norm(block: nn.Module, x: Tensor, others: Sequence[Any], named: Mapping[str, Any]) -> str | None:
     """The child that is given the block's tokens as they come and only scales and shifts each: its norm."""
     found: list[str] = []
 
@@ -122,7 +127,7 @@ def _norm(block: nn.Module, x: Tensor, others: Sequence[Any]) -> str | None:
         m.register_forward_hook(keep(n)) for n, m in block.named_modules() if n and "norm" in type(m).__name__.lower()
     ]
     try:
-        block(x, *others)
+        block(x, *others, **named)
     finally:
         for hook in hooks:
             hook.remove()

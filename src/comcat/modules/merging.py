@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -59,6 +60,11 @@ class TokenReduction(nn.Module):
     def forward(self, block: nn.Module, run: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Any:
         """Run a block on fewer tokens and hand what it did to all of them."""
         x = args[0] if args else kwargs[self.stream]
+        if isinstance(x, torch.fx.Proxy):
+            raise ModelError(
+                f"torch.fx cannot trace a {type(block).__name__}, because how many tokens run depends on the picture's "
+                "size; use torch.export, or take the merges back by handle.revert()"
+            )
         rest = args[1:], {name: value for name, value in kwargs.items() if name != self.stream or args}
         reduction = self.reduction(block, x)
         if reduction is None:
@@ -119,7 +125,7 @@ class SimilarTokens(TokenReduction):
         metric = x.detach()
         if self.norm is not None:
             with torch.no_grad():
-                metric = block.get_submodule(self.norm)(metric)
+                metric = block.get_submodule(self.norm).forward(metric)  # no one's hooks: the block will call it itself
         return look_alikes(metric[:, self.prefix :, :COMPARED], count).behind(self.prefix)
 
     def bias(self, reduction: Groups) -> tuple[str, Tensor] | None:
@@ -210,13 +216,13 @@ class ChosenTokens(TokenReduction):
 
     def _attention_of_class(self, block: nn.Module, x: Tensor) -> Tensor:
         """How much the class token looks at every token, mean over heads: (batch, tokens)."""
-        x = x if self.norm is None else block.get_submodule(self.norm)(x)
+        x = x if self.norm is None else block.get_submodule(self.norm).forward(x)
         q, k = (self._heads(block, place, rows) for place, rows in ((self.query, x[:, :1]), (self.key, x)))
         return torch.einsum("bqhd,bnhd->bhn", q, k).mul(self.scale).softmax(-1).mean(1)
 
     def _heads(self, block: nn.Module, place: tuple[str, int, int] | None, rows: Tensor) -> Tensor:
         path, start, stop = place  # type: ignore[misc]
-        return block.get_submodule(path)(rows)[..., start:stop].unflatten(-1, (self.heads, -1))
+        return block.get_submodule(path).forward(rows)[..., start:stop].unflatten(-1, (self.heads, -1))
 
 
 class RunsOnFewerTokens:
@@ -226,6 +232,12 @@ class RunsOnFewerTokens:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_reduction(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ModelError(
+            f"TorchScript cannot compile a {type(self).__name__}, because its forward is chosen at run time; use "
+            "torch.export or torch.jit.trace, or take the merges back by handle.revert()"
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time is not found by its name
         return _made, (type(self).__mro__[2],), self.__dict__

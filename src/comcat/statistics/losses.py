@@ -40,7 +40,7 @@ def sampled_loss(output: Any, classes: frozenset[int], generator: torch.Generato
     Raises:
         NumericsError: if an output holds NaN or infinity. ModelError: if no output depends on the pictures.
     """
-    said = [t for t in _told(output) if t.is_floating_point() and t.requires_grad]
+    said = [t for t in told(output) if t.is_floating_point() and t.requires_grad]
     if not said:
         raise ModelError(
             "the model's output does not depend on the pictures by anything that can be differentiated; "
@@ -50,7 +50,7 @@ def sampled_loss(output: Any, classes: frozenset[int], generator: torch.Generato
     return torch.stack(losses).sum()
 
 
-def _told(output: Any) -> list[Tensor]:
+def told(output: Any) -> list[Tensor]:
     """The tensors that count, in order; depths (batch, height, width) as a map of one channel."""
     if isinstance(output, Mapping):
         named = next((names for names in _SAID if output.get(names[0]) is not None), tuple(output))
@@ -103,7 +103,7 @@ def divergence(before: Any, after: Any, classes: frozenset[int]) -> float:
     changes it is what that loss's second moments predict: of classes, of classes or a Bernoulli label at every pixel,
     of a Gaussian of variance one around values of length one.
     """
-    pairs = zip(_told(before), _told(after), strict=True)
+    pairs = zip(told(before), told(after), strict=True)
     return sum(_apart(b.detach().float(), a.detach().float(), classes) for b, a in pairs if b.is_floating_point())
 
 

@@ -40,10 +40,16 @@ class Trunk:
 
 @dataclass
 class _Seen:
-    """What a block was called with and gave."""
+    """What a block was called with and gave.
+
+    Attributes:
+        others, named: what it was called with beside the tokens. first: the cuts (see :func:`_run`) made before it.
+    """
 
     tokens: Tensor | None = None
-    others: list[Any] = field(default_factory=list)
+    others: tuple[Any, ...] = ()
+    named: dict[str, Any] = field(default_factory=dict)
+    first: int = 0
     kept: bool = False
     calls: int = 0
 
@@ -69,7 +75,8 @@ def find_trunk(model: nn.Module, example: Any) -> Trunk:
         raise ModelError(f"{type(model).__name__} has no trunk: {trunk[0]} was never called")
     prefix = _in_front(model, example, images, trunk[0], rows)
     tokens = rows.shape[1] - prefix
-    cut, grid = _grid(model, example, images, trunk[0], prefix, tokens, cuts)
+    before = dict(list(cuts.items())[: seen[trunk[0]].first])
+    cut, grid = _grid(model, example, images, trunk[0], prefix, tokens, before)
     sites, refused, known = [], [], {}
     for block in trunk:
         name, found = f"{block}:tokens", _anatomy(part(model, block), seen[block], rows, prefix, known)
@@ -106,7 +113,7 @@ def _candidates(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _run(model: nn.Module, example: Any, blocks: Mapping[str, list[str]]) -> tuple[dict[str, _Seen], dict[str, tuple]]:
-    """What each block was called with, and the height and width that each convolution put out."""
+    """What each block was called with, and the height and width that each convolution put out, in order."""
     seen = {path: _Seen() for paths in blocks.values() for path in paths}
     cuts: dict[str, tuple] = {}
     hooks = []
@@ -114,25 +121,31 @@ def _run(model: nn.Module, example: Any, blocks: Mapping[str, list[str]]) -> tup
     def keep(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             stream = args[0] if args else next((v for v in kwargs.values() if isinstance(v, Tensor)), None)
-            others = [*args[1:], *(v for v in kwargs.values() if v is not stream)]
             said = output[0] if isinstance(output, tuple) and output else output
             s = seen[path]
             s.calls += 1
             s.tokens = stream.detach() if isinstance(stream, Tensor) else None
-            s.others = others
+            s.others, s.named = args[1:], {name: v for name, v in kwargs.items() if v is not stream}
             s.kept = isinstance(said, Tensor) and s.tokens is not None and said.shape == s.tokens.shape
+
+        return hook
+
+    def begin(path: str) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            seen[path].first = len(cuts)
 
         return hook
 
     def measure(path: str) -> Any:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if output.ndim == 4:
+            if isinstance(output, Tensor) and output.ndim == 4:
                 cuts[path] = tuple(output.shape[-2:])
 
         return hook
 
     try:
         for path in seen:
+            hooks.append(part(model, path).register_forward_pre_hook(begin(path), with_kwargs=True))
             hooks.append(part(model, path).register_forward_hook(keep(path), with_kwargs=True))
         for path, module in model.named_modules():
             if isinstance(module, nn.Conv2d):
@@ -237,9 +250,9 @@ def _anatomy(
     """What a reduction needs to know of a block, or why it cannot run on fewer tokens; proven once for its like."""
     if seen.tokens is None or seen.tokens.shape != rows.shape:
         return "gets another number of tokens than the first block"
-    if any(isinstance(leaf, Tensor) for leaf in tree_leaves(seen.others)):
+    if any(isinstance(leaf, Tensor) for leaf in tree_leaves((seen.others, seen.named))):
         return "gets other tensors beside its tokens, as rotary positions or a mask"
-    key = (structure(block), tuple(map(repr, seen.others)))
+    key = (structure(block), repr(seen.others), repr(sorted(seen.named.items())))
     if key not in known:
-        known[key] = objection_or_anatomy(block, rows.shape[2], prefix, seen.others)
+        known[key] = objection_or_anatomy(block, rows.shape[2], prefix, seen.others, seen.named)
     return known[key]

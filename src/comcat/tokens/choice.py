@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .exporting import exporting
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Chosen:
 
     def spread(self, y: Tensor) -> Tensor:
         """The chosen tokens get their values, the others zero: (batch, count, channels) → (batch, tokens, channels)."""
+        if exporting():
+            return F.one_hot(self.index, self.tokens).to(y.dtype).mT @ y
         where = self.index[..., None].expand_as(y)
         return y.new_zeros(y.shape[0], self.tokens, y.shape[-1]).scatter(1, where, y)
 

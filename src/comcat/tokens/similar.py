@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .exporting import exporting
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -70,11 +72,6 @@ class Groups:
         return F.one_hot(self.index, self.count).to(dtype)
 
 
-def exporting() -> bool:
-    """Whether the model is being traced into a file for a runtime."""
-    return torch.compiler.is_exporting()
-
-
 def bipartite(metric: Tensor, merges: int) -> Groups:
     """One step of bipartite soft matching.
 
@@ -96,9 +93,8 @@ def bipartite(metric: Tensor, merges: int) -> Groups:
         batch, many = sources.shape[:2]
         alone = many - merges
         likeness, nearest = (sources @ destinations.mT).max(-1)
-        order = likeness.argsort(dim=-1, descending=True, stable=True)
-        # the place of each source in that order says whether it goes; those that stay are counted in their own order
-        goes = order.argsort(dim=-1) < merges
+        goes = _highest(likeness, merges)
+        # sources that stay are counted in their own order
         place = (~goes).long().cumsum(-1) - 1
         source_index = torch.where(goes, alone + nearest, place)
         others = torch.arange(tokens - many, device=metric.device) + alone
@@ -106,6 +102,13 @@ def bipartite(metric: Tensor, merges: int) -> Groups:
             1
         )[:, :tokens]
     return Groups(index, tokens - merges)
+
+
+def _highest(likeness: Tensor, count: int) -> Tensor:
+    """Which are the highest of each row (batch, sources), of equal ones the first: booleans of the same shape."""
+    if exporting():  # ONNX has no stable sort, but its TopK takes the first of equals
+        return F.one_hot(likeness.topk(count, dim=-1).indices, likeness.shape[-1]).sum(1) > 0
+    return likeness.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < count
 
 
 def _padded(index: Tensor, tokens: int) -> Tensor:
