@@ -21,12 +21,11 @@ from ..sites import HiddenSite, Sites, block_of
 from ..statistics import Statistics
 from .allocate import allocate, of_forms
 from .costs import Cost, Macs, Parameters
-from .ladders import check_forms
 from .prepare import Prepared, kept, prepare
 from .propose import propose
 from .request import check_request
 from .savings import saved_share
-from .settings import CompressSettings
+from .settings import CompressSettings, check_forms
 
 RIVAL_SHARES = (0.3, 0.5, 0.7)
 """How far along the way the plans go that stand beside ours."""
