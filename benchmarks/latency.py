@@ -23,7 +23,7 @@ from comcat.measure import benchmark, ratio
 from comcat.measure.latency import measure_latency
 from comcat.methods.allocate import allocate, shrinkable
 from comcat.methods.ladders import searchable
-from comcat.methods.merging import blank_tokens
+from comcat.methods.merging.merge import blank_tokens
 from comcat.methods.request import blank_spectrum
 
 DINO = {"model": "vit_small_patch14_dinov2", "img_size": 224}

@@ -23,11 +23,10 @@ from comcat.errors import BudgetError, SettingsError, nearest
 from comcat.factors import Statistic
 from comcat.measure import count_parameters
 from comcat.methods.baselines import BASELINES, Baseline
-from comcat.methods.merging import DRAWN, MergeSettings
 from comcat.methods.prepare import Prepared, prepare
 from comcat.methods.propose import propose
 from comcat.methods.sequential import apply_sequentially
-from comcat.methods.settings import CompressSettings
+from comcat.methods.settings import DRAWN, CompressSettings, MergeSettings
 
 from .published import apply_published_
 from .tasks import Task

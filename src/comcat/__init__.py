@@ -22,7 +22,7 @@ _WHERE = {
     "count_parameters": "measure", "export": "deployment.export", "find_sites": "hosts", "load": "store",
     "load_model": "store", "open_exported": "deployment.runtimes",
     "prune": "methods.gating", "prune_to": "workflows.prune",
-    "merge": "methods.merging", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store",
+    "merge": "methods.merging.merge", "merge_to": "workflows.merge", "open_pictures": "data", "import_paper": "store",
     "preprocess_of": "models", "push_to_hub": "store", "save": "store", "search": "methods.search",
     "tune": "tuning.tune", "search_to": "workflows.search", "tune_to": "workflows.tune", "ComcatError": "errors",
 }  # fmt: skip
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .methods.compress import compress as compress
     from .methods.exploring import explore as explore
     from .methods.gating import prune as prune
-    from .methods.merging import merge as merge
+    from .methods.merging.merge import merge as merge
     from .methods.search import search as search
     from .models import Origin as Origin
     from .models import preprocess_of as preprocess_of

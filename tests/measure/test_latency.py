@@ -49,7 +49,7 @@ def clock(monkeypatch, tmp_path):
         }
 
     monkeypatch.setattr("comcat.measure.latency.table.benchmark", timed)
-    monkeypatch.setattr("comcat.methods.pacing.benchmark", timed)
+    monkeypatch.setattr("comcat.methods.budgets.pacing.benchmark", timed)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 

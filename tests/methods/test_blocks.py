@@ -9,11 +9,11 @@ import torch
 import comcat
 from comcat.errors import BudgetError, SettingsError
 from comcat.forms import Flow
-from comcat.methods.blocks import TokenLadder, options_of_blocks
 from comcat.methods.choose import least_loss
 from comcat.methods.costs import Macs
 from comcat.methods.ladders import AS_IT_IS, Choice, Ladder, entry_of
-from comcat.methods.merging import measured_tokens
+from comcat.methods.merging.blocks import TokenLadder, options_of_blocks
+from comcat.methods.merging.merge import measured_tokens
 from comcat.methods.settings import CompressSettings
 from comcat.plan import Plan, SitePlan
 from comcat.sites import LinearSite, TokenSite

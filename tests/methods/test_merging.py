@@ -6,7 +6,8 @@ import torch
 
 import comcat
 from comcat.errors import ModelError, SettingsError
-from comcat.methods.merging import MEASURED, Meter, Offer, _law, _shown, token_ladders
+from comcat.methods.merging.meter import MEASURED, Meter, _law, shown_of, token_ladders
+from comcat.methods.merging.offer import Offer
 from comcat.statistics.losses import divergence
 from comcat.statistics.trunk import find_trunk
 
@@ -72,7 +73,7 @@ def test_some_blocks_only():
 
 def test_losses_rise_with_what_is_merged():
     model = tiny_vit(depth=2)
-    shown = _shown(model, X, 8, False)
+    shown = shown_of(model, X, 8, False)
     ladders = token_ladders(Offer(model, find_trunk(model, X[0][:1]).sites, "similar"), Meter(model, shown))
     for ladder in ladders:
         losses = [c.loss for c in ladder.choices]

@@ -18,10 +18,10 @@ from ..factors import Spectrum, Statistic, Weights, spectra
 from ..linalg import Factorization
 from ..plan import MadeFor, Plan, SitePlan, shapes_of
 from ..sites import HiddenSite, LinearSite, ProductSite, Sites
-from .blocks import TokenLadder, options_of_blocks
 from .choose import least_loss, same_share
 from .costs import Cost, Parameters
 from .ladders import Choice, Order, idle, ladders, tail_loss
+from .merging.blocks import TokenLadder, options_of_blocks
 from .settings import RULES, Budget, RankRule, check_forms, check_tokens
 
 __all__ = ["RULES", "Budget", "RankRule", "allocate", "check_asked", "describe", "shrinkable", "spectra", "tail_loss"]
@@ -68,7 +68,7 @@ def allocate(
             largest.
         total: the whole model's cost; counted if left out. cost: of a site, needed with ``budget="macs"``.
         made_for: what the plan shall say of the model, if that is known already.
-        tokens: what blocks may run on and what that loses (:func:`comcat.methods.merging.token_ladders`), with
+        tokens: what blocks may run on and what that loses (:func:`comcat.methods.merging.meter.token_ladders`), with
             ``forms`` that name tokens.
 
     Returns:

@@ -20,11 +20,11 @@ from ..plan import Plan
 from ..sites import HiddenSite, Sites, block_of
 from ..statistics import Statistics
 from .allocate import allocate, of_forms
+from .budgets.savings import saved_share
 from .costs import Cost, Macs, Parameters
 from .prepare import Prepared, kept, prepare
 from .propose import propose
 from .request import check_request
-from .savings import saved_share
 from .settings import CompressSettings, check_forms
 
 RIVAL_SHARES = (0.3, 0.5, 0.7)

@@ -17,9 +17,9 @@ from ..plan import MadeFor, Plan
 from ..sites import Sites, TokenSite
 from ..statistics import Statistics, calibrate, pictures_of
 from .allocate import describe, of_forms, shrinkable
-from .blocks import TokenLadder
 from .costs import Cost, Macs, Parameters
-from .merging import measured_tokens
+from .merging.blocks import TokenLadder
+from .merging.merge import measured_tokens
 from .settings import CompressSettings, check_forms
 
 

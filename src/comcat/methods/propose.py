@@ -11,10 +11,10 @@ from torch import nn
 from ..errors import BudgetError, SettingsError
 from ..plan import Plan
 from .allocate import allocate
-from .both import within_both
+from .budgets.both import within_both
+from .budgets.pacing import within_time
 from .costs import Cost
 from .drop import largest_within
-from .pacing import within_time
 from .prepare import Prepared
 from .settings import CompressSettings
 

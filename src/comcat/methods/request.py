@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..runs.watching import first_unsound
 from ..sites import HiddenSite, ProductSite, Site
 from .allocate import check_asked, describe
-from .merging import blank_tokens
+from .merging.merge import blank_tokens
 from .prepare import Prepared, budget_of, chosen_sites
 from .propose import propose
 from .settings import CompressSettings, check_forms

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..methods.merging import merge
+from ..methods.merging.merge import merge
 from ..methods.settings import MergeSettings
 from ..plan import Plan
 from ..settings import from_keywords

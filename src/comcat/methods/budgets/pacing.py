@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..apply import apply_
-from ..errors import BudgetError
-from ..measure import benchmark
-from ..measure.latency import Latency
-from ..plan import Plan
-from .prepare import Prepared
-from .settings import CompressSettings
+from ...apply import apply_
+from ...errors import BudgetError
+from ...measure import benchmark
+from ...measure.latency import Latency
+from ...plan import Plan
+from ..prepare import Prepared
+from ..settings import CompressSettings
 
 ROUNDS, TOLERATED = 4, 0.02
 """How often a plan is corrected, and by how much more than its target it may take."""

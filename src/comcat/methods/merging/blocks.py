@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..sites import TokenSite
-from .choose import Table, in_step
-from .costs import Cost
-from .ladders import Choice, Ladder, joined
+from ...sites import TokenSite
+from ..choose import Table, in_step
+from ..costs import Cost
+from ..ladders import Choice, Ladder, joined
 
 
 @dataclass(frozen=True)

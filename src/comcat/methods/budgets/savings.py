@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..forms import site_for
-from ..plan import SitePlan
-from .costs import Cost
-from .ladders import covered_by
-from .prepare import Prepared
+from ...forms import site_for
+from ...plan import SitePlan
+from ..costs import Cost
+from ..ladders import covered_by
+from ..prepare import Prepared
 
 
 def saved_share(entries: Mapping[str, SitePlan], prepared: Prepared, cost: Cost, whole: float) -> float:

@@ -8,11 +8,11 @@ from typing import Protocol
 import numpy as np
 from torch import nn
 
-from ..errors import BudgetError
-from ..measure import count_parameters
-from ..plan import Plan
-from .costs import Cost, Mixed, Parameters
-from .prepare import Prepared
+from ...errors import BudgetError
+from ...measure import count_parameters
+from ...plan import Plan
+from ..costs import Cost, Mixed, Parameters
+from ..prepare import Prepared
 from .savings import saved_share
 
 PRICES = tuple(np.linspace(0.0, 1.0, 9))

@@ -1,0 +1,101 @@
+"""How far fewer tokens move a model's output on a few pictures, and what every share of them loses by that."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...apply import apply_
+from ...hosts import find_sites
+from ...hosts.classes import classes_of
+from ...measure.running import call, evaluating
+from ...plan import Plan, SitePlan
+from ...statistics.examples import Example, examples_of
+from ...statistics.losses import divergence
+from ..ladders import AS_IT_IS, Choice
+from .blocks import TokenLadder
+from .offer import Offer
+
+MEASURED = (0.8, 0.5)
+"""Shares of the tokens at which each block is tried."""
+
+
+class Meter:
+    """Measures how far a plan moves a model's output on some pictures."""
+
+    def __init__(self, model: nn.Module, shown: Sequence[Example], progress: bool = False) -> None:
+        self.model, self.shown, self.progress = model, shown, progress
+        self.classes = classes_of(model)
+        self.sites = find_sites(model)
+        self.count = sum(example.count for example in shown)
+        self.before = self._outputs()
+
+    def loss(self, entries: Mapping[str, SitePlan]) -> float:
+        """Divergence in nats a picture with some entries of a plan applied."""
+        if not entries:
+            return 0.0
+        handle = apply_(self.model, Plan(sites=entries), sites=self.sites)
+        try:
+            after = self._outputs()
+        finally:
+            handle.revert()
+        return sum(divergence(b, a, self.classes) for b, a in zip(self.before, after, strict=True)) / self.count
+
+    def _outputs(self) -> list[Any]:
+        p = next(self.model.parameters())
+        with evaluating(self.model), torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return [call(self.model, e.on(p.device, p.dtype, gradients=False)) for e in self.shown]
+
+
+def token_ladders(offer: Offer, meter: Meter) -> list[TokenLadder]:
+    """What every block loses at every share that is offered to it."""
+    from tqdm import tqdm
+
+    found = []
+    with tqdm(
+        total=len(offer.sites) * len(MEASURED), desc="tokens", unit="try", disable=not meter.progress, leave=False
+    ) as bar:
+        for site in offer.sites:
+            shares = offer.shares(site) if offer.how == "grid" else MEASURED
+            tried = []
+            for share in shares:
+                tried.append((share, meter.loss({site.name: offer.entry(site, share)})))
+                bar.update()
+            law = _law(tried)
+            choices = [Choice({site.name: offer.entry(site, s)}, law(s), 1.0) for s in sorted(offer.shares(site))]
+            found.append(TokenLadder(site, (*choices, AS_IT_IS)))
+    return found
+
+
+def _law(tried: Sequence[tuple[float, float]]) -> Callable[[float], float]:
+    """The loss at any share, out of some: a straight line between logarithms of what goes and what is lost."""
+    gone = np.log([1 - share for share, _ in tried])
+    lost = np.log([max(loss, 1e-12) for _, loss in tried])
+    order = np.argsort(gone)
+    gone, lost = gone[order], np.maximum.accumulate(lost[order])  # noise must not make more merging look better
+
+    def at(share: float) -> float:
+        x = math.log(1 - share)
+        if x < gone[0] or len(gone) == 1:
+            return float(np.exp(lost[0] + 2 * (x - gone[0])))  # small changes cost with their square
+        n = min(int(np.searchsorted(gone, x)), len(gone) - 1)
+        slope = (lost[n] - lost[n - 1]) / (gone[n] - gone[n - 1]) if n else 2.0
+        return float(np.exp(lost[n] + slope * (x - gone[n])))
+
+    return at
+
+
+def one_of(model: nn.Module, shown: Sequence[Example]) -> Any:
+    """The first picture, as the model is called with it."""
+    p = next(model.parameters())
+    return shown[0].first(1).on(p.device, p.dtype, gradients=False)
+
+
+def shown_of(model: nn.Module, calibration: Iterable | None, pictures: int, progress: bool) -> list[Example]:
+    return [] if calibration is None else list(examples_of(model, calibration, pictures))
