@@ -123,6 +123,7 @@ class _Job:
             "preprocess": None if material.preprocess is None else material.preprocess.to_dict(),
             "class_names": _class_names(model),
             "pixels": settings.pixels,
+            "outputs": list(self.names),
         }
         self.model_name = name_of(model)
 
@@ -158,18 +159,18 @@ class _Job:
             prepared(self.reference),
             self.names,
             pixels=self.material.preprocess if settings.pixels else None,
-            half=settings.precision == "float16",
+            half=settings.precision == "float16" and settings.to != "openvino",  # which rounds the weights alone
             width=_WIDTH_OF_TENSORRT if settings.target == "tensorrt" else None,
         )
         example = self._input(self._example())
         with _writing():
-            program = trace(graph, example, settings)
+            traced = trace(graph, example, settings)
             if not settings.quantises:
-                form.write(program, graph, made, settings, self.about)
+                form.write(traced, made, settings, self.about)
                 return {}
             plain = work / f"float32{form.suffix}"
-            form.write(program, graph, plain, settings, self.about)
-            form.quantise(plain, made, settings, [self._input(b).numpy() for b in self.batches], graph)
+            form.write(traced, plain, settings, self.about)
+            form.quantise(traced, plain, made, settings, [self._input(b).numpy() for b in self.batches])
         plainly, quantised = (opened(form, place, {}, threads=None) for place in (plain, made))
         counts = (1, 8) if self.batch is None else (self.batch,)
         return {count: compare_speed(plainly, quantised, self._input(self._some(count))) for count in counts}
@@ -223,8 +224,8 @@ class _Job:
             "model": self.model_name,
             "file": target.name,
             "input": {"name": "images", "shape": shape, "type": "uint8" if self.settings.pixels else "float32"},
-            "outputs": [{"name": n, "shape": s} for n, s in zip(self.names, shapes, strict=True)],
             **self.about,
+            "outputs": [{"name": n, "shape": s} for n, s in zip(self.names, shapes, strict=True)],
             "settings": {k: v for k, v in asdict(self.settings).items() if k != "overwrite"},
             "checked_with": version_of(self.form.runtime),
         }

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from ..errors import ExportError
-from .graph import Graph
+from .graph import Traced
 from .onnx import Onnx
+from .openvino import MODEL, OpenVino
+from .program import Program
 from .settings import ExportSettings
 
 Run = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -35,8 +36,7 @@ class Format(Protocol):
 
     def write(
         self,
-        program: torch.export.ExportedProgram,
-        graph: Graph,
+        traced: Traced,
         path: Path,
         settings: ExportSettings,
         about: Mapping[str, Any],
@@ -45,7 +45,7 @@ class Format(Protocol):
         ...
 
     def quantise(
-        self, plain: Path, path: Path, settings: ExportSettings, calibration: list[np.ndarray], graph: Graph
+        self, traced: Traced, plain: Path, path: Path, settings: ExportSettings, calibration: list[np.ndarray]
     ) -> None:
         """Write to ``path`` what is at ``plain`` with matrix products in int8."""
         ...
@@ -59,13 +59,13 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {form.name: form for form in (Onnx(),)}
+FORMATS: dict[str, Format] = {form.name: form for form in (Onnx(), Program(), OpenVino())}
 
 
 def format_of(path: Path) -> Format | None:
     """The format of an exported file or folder, by its name and what is in it; None for anything else."""
     if path.is_dir():
-        return FORMATS.get("openvino") if (path / "openvino_model.xml").is_file() else None
+        return FORMATS["openvino"] if (path / MODEL).is_file() else None
     return next((form for form in FORMATS.values() if form.suffix and form.suffix == path.suffix), None)
 
 

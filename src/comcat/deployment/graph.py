@@ -7,6 +7,7 @@ import linecache
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,7 +142,16 @@ def output_names(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     return tuple(first)
 
 
-def trace(graph: Graph, example: Tensor, settings: ExportSettings) -> torch.export.ExportedProgram:
+@dataclass(frozen=True, kw_only=True)
+class Traced:
+    """A graph as torch has recorded it, and what it was recorded on."""
+
+    program: torch.export.ExportedProgram
+    graph: Graph
+    example: Tensor
+
+
+def trace(graph: Graph, example: Tensor, settings: ExportSettings) -> Traced:
     """The graph of a model for any pictures like ``example``.
 
     Raises ExportError where the forward depends on the values in the pictures, or fixes a size that was to vary.
@@ -152,7 +162,8 @@ def trace(graph: Graph, example: Tensor, settings: ExportSettings) -> torch.expo
         dims |= dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
     try:
         with torch.no_grad(), _exportable(), quiet():
-            return torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
+            program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
+        return Traced(program=program, graph=graph, example=example)
     except Exception as error:
         raise _untraceable(graph.model, error) from error
 

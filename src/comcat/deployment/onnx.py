@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import ExportError, StoreError
-from .graph import Graph
+from .graph import Traced
 from .packages import chain, need, quiet, reason, version_of
 from .settings import ExportSettings
 
@@ -31,22 +31,16 @@ class Onnx:
     def check(self, settings: ExportSettings) -> None:
         need("an export to onnx", "onnx", "onnxscript", "onnxruntime")
 
-    def write(
-        self,
-        program: torch.export.ExportedProgram,
-        graph: Graph,
-        path: Path,
-        settings: ExportSettings,
-        about: Mapping[str, Any],
-    ) -> None:
+    def write(self, traced: Traced, path: Path, settings: ExportSettings, about: Mapping[str, Any]) -> None:
         import onnx
 
+        graph = traced.graph
         if (size := _bytes(graph)) > _MOST_BYTES:
             raise ExportError(
                 f"the model has {size / 2**30:.1f} GiB of weights, and a file of ONNX holds at most 2: "
-                "export to openvino or torch, or in float16"
+                "export to torch, or in float16"
             )
-        model = _converted(program, graph, settings)
+        model = _converted(traced, settings)
         _drop_unused_outputs(model)
         _name_sizes(model, graph.takes_pixels)
         for key, value in about.items():
@@ -54,8 +48,9 @@ class Onnx:
         onnx.save(model, path)
 
     def quantise(
-        self, plain: Path, path: Path, settings: ExportSettings, calibration: list[np.ndarray], graph: Graph
+        self, traced: Traced, plain: Path, path: Path, settings: ExportSettings, calibration: list[np.ndarray]
     ) -> None:
+        import onnx
         from onnxruntime import quantization as q
 
         options: dict[str, Any] = {
@@ -70,6 +65,9 @@ class Onnx:
                 q.quantize_static(str(plain), str(path), reader, quant_format=q.QuantFormat.QDQ, **options)
             else:
                 q.quantize_dynamic(str(plain), str(path), **options)
+        model = onnx.load(path)
+        _store_convolutions(model)
+        onnx.save(model, path)
 
     def open(self, path: Path, threads: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         need("an ONNX file", "onnxruntime")
@@ -118,23 +116,23 @@ def _bytes(graph: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in held.values())
 
 
-def _converted(program: torch.export.ExportedProgram, graph: Graph, settings: ExportSettings) -> Any:
+def _converted(traced: Traced, settings: ExportSettings) -> Any:
     """The graph in operators of ONNX. Raises ExportError for an operation that has none."""
     from torch.onnx.errors import OnnxExporterError
 
     try:
         with quiet():
             converted = torch.onnx.export(
-                program,
+                traced.program,
                 (),
                 dynamo=True,
                 opset_version=settings.opset,
                 input_names=[INPUT],
-                output_names=list(graph.names),
+                output_names=list(traced.graph.names),
                 verbose=False,
             )
     except (OnnxExporterError, RuntimeError, ValueError, TypeError) as error:
-        raise _not_converted(error, type(graph.model).__name__, settings.opset) from error
+        raise _not_converted(error, type(traced.graph.model).__name__, settings.opset) from error
     assert converted is not None
     return converted.model_proto
 
@@ -147,6 +145,31 @@ def _not_converted(error: Exception, label: str, opset: int) -> ExportError:
             name = operator[1] if len(operator) > 1 else operator[0]
             return ExportError(f"{label} uses {name}, for which ONNX has no operator in opset {opset}")
     return ExportError(f"{label} cannot be written as ONNX: {reason(chain(error)[-1])}")
+
+
+def _store_convolutions(model: Any) -> None:
+    """Keep the weights of convolutions in int8, one scale an output channel. They are computed with in float."""
+    from onnx import helper, numpy_helper
+
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        axis = {"Conv": 0, "ConvTranspose": 1}.get(node.op_type)
+        held = weights.get(node.input[1]) if axis is not None else None
+        grouped = any(a.name == "group" and a.i > 1 for a in node.attribute)
+        if held is None or (axis and grouped) or (values := numpy_helper.to_array(held)).dtype != np.float32:
+            continue
+        others = tuple(i for i in range(values.ndim) if i != axis)
+        scale = np.maximum(np.abs(values).max(others), 1e-12) / 127  # (output channels,)
+        shape = [-1 if i == axis else 1 for i in range(values.ndim)]
+        name = held.name
+        held.CopyFrom(numpy_helper.from_array(np.rint(values / scale.reshape(shape)).astype(np.int8), name))
+        model.graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
+        nodes.append(helper.make_node("DequantizeLinear", [name, f"{name}_scale"], [f"{name}_float"], axis=axis))
+        node.input[1] = f"{name}_float"
+        del weights[name]  # one that two share would be read as it was
+    for node in reversed(nodes):
+        model.graph.node.insert(0, node)
 
 
 def _drop_unused_outputs(model: Any) -> None:

@@ -33,7 +33,8 @@ class RuntimeModel(nn.Module):
     def __init__(self, run: Run, path: Path, runtime: str, description: dict[str, Any]) -> None:
         super().__init__()
         self._run, self.path, self.runtime, self.description = run, path, runtime, description
-        outputs = {output["name"]: output["shape"] for output in description.get("outputs", ())}
+        described = [output for output in description.get("outputs", ()) if isinstance(output, dict)]
+        outputs = {output["name"]: output["shape"] for output in described}
         self.num_classes = int(outputs["logits"][-1]) if "logits" in outputs else 0
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
