@@ -46,7 +46,7 @@ def test_export_as_json(folder, tmp_path, capsys):
     assert main(arguments) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["path"] == str(out) and said["comparison"]["count"] == 2 and said["notes"]
-    assert json.loads(out.with_suffix(".json").read_text())["settings"]["target"] == "tensorrt"
+    assert json.loads(out.with_name("small.onnx.json").read_text())["settings"]["target"] == "tensorrt"
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,33 @@ def test_options_that_do_not_go_together(folder, tmp_path, capsys, arguments, wo
 def test_pipelines_and_adapters_are_refused(tmp_path, capsys, source):
     assert main(["export", source, "--out", str(tmp_path / "m.onnx")]) == 1
     assert "text-to-image" in capsys.readouterr().err
+
+
+def bench(capsys, *arguments) -> dict:
+    assert main(["bench", *map(str, arguments), "--repeats", "2", "--batch-size", "2", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_bench_times_a_file_against_a_model_and_a_model_in_a_runtime(folder, tmp_path, capsys):
+    out = comcat.export(folder, out=tmp_path / "small.onnx", pictures=2).path
+    said = bench(capsys, out, "--against", folder)
+    assert [row["runtime"].split()[0] for row in said["models"].values()] == ["PyTorch", "onnxruntime"]
+    assert said["models"][str(out)]["size_bytes"] == out.stat().st_size and len(said["speed_up"]) == 3
+    said = bench(capsys, out, "--against", folder, "--runtime", "onnxruntime")
+    assert {row["runtime"].split()[0] for row in said["models"].values()} == {"onnxruntime"}
+    assert said["models"][str(folder)]["parameters"] == comcat.count_parameters(comcat.load(folder))
+    assert main(["bench", str(out), "--repeats", "1", "--batch-size", "1"]) == 0
+    assert "onnxruntime" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--runtime", "openvino"], "is of the format onnx, which does not run in openvino"),
+        (["--compile"], "--compile, which an exported file has had decided"),
+    ],
+)
+def test_bench_refuses_what_a_runtime_does_not_do(tmp_path, capsys, arguments, words):
+    (tmp_path / "small.onnx").write_bytes(b"")
+    assert main(["bench", str(tmp_path / "small.onnx"), *arguments]) == 1
+    assert words in capsys.readouterr().err

@@ -79,12 +79,12 @@ def test_an_output_that_exists_is_kept_unless_told(vit, tmp_path):
         export(vit, out=out)
     assert out.read_text() == "precious"
     export(vit, out=out, overwrite=True, pictures=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.json", "m.onnx"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.json"]
 
 
 def test_a_description_that_exists_is_kept_as_well(vit, tmp_path):
-    (tmp_path / "m.json").write_text("mine")
-    with pytest.raises(ExportError, match=r"m\.json' exists"):
+    (tmp_path / "m.onnx.json").write_text("mine")
+    with pytest.raises(ExportError, match=r"m\.onnx\.json' exists"):
         export(vit, out=tmp_path / "m.onnx")
 
 

@@ -147,7 +147,7 @@ class _Job:
             path=target,
             description=description_path(target, self.form),
             comparison=found,
-            size_bytes=_size(target),
+            size_bytes=size_of(target),
             speed=speed,
             notes=notes,
         )
@@ -304,5 +304,6 @@ def _class_names(model: nn.Module) -> list[str] | None:
     return None if names is None else list(names)
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of an exported file, or of all files of an exported folder."""
     return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

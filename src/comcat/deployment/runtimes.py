@@ -16,7 +16,7 @@ from .formats import Format, Run, format_of
 from .packages import reason, version_of
 
 DESCRIPTION = "export.json"
-"""The name of the description in an exported folder; beside a file it has the file's name and ``.json``."""
+"""The name of the description in an exported folder; beside ``small.onnx`` it is ``small.onnx.json``."""
 
 
 class RuntimeModel(nn.Module):
@@ -83,7 +83,7 @@ def opened(form: Format, place: Path, description: dict[str, Any], threads: int 
 
 
 def description_path(place: Path, form: Format) -> Path:
-    return place.with_suffix(".json") if form.suffix else place / DESCRIPTION
+    return place.with_name(f"{place.name}.json") if form.suffix else place / DESCRIPTION
 
 
 def read_description(place: Path, form: Format) -> dict[str, Any]:
