@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ModelError, SettingsError
-from .common import Common, Positional, at_least_one, load, pick_device, time_models
+from ..settings import expect
+from .common import Common, Positional, load, pick_device
 from .terminal import LABELS, number, table
 
 Runtime = Literal["onnxruntime", "openvino", "torch.export"]
@@ -40,6 +41,9 @@ class Bench(Common):
     json: bool = False
     """Print JSON instead of a table."""
 
+    def __post_init__(self) -> None:
+        expect(self, "batch_size", "repeats", "threads", least=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
@@ -52,15 +56,14 @@ class Timed:
 def run(command: Bench) -> int:
     import torch
 
-    from ..measure import environment, ratio
+    from ..measure import benchmark, environment, ratio
 
-    at_least_one("--threads", command.threads)
-    at_least_one("--batch-size", command.batch_size)
     if command.threads is not None:
         torch.set_num_threads(command.threads)
     with _opened(command) as timed:
         example = _example(timed, command)
-        timings = time_models({name: t.module for name, t in timed.items()}, example, command)
+        modules = {name: t.module for name, t in timed.items()}
+        timings = benchmark(modules, example, repeats=command.repeats, compile=command.compile)
         rows = {name: _row(t, timings[name], example) for name, t in timed.items()}
     speed = None if command.against is None else ratio(timings, command.against, command.model)
     if command.json:
