@@ -169,15 +169,15 @@ def _row(timed: Timed, timing: Any, example: Any) -> dict[str, Any]:
     from ..measure import count_macs, count_parameters, peak_memory, size_on_disk
 
     path = getattr(timed.module, "path", None)
-    source = timed.source
+    source, module = timed.source, timed.module
     return {
         "parameters": None if source is None else count_parameters(source),
         "macs": None if source is None else count_macs(source, example[:1]),
-        "size_bytes": size_on_disk(source) if path is None else size_of(path),
-        "peak_memory_bytes": peak_memory(source, example) if path is None else None,
+        "size_bytes": size_on_disk(module) if path is None else size_of(path),
+        "peak_memory_bytes": peak_memory(module, example) if path is None else None,
         "latency_s": timing.median_s,
         "low_s": timing.low_s,
         "high_s": timing.high_s,
         "throughput": timing.throughput,
-        "runtime": "PyTorch" if path is None else timed.module.runtime,
+        "runtime": "PyTorch" if path is None else module.runtime,
     }
