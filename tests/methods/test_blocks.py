@@ -119,7 +119,7 @@ def test_sequential_calibration_with_tokens():
 
 
 def test_what_was_measured_is_of_every_block():
-    ladders = measured_tokens(tiny_vit(depth=3), X)
+    ladders, _ = measured_tokens(tiny_vit(depth=3), X)
     assert [t.site.path for t in ladders] == ["blocks.0", "blocks.1", "blocks.2"]
 
 
@@ -140,3 +140,27 @@ def test_two_budgets_at_once(forms):
             comcat.compress(
                 model, X, reduce=0.3, forms="ranks,units", pictures=16, multiple=4, **{"budget": "macs", **wish}
             )
+
+
+def test_losses_of_tokens_are_scaled_by_what_plans_of_each_alone_measure():
+    from comcat.methods.merging.balance import balanced
+
+    site = TokenSite("b.0:tokens", "b.0", 10, 1, 16)
+    entry = SitePlan(form="grid", keep=4, full=10, details={})
+    ladder = TokenLadder(site, (Choice({site.name: entry}, 0.4, 1.0), AS_IT_IS))
+
+    class Scales:
+        def loss(self, entries, **_):
+            return 3.0 if site.name in entries else 2.0
+
+    def plan_of(forms, tokens):
+        entries = {site.name: entry} if forms == "tokens" else {"b.0.x": entry}
+        return Plan(sites=entries, made_by={"error": 1.0 if forms == "tokens" else 0.5})
+
+    scaled = balanced([ladder], Scales(), "ranks", plan_of)[0]
+    assert scaled.choices[0].loss == pytest.approx(0.4 * 3.0 / 4.0) and scaled.choices[-1].loss == 0
+
+    def out_of_reach(forms, tokens):
+        raise BudgetError("too much")
+
+    assert balanced([ladder], Scales(), "ranks", out_of_reach) == (ladder,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -16,10 +16,12 @@ from ..measure.latency import measure_latency
 from ..plan import MadeFor, Plan
 from ..sites import Sites, TokenSite
 from ..statistics import Statistics, calibrate, pictures_of
-from .allocate import describe, of_forms, shrinkable
+from .allocate import allocate, describe, of_forms, shrinkable
 from .costs import Cost, Macs, Parameters
+from .merging.balance import REFERENCE, balanced
 from .merging.blocks import TokenLadder
 from .merging.merge import measured_tokens
+from .merging.meter import Meter
 from .settings import CompressSettings, check_forms
 
 
@@ -73,15 +75,15 @@ def prepare(
         statistic = calibrated(model, calibration, settings, sites, progress)
         sites = sites.without(statistic.unreached)
     names = check_forms(settings.forms)
-    tokens = ()
+    tokens, meter = (), None
     if plan is None and "tokens" in names:
         if calibration is None:
             raise SettingsError("forms with tokens need calibration pictures, to measure what merging loses")
-        tokens = tuple(measured_tokens(model, calibration, progress=progress))
+        tokens, meter = measured_tokens(model, calibration, progress=progress)
     total, cost = budget_of(
         model, settings, sites, statistic, example, tokens=[t.site for t in tokens], progress=progress
     )
-    return Prepared(
+    prepared = Prepared(
         sites=sites,
         statistic=statistic,
         factorizations=spectra(model, sites if plan is not None else of_forms(sites, names), statistic),
@@ -91,6 +93,28 @@ def prepare(
         example=example,
         tokens=tokens,
     )
+    widths = ",".join(name for name in names if name != "tokens")
+    if meter is None or not widths:
+        return prepared
+    return replace(prepared, tokens=_weighed(model, prepared, settings, meter, widths))
+
+
+def _weighed(
+    model: nn.Module, prepared: Prepared, settings: CompressSettings, meter: Meter, widths: str
+) -> tuple[TokenLadder, ...]:
+    """The ladders of tokens with losses that can be weighed with those of ranks and units."""
+
+    def plan_of(forms: str, tokens: Sequence[TokenLadder]) -> Plan:
+        return allocate(
+            model, prepared.statistic, reduce=REFERENCE, forms=forms, budget=settings.budget, sites=prepared.sites,
+            factorizations=prepared.factorizations, multiple=settings.multiple or 8, total=prepared.total,
+            tie=settings.tie is not False, cost=prepared.cost, made_for=prepared.made_for, tokens=tokens,
+        )  # fmt: skip
+
+    return balanced(
+        prepared.tokens, meter, widths, plan_of, sites=prepared.sites, statistic=prepared.statistic,
+        factorizations=prepared.factorizations,
+    )  # fmt: skip
 
 
 def weighty(plan: Plan, whole: Sites) -> Sites:

@@ -92,14 +92,18 @@ def _least(ladders: Sequence[TokenLadder], goal: float) -> dict[str, SitePlan]:
     return {name: entry for choice in chosen for name, entry in choice.entries.items()}
 
 
-def measured_tokens(model: nn.Module, batches: Iterable, *, progress: bool = False) -> list[TokenLadder]:
-    """What a model's blocks lose on fewer tokens, those that look alike merged, measured on the first pictures.
+def measured_tokens(
+    model: nn.Module, batches: Iterable, *, progress: bool = False
+) -> tuple[tuple[TokenLadder, ...], Meter]:
+    """What a model's blocks lose on fewer tokens, those that look alike merged, measured on the first pictures, and
+    what measured it.
 
     Raises ModelError where the model has no trunk or no block of it can run on fewer tokens.
     """
     shown = shown_of(model, batches, DRAWN, progress)
     trunk = chosen_blocks(find_trunk(model, one_of(model, shown)), None)
-    return token_ladders(Offer(model, trunk.sites, "similar"), Meter(model, shown, progress))
+    meter = Meter(model, shown, progress)
+    return tuple(token_ladders(Offer(model, trunk.sites, "similar"), meter)), meter
 
 
 def blank_tokens(model: nn.Module, example: Any) -> list[TokenLadder]:

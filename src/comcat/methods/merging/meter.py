@@ -35,11 +35,13 @@ class Meter:
         self.count = sum(example.count for example in shown)
         self.before = self._outputs()
 
-    def loss(self, entries: Mapping[str, SitePlan]) -> float:
-        """Divergence in nats a picture with some entries of a plan applied."""
+    def loss(self, entries: Mapping[str, SitePlan], **material: Any) -> float:
+        """Divergence in nats a picture with some entries of a plan applied; ``material`` goes to
+        :func:`comcat.apply_`, for entries that need weights.
+        """
         if not entries:
             return 0.0
-        handle = apply_(self.model, Plan(sites=entries), sites=self.sites)
+        handle = apply_(self.model, Plan(sites=entries), **{"sites": self.sites, **material})
         try:
             after = self._outputs()
         finally:
