@@ -72,7 +72,7 @@ def test_another_order_can_be_chosen(as_option, tmp_path):
     assert chosen["number"].class_names is None and chosen["number"].largest_label == 10
     assert {s.label for s in chosen["number"].split(0.5, 0)[0]} <= {0, 2, 10}
     with pytest.raises(
-        SettingsError, match=r"class_order: got 'txt', expected one of 'natural', .*did you mean 'text'"
+        SettingsError, match=r"class_order='txt', expected one of natural, .*did you mean 'text'"
     ):
         opened("txt")
 

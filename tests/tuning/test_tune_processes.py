@@ -144,7 +144,7 @@ def _stream_with_a_bad_label(tmp_path) -> str:
     pictures = []
     for number in range(16):
         buffer = io.BytesIO()
-        picture(number % 4, number).save(buffer, "png")
+        picture(number % 4, 500 + number).save(buffer, "png")  # none that is in the other set
         pictures.append({"bytes": buffer.getvalue(), "path": None})
     table = pyarrow.table({"image": pictures, "label": [4 if number == 9 else 1 for number in range(16)]})
     (tmp_path / "bad").mkdir()
