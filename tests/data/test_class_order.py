@@ -71,9 +71,7 @@ def test_another_order_can_be_chosen(as_option, tmp_path):
     assert {s.key: s.label for s in chosen["number"]} == {"0/x.png": 0, "2/x.png": 2, "10/x.png": 10}
     assert chosen["number"].class_names is None and chosen["number"].largest_label == 10
     assert {s.label for s in chosen["number"].split(0.5, 0)[0]} <= {0, 2, 10}
-    with pytest.raises(
-        SettingsError, match=r"class_order='txt', expected one of natural, .*did you mean 'text'"
-    ):
+    with pytest.raises(SettingsError, match=r"class_order='txt', expected one of natural, .*did you mean 'text'"):
         opened("txt")
 
 

@@ -101,7 +101,7 @@ def unknown(model: Any) -> None:
             r"an IP-Adapter computes this attention \(IPAdapterAttnProcessor2_0\); unload_ip_adapter\(\) first",
         ),
         (custom_diffusion, "Custom Diffusion's own weights compute this attention"),
-        (unknown, "its processor is a Strange, expected one of AttnProcessor, AttnProcessor2_0"),
+        (unknown, "its processor is a Strange, of which it is not known where it calls softmax attention"),
     ],
 )
 def test_what_else_computes_attention_is_refused_with_its_reason(change: Any, reason: str) -> None:

@@ -180,7 +180,7 @@ def _check_settings(rank: int, where: str | None, init: str, alpha: float | None
 
 def _choose(component: Component, where: str) -> list[AdaptableAttention]:
     found, refused = find_places(component)
-    if wanted := [r for r in refused if where in ("all", r.where)]:
+    if wanted := [r for r in refused if where in ("all", r.where) or not found]:
         raise refusal(wanted, component.model)
     chosen = [a for a in found if where in ("all", a.where)]
     if not chosen:

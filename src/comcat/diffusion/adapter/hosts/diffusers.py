@@ -1,11 +1,10 @@
 """diffusers' attention: a module that holds the projections, and an exchangeable *processor* that computes with them.
 
-The processor is the library's own seam, so it is what gives way; the module, its projections and the blocks around them
-stay as they are.
-
-Which protocol a processor follows shows in its class alone, so classes are what is asked for here. A processor that
-merely computes the same attention in another way (slices, xformers) gives way as well and comes back when the last
-adapter goes; one that computes something else (IP-Adapter, perturbed attention) is refused.
+The processor is the library's own seam, so it is what gives way, to one that lets it compute and joins the extra
+channels (``processors.py``); the module, its projections and the blocks around them stay as they are. What has to be
+known of a processor is one line of ``layouts.py``. One that merely computes the same attention in another way (slices,
+xformers) gives way as well and comes back when the last adapter goes; one that computes something else (IP-Adapter,
+perturbed attention) is refused.
 """
 
 from __future__ import annotations
@@ -14,20 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from .processors import AdapterProcessor, FluxProcessor, JointProcessor, PlainProcessor
+from .layouts import COPYING, layout_of, reason_against
+from .processors import PARALLEL, AdapterProcessor, own_processor, projections_of
 from .protocol import CHANNELS, AdaptableAttention, Found, RefusedAttention, Where, Widened
 
-_COPYING = ("FusedAttnProcessor2_0", "FusedJointAttnProcessor2_0")
-"""Those that read copies of q, k and v in one layer (``fuse_qkv_projections``). Ours read the projections themselves.
-"""
-_KINDS: tuple[tuple[type[AdapterProcessor], tuple[str, ...]], ...] = (
-    (
-        PlainProcessor,
-        ("AttnProcessor", "AttnProcessor2_0", "SlicedAttnProcessor", "XFormersAttnProcessor", _COPYING[0]),
-    ),
-    (JointProcessor, ("JointAttnProcessor2_0", "XFormersJointAttnProcessor", _COPYING[1])),
-    (FluxProcessor, ("FluxAttnProcessor",)),
-)
+_REFINERS = "refiner"
+"""Part of the paths of blocks that see the picture or the text alone, in models of one stream (Z-Image, Lumina 2)."""
 
 
 class DiffusersHost:
@@ -46,29 +37,24 @@ class DiffusersHost:
             if (reason := _why_not(module)) is None:
                 found.adaptable.append(_anatomy(path, module))
             else:
-                found.refused.append(RefusedAttention(path, reason, where=_where(module)))
+                found.refused.append(RefusedAttention(path, reason, where=_where(path, module)))
         return found
 
     def projections(self, attention: Any) -> dict[str, str]:
-        names = {"q_up": "to_q", "k_down": "to_k", "v_down": "to_v", "out_up": "to_out.0"}
-        names |= {"add_q_up": "add_q_proj", "add_k_down": "add_k_proj"}
-        names |= {"add_v_down": "add_v_proj", "add_out_up": "to_add_out"}
-        return {f: path for f, path in names.items() if getattr(attention, path.partition(".")[0], None) is not None}
+        return projections_of(attention)
 
     def frozen(self, attention: Any, path: str) -> Any:
         return attention.get_submodule(path)
 
     def mount(self, attention: Any) -> None:
-        kind = _kind(attention.processor)
-        assert kind is not None, f"{type(attention.processor).__name__} is known to find"
-        attention.set_processor(kind(attention.processor))
+        attention.set_processor(AdapterProcessor(attention.processor))
 
     def refresh(self, attention: Any) -> None:
         """Nothing to do: the processor reads how many channels there are."""
 
     def unmount(self, attention: Any) -> None:
         if isinstance(attention.processor, AdapterProcessor):  # else another has taken the place: leave it alone
-            attention.set_processor(_own_processor(attention))
+            attention.set_processor(own_processor(attention))
 
     def why_not(self, attention: Any) -> str | None:
         return _why_not(attention)
@@ -84,7 +70,7 @@ class DiffusersHost:
         if hasattr(attention, "unfuse_projections"):  # such attention has one processor for both
             fused = getattr(attention, "fused_projections", False)
         else:  # the older kind keeps its flag when it is unfused
-            fused = type(_own_processor(attention)).__name__ in _COPYING
+            fused = type(own_processor(attention)).__name__ in COPYING
         return "fuse_qkv_projections() has copied its q, k and v into one layer" if fused else None
 
     def sweep(self, model: nn.Module) -> None:
@@ -96,9 +82,11 @@ class DiffusersHost:
                 aside[path] = processor.before
 
     def between(self, attention: Any) -> str | None:
-        if getattr(attention, "norm_q", None) is None and getattr(attention, "norm_k", None) is None:
-            return None
-        return "q/k normalisation" + (" and rotary embeddings" if _is_flux(attention) else "")
+        layout = layout_of(own_processor(attention))
+        turned = layout is not None and layout.rotary
+        normalised = getattr(attention, "norm_q", None) is not None or getattr(attention, "norm_k", None) is not None
+        acting = ["q/k normalisation"] * normalised + ["rotary embeddings"] * turned
+        return " and ".join(acting) or None
 
     def widened(self, attention: Any, width: int) -> Widened:
         """Some stock processors scale logits by 1/√width, others by the attention's ``scale``: with both, these
@@ -110,76 +98,46 @@ class DiffusersHost:
 
 
 def _is_attention(module: Any) -> bool:
-    return hasattr(module, "get_processor") and hasattr(module, "to_q")
+    """A module that leaves its computing to a processor."""
+    processor = getattr(module, "processor", None) if isinstance(module, nn.Module) else None
+    return callable(processor) and (hasattr(module, "get_processor") or "Attn" in type(processor).__name__)
 
 
 def _anatomy(path: str, attention: Any) -> AdaptableAttention:
-    widths = {"q_up": attention.to_q.in_features, "k_down": attention.to_k.in_features}
+    widths: dict[str, int] = {}
     missing: dict[str, str] = {}
-    if getattr(attention, "to_out", None) is None:
+    for factor, name in projections_of(attention).items():
+        layer = attention.get_submodule(name)
+        widths[factor] = layer.out_features if factor.endswith("out_up") else layer.in_features
+    if "out_up" not in widths:
         missing["vo"] = "its output projection is fused with the MLP's, outside the attention"
-    else:
-        widths |= {"v_down": attention.to_v.in_features, "out_up": attention.to_out[0].out_features}
-    if _has_context_stream(attention):
-        context = attention.add_k_proj.in_features
-        widths |= {"add_k_down": context, "add_v_down": context}
-        if getattr(attention, "to_add_out", None) is not None:  # else nobody reads what the text's queries find
-            widths |= {"add_q_up": context, "add_out_up": attention.to_add_out.out_features}
-    head_dim = attention.to_q.out_features // attention.heads
-    return AdaptableAttention(path, _where(attention), widths, attention.heads, head_dim, missing)
+        widths = {factor: width for factor, width in widths.items() if not factor.endswith(("v_down", "out_up"))}
+    if "add_out_up" not in widths:  # nobody reads what the text's queries find
+        widths.pop("add_q_up", None)
+    order = ("q_up", "k_down", "v_down", "out_up", "add_k_down", "add_v_down", "add_q_up", "add_out_up")
+    widths = {factor: widths[factor] for factor in order if factor in widths}
+    return AdaptableAttention(path, _where(path, attention), widths, attention.heads, _head_dim(attention), missing)
 
 
-def _where(attention: Any) -> Where:
-    if _has_context_stream(attention) or _is_flux(attention):  # Flux's single blocks: both in one stream
+def _head_dim(attention: Any) -> int:
+    if hasattr(attention, PARALLEL):
+        return attention.head_dim
+    return attention.to_q.out_features // attention.heads
+
+
+def _where(path: str, attention: Any) -> Where:
+    layout = layout_of(own_processor(attention))
+    if layout is not None and layout.joint and _REFINERS not in path:
+        return "joint"
+    if getattr(attention, "add_q_proj", None) is not None:
         return "joint"
     return "cross" if getattr(attention, "is_cross_attention", False) else "self"
 
 
-def _has_context_stream(attention: Any) -> bool:
-    return getattr(attention, "add_q_proj", None) is not None
-
-
-def _is_flux(attention: Any) -> bool:
-    return _kind(_own_processor(attention)) is FluxProcessor
-
-
-def _own_processor(attention: Any) -> Any:
-    """The processor that computes this attention where no adapter does."""
-    processor = attention.processor
-    if not isinstance(processor, AdapterProcessor):
-        return processor
-    return _stock(attention, processor) if processor.before is None else processor.before
-
-
-def _stock(attention: Any, processor: AdapterProcessor) -> Any:
-    """A new processor of the kind that the library gives an attention by default."""
-    default = getattr(type(attention), "_default_processor_cls", None)
-    if default is None:
-        from diffusers.models import attention_processor
-
-        default = getattr(attention_processor, processor.stock)
-    return default()
-
-
-def _kind(processor: Any) -> type[AdapterProcessor] | None:
-    return next((kind for kind, names in _KINDS if type(processor).__name__ in names), None)
-
-
 def _why_not(attention: Any) -> str | None:
     """Why an attention cannot carry terms, or None if it can."""
-    processor = _own_processor(attention)
-    name = type(processor).__name__
-    if "IPAdapter" in name:
-        return f"an IP-Adapter computes this attention ({name}); unload_ip_adapter() first"
-    if "CustomDiffusion" in name:
-        return f"Custom Diffusion's own weights compute this attention ({name})"
-    if "AddedKV" in name:
-        return f"keys and values of the text are added to those of the picture ({name})"
-    if _kind(processor) is None:
-        known = ", ".join(name for _, names in _KINDS for name in names)
-        return f"its processor is a {name}, expected one of {known}"
-    if attention.to_k is None or attention.to_k.out_features != attention.to_q.out_features:
-        return "it has fewer keys and values than queries (grouped or multi-query attention)"
-    if getattr(processor, "_parallel_config", None) is not None:
-        return "it computes in parallel on several devices"
+    if (reason := reason_against(own_processor(attention))) is not None:
+        return reason
+    if not hasattr(attention, PARALLEL) and getattr(attention, "to_k", None) is None:
+        return "it has no keys of the picture"
     return None

@@ -1,188 +1,223 @@
-"""diffusers' processors for attention with extra channels: one for each protocol that the library's own processors
-follow.
+"""A processor of diffusers for attention with extra channels. It lets the library's own processor compute, and joins
+the extra channels to queries, keys and values where that calls softmax attention: after normalisation, rotary
+embeddings and all else that acts on them, whatever it is.
 
-Projections are always called as modules, never read, so that LoRA, quantised layers and hooks keep working.
+So no forward is written here a second time, and one processor serves every family of models. Two things happen around
+the library's code:
+
+- The attention that it is given tells what each of its projections has read, and adds what the extra channels say to
+  what each output projection writes. The projections themselves are called as modules, so that LoRA, quantised layers
+  and hooks keep working.
+- ``scaled_dot_product_attention`` is met on its way (torch's function modes, which belong to the thread).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from ....modules.adapters import CONTEXT, Extra
+from ....errors import ModelError
+from ....modules.adapters import CONTEXT, SIDES, ExtraChannels, Side
+from .layouts import Layout, layout_of
 from .protocol import CHANNELS
+
+PARALLEL = "to_qkv_mlp_proj"
+"""The layer in front of attention and MLP at once, in Flux 2's single blocks."""
 
 
 class AdapterProcessor:
-    """A processor that computes an attention with the extra channels that stand in it (``CHANNELS``).
+    """Computes an attention with the extra channels that stand in it (``CHANNELS``).
 
     ``before`` is the processor that it took over from. It is None where the library has made this one anew from its
-    class alone, as it does when it loads an IP-Adapter; ``stock`` names the processor that the library has by default.
+    class alone, as it does when it loads an IP-Adapter.
 
-    diffusers hands a processor only those keywords that its ``__call__`` names.
+    diffusers hands a processor only those keywords that its ``__call__`` names: these are all that any of its own does.
     """
-
-    stock: str
 
     def __init__(self, before: Any = None) -> None:
         self.before = before
 
-
-class PlainProcessor(AdapterProcessor):
-    """Self- and cross-attention over one stream, as in Stable Diffusion's UNets; the protocol of
-    ``AttnProcessor2_0``.
-    """
-
-    stock = "AttnProcessor2_0"
-
     def __call__(
         self,
         attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
+        *tensors: Any,
+        encoder_hidden_states: Any = None,
+        encoder_hidden_states_mask: Any = None,
+        attention_mask: Any = None,
+        temb: Any = None,
+        image_rotary_emb: Any = None,
+        freqs_cis: Any = None,
+        base_sequence_length: Any = None,
+    ) -> Any:
+        keywords = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_hidden_states_mask": encoder_hidden_states_mask,
+            "attention_mask": attention_mask,
+            "temb": temb,
+            "image_rotary_emb": image_rotary_emb,
+            "freqs_cis": freqs_cis,
+            "base_sequence_length": base_sequence_length,
+        }
+        given = {name: value for name, value in keywords.items() if value is not None}
+        engine, layout = engine_of(attn)
+        joining = Joining(getattr(attn, CHANNELS), layout)
+        seen = SeenAttention(attn, joining, projections_of(attn))
+        with _Meeting(joining):
+            result = engine(seen, *tensors, **given)
+        if joining.calls != 1:
+            raise ModelError(
+                f"adapters cannot act in this attention: its {type(engine).__name__} called softmax attention "
+                f"{joining.calls} times, expected once; another attention backend may be chosen for it"
+            )
+        return result
+
+
+class Joining:
+    """What one call of an attention knows: what its projections have read, and the extra channels of its outputs."""
+
+    def __init__(self, channels: ExtraChannels, layout: Layout) -> None:
+        self.channels, self.layout = channels, layout
+        self.read: dict[str, Tensor] = {}
+        self.extra: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        channels = getattr(attn, CHANNELS)
-        residual = hidden_states
-        if attn.spatial_norm is not None:
-            hidden_states = attn.spatial_norm(hidden_states, temb)
-        picture = hidden_states.shape if hidden_states.ndim == 4 else None
-        x = hidden_states if picture is None else hidden_states.flatten(2).mT  # (batch, tokens, in)
-        keys = (x if encoder_hidden_states is None else encoder_hidden_states).shape[1]
-        mask = _mask(attn, attention_mask, keys, x.shape[0])
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.mT).mT
-        context = x
-        if encoder_hidden_states is not None:
-            context = encoder_hidden_states
-            if attn.norm_cross is not None:
-                context = attn.norm_encoder_hidden_states(context)
-        q, k, v = (_heads(attn, y) for y in (attn.to_q(x), attn.to_k(context), attn.to_v(context)))
-        q, k = _normalised(attn.norm_q, q), _normalised(attn.norm_k, k)
-        o, extra = channels.attend(q, k, v, _extra(channels, x, context), scale=attn.scale, mask=mask)
-        y = channels.write(attn.to_out[0](o.flatten(2)), extra)
-        y = attn.to_out[1](y)
-        if picture is not None:
-            y = y.mT.reshape(picture)
-        if attn.residual_connection:
-            y = y + residual
-        return y / attn.rescale_output_factor
+        """In the place of ``scaled_dot_product_attention``: tensors are (batch, heads, tokens, width)."""
+        self.calls += 1
+        if is_causal or dropout_p:
+            raise ModelError("adapters cannot act in this attention: it is causal, or drops logits at random")
+        repeated = query.shape[1] // key.shape[1] if enable_gqa else 1
+        if repeated > 1:
+            key, value = (x.repeat_interleave(repeated, dim=1) for x in (key, value))
+        streams = [p for p in self.layout.order if f"{p}{SIDES['k']}" in self.read]
+        q, k, v = (self._extra(side, streams) for side in ("q", "k", "v"))
+        strength = float(query.shape[-1] ** -0.5 if scale is None else scale)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        o, extra = self.channels.attend(query, key, value, (q, k, v), scale=strength, mask=attn_mask)
+        if extra is not None:
+            counts = [self.read[f"{p}{SIDES['q']}"].shape[1] for p in streams]
+            self.extra = dict(zip(streams, extra.split(counts, dim=1), strict=True))
+        return o.transpose(1, 2)
+
+    def _extra(self, side: Side, streams: Iterable[str]) -> Tensor | None:
+        """The extra channels of q, k or v of all tokens, (batch, tokens, heads, ranks), or None if there are none."""
+        found = [self.channels.read(side, self.read[f"{p}{SIDES[side]}"], p) for p in streams]
+        parts = [part for part in found if part is not None]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0] if parts else None
 
 
-class JointProcessor(AdapterProcessor):
-    """Joint attention of pictures and text, as in SD3; the protocol of ``JointAttnProcessor2_0``."""
+class SeenAttention:
+    """An attention as its processor sees it while adapters act in it."""
 
-    stock = "JointAttnProcessor2_0"
+    fused_projections = False
+    """Copies of q, k and v in one layer stay aside: the projections themselves are called."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        channels = getattr(attn, CHANNELS)
-        x, context = hidden_states, encoder_hidden_states
-        streams = [_stream(attn, x)]
-        extras = [_extra(channels, x, x)]
-        if context is not None:  # behind the picture's tokens
-            streams.append(_context_stream(attn, context))
-            extras.append(_extra(channels, context, context, CONTEXT))
-        q, k, v = _concatenated(streams)
-        o, extra = channels.attend(q, k, v, _concatenated(extras), scale=attn.scale)
-        o_x, o_context = o[:, : x.shape[1]], o[:, x.shape[1] :]
-        e_x, e_context = (None, None) if extra is None else (extra[:, : x.shape[1]], extra[:, x.shape[1] :])
-        y = attn.to_out[1](channels.write(attn.to_out[0](o_x.flatten(2)), e_x))
-        if context is None:
-            return y
-        if attn.context_pre_only:
-            return y, o_context.flatten(2)
-        return y, channels.write(attn.to_add_out(o_context.flatten(2)), e_context, CONTEXT)
+    def __init__(self, attention: Any, joining: Joining, projections: Mapping[str, str]) -> None:
+        self._attention = attention
+        factors: dict[str, list[str]] = {}
+        for factor, path in projections.items():
+            factors.setdefault(path, []).append(factor)
+        for path, names in factors.items():
+            name, _, first = path.partition(".")
+            module = getattr(attention, name)
+            if not names[0].endswith(SIDES["out"]):
+                setattr(self, name, _Reading(module, joining, names))
+            elif first:
+                setattr(self, name, [_Writing(module[0], joining, names[0]), *module[1:]])
+            else:
+                setattr(self, name, _Writing(module, joining, names[0]))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._attention, name)
 
 
-class FluxProcessor(AdapterProcessor):
-    """Flux's attention, in double and single blocks, with q/k normalisation and rotary embeddings;
-    ``FluxAttnProcessor``.
-    """
+class _Reading:
+    """A projection that tells what it has read."""
 
-    stock = "FluxAttnProcessor"
+    def __init__(self, module: Callable[..., Tensor], joining: Joining, factors: list[str]) -> None:
+        self.module, self.joining, self.factors = module, joining, factors
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        channels = getattr(attn, CHANNELS)
-        x, context = hidden_states, encoder_hidden_states
-        streams = [_stream(attn, x)]
-        extras = [_extra(channels, x, x)]
-        if context is not None:  # in front of the picture's tokens
-            streams.insert(0, _context_stream(attn, context))
-            extras.insert(0, _extra(channels, context, context, CONTEXT))
-        q, k, v = _concatenated(streams)
-        if image_rotary_emb is not None:
-            q, k = _rotated(q, image_rotary_emb), _rotated(k, image_rotary_emb)
-        o, extra = channels.attend(q, k, v, _concatenated(extras), scale=attn.head_dim**-0.5, mask=attention_mask)
-        if context is None:
-            return o.flatten(2)
-        words = context.shape[1]
-        o_context, o_x = o[:, :words], o[:, words:]
-        e_context, e_x = (None, None) if extra is None else (extra[:, :words], extra[:, words:])
-        y = attn.to_out[1](channels.write(attn.to_out[0](o_x.flatten(2)), e_x))
-        return y, channels.write(attn.to_add_out(o_context.flatten(2)), e_context, CONTEXT)
+    def __call__(self, x: Tensor) -> Tensor:
+        for factor in self.factors:
+            self.joining.read[factor] = x
+        return self.module(x)
 
 
-def _extra(channels: Any, x: Tensor, context: Tensor, prefix: str = "") -> Extra:
-    """Extra channels of queries from ``x``, of keys and values from ``context``."""
-    read = channels.read
-    return read("q", x, prefix), read("k", context, prefix), read("v", context, prefix)
+class _Writing:
+    """An output projection, and what the extra channels add to what it writes."""
+
+    def __init__(self, module: Callable[..., Tensor], joining: Joining, factor: str) -> None:
+        self.module, self.joining = module, joining
+        self.stream = CONTEXT if factor.startswith(CONTEXT) else ""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.joining.channels.write(self.module(x), self.joining.extra.get(self.stream), self.stream)
 
 
-def _heads(attn: Any, y: Tensor) -> Tensor:
-    """(batch, tokens, heads · width) → (batch, tokens, heads, width)"""
-    return y.unflatten(-1, (attn.heads, -1))
+class _Meeting(TorchFunctionMode):
+    """Inside the block softmax attention is computed by a :class:`Joining`."""
+
+    def __init__(self, joining: Joining) -> None:
+        super().__init__()
+        self.joining = joining
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return self.joining.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
-def _normalised(norm: nn.Module | None, x: Tensor) -> Tensor:
-    return x if norm is None else norm(x)
+def projections_of(attention: Any) -> dict[str, str]:
+    """See :meth:`comcat.diffusion.adapter.hosts.protocol.AdapterHost.projections`."""
+    if hasattr(attention, PARALLEL):  # Flux 2's single blocks: one layer in front of attention and MLP, one behind
+        return dict.fromkeys(("q_up", "k_down", "v_down"), PARALLEL) | {"out_up": "to_out"}
+    names = {"q_up": "to_q", "k_down": "to_k", "v_down": "to_v", "out_up": "to_out.0"}
+    names |= {"add_q_up": "add_q_proj", "add_k_down": "add_k_proj"}
+    names |= {"add_v_down": "add_v_proj", "add_out_up": "to_add_out"}
+    return {f: path for f, path in names.items() if getattr(attention, path.partition(".")[0], None) is not None}
 
 
-def _stream(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_heads(attn, y) for y in (attn.to_q(x), attn.to_k(x), attn.to_v(x)))
-    return _normalised(attn.norm_q, q), _normalised(attn.norm_k, k), v
+def engine_of(attention: Any) -> tuple[Any, Layout]:
+    """The processor of the library's that computes an attention under :class:`AdapterProcessor`, and what it does."""
+    own = own_processor(attention)
+    layout = layout_of(own)
+    assert layout is not None, f"{type(own).__name__} is known to find"
+    return (own if layout.computed_by is None else _named(layout.computed_by)), layout
 
 
-def _context_stream(attn: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (_heads(attn, y) for y in (attn.add_q_proj(x), attn.add_k_proj(x), attn.add_v_proj(x)))
-    return _normalised(attn.norm_added_q, q), _normalised(attn.norm_added_k, k), v
+def own_processor(attention: Any) -> Any:
+    """The processor that computes this attention where no adapter does."""
+    processor = attention.processor
+    if not isinstance(processor, AdapterProcessor):
+        return processor
+    return _stock(attention) if processor.before is None else processor.before
 
 
-def _concatenated(streams: list[Any]) -> Any:
-    """q, k, v of each stream, joined along the tokens; a part that is None in one stream is None in all."""
-    if len(streams) == 1:
-        return streams[0]
-    return tuple(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
+def _stock(attention: Any) -> Any:
+    """A new processor of the kind that the library gives an attention by default."""
+    default = getattr(type(attention), "_default_processor_cls", None)
+    if default is not None:
+        return default()
+    joint = getattr(attention, "add_q_proj", None) is not None
+    return _named("JointAttnProcessor2_0" if joint else "AttnProcessor2_0")
 
 
-def _rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair of neighbouring channels of x (batch, tokens, heads, width) by its token's angle; cos and sin are
-    (tokens, width).
-    """
-    cos, sin = (a[None, :, None, :].to(x.device) for a in angles)
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-    return (x.float() * cos + turned * sin).to(x.dtype)
+def _named(name: str) -> Any:
+    from diffusers.models import attention_processor
 
-
-def _mask(attn: Any, mask: Tensor | None, keys: int, batch: int) -> Tensor | None:
-    """A mask as the library hands it on, (batch, 1 or queries, keys), for (batch, heads, queries, keys)."""
-    if mask is None:
-        return None
-    by_head: Tensor = attn.prepare_attention_mask(mask, keys, batch)  # (batch · heads, 1 or queries, keys)
-    return by_head.view(batch, attn.heads, -1, by_head.shape[-1])
+    return getattr(attention_processor, name)()
