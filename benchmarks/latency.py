@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import parser, random_pictures, table, vit, write
+from common import kept_result, parser, random_pictures, table, vit, write
 
 import comcat
 from comcat.measure import benchmark, ratio
@@ -49,11 +50,15 @@ def main() -> None:
     p.add_argument("--dtypes", nargs="*", help="only plans of these types, or with --batches all models at them")
     p.add_argument("--batches", type=int, nargs="*", help="instead of the 12 plans: every model at these batches")
     p.add_argument("--name", default="latency")
+    p.add_argument("--work", type=Path, default=Path("runs/benchmark-latency"), help="finished rows")
     a = p.parse_args()
     plans = [plan for plan in PLANS if plan[0] in a.models and (not a.dtypes or plan[1] in a.dtypes)]
     if a.batches:
         plans = [(m, d, b, 0.5, "ranks,units") for m in a.models for d in a.dtypes or ["float32"] for b in a.batches]
-    rows = [row(*plan, device=a.device) for plan in plans]
+    rows = []
+    for plan in plans:
+        path = a.work / ("-".join(map(str, plan)) + f"-{a.device}.json")
+        rows.append(kept_result(path, {"plan": plan}, partial(row, *plan, device=a.device)))
     shown = []
     for r in rows:
         what = f"{r['model']} {r['dtype']} b{r['batch']} {r['forms']}"

@@ -306,6 +306,40 @@ def start(r: dict[str, Any]) -> str:
     return f"{r['summary']}\n\n{where(r)}"
 
 
+def latency(r: dict[str, Any]) -> str:
+    head = ["plan", "dense, ms", "time asked for", "predicted", "measured", "error"]
+    rows = []
+    for x in r["rows"]:
+        low, high = x["measured_quartiles"]
+        plan = f"{x['model']}, {x['dtype']}, batch {x['batch']}, {x['forms'].replace(',', ' + ')}"
+        measured = f"{x['measured']:.3f} ({low:.3f}–{high:.3f})"
+        rows.append(
+            [plan, f"{x['dense_ms']:.1f}", x["target"], f"{x['predicted']:.3f}", measured, f"{100 * x['error']:+.1f} %"]
+        )
+    return (
+        "Plans chosen by the times of parts alone, then timed whole beside the dense model; times as shares of the "
+        f"dense model's. Mean error {100 * r['mean_error']:.1f} %, worst {100 * r['worst_error']:.1f} %.\n\n"
+        f"{rows_of(head, rows)}\n\n{where(r)}"
+    )
+
+
+def cait(r: dict[str, Any]) -> str:
+    def with_spread(x: dict[str, Any], key: str) -> str:
+        spread = x[f"{key}_std"]
+        return f"{x[key]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+    head = ["variant", "MACs", "parameters", "times as fast", "top-1 before tuning", "after", "seeds"]
+    rows = []
+    for x in r["rows"]:
+        fast = f"{x['speed_up'][0]:.2f} ({x['speed_up'][1]:.2f}–{x['speed_up'][2]:.2f})"
+        shares = [f"{x[key]:.2f}" for key in ("macs", "parameters")]
+        rows.append([x["variant"], *shares, fast, with_spread(x, "before"), with_spread(x, "after"), x["seeds"]])
+    return (
+        f"The small CIFAR ViT, dense {r['dense']:.2f}; {r['settings']['epochs']:g} epoch of tuning, the dense model "
+        f"being the teacher.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    )
+
+
 SECTIONS = [
     ("Real weights: DINOv2-small", "real-", real),
     ("Whether whole heads should go", "whole-heads", heads),
@@ -316,6 +350,8 @@ SECTIONS = [
     ("Tuning, and ranks by search", "tuning", tuning),
     ("Prediction against outcome, product against unilateral", "prediction", prediction),
     ("Speed against MACs", "speed", speed),
+    ("A budget of time: predicted and measured", "latency", latency),
+    ("Tokens and channels after a short tuning", "cait", cait),
     ("Where the time of a forward goes", "time-by-operation", time_by_operation),
     ("Factorisation", "factorize", factorise),
     ("Calibration", "calibrate", calibrate),
