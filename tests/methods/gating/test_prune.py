@@ -98,18 +98,32 @@ def test_what_is_cut_computes_what_the_gates_computed(pictures, monkeypatch, sta
         assert not opening.eq(1).all() or not opening.numel(), "open gates learn"
 
 
-def test_without_learning_the_closed_form_comes_out(pictures) -> None:
-    """Of products: marks that stand at the start, gates that close, weights that stay."""
-    still = {"lr": 0.0, "min_lr": 0.0, "gate_lr": 0.0, "choices": 1, "weight_decay": 0.0}
-    small = pruned(pictures, reduce=0.15, sites=("qk", "vo"), statistic="activation", **still)
-    net = model()
+@pytest.mark.parametrize(
+    ("sites", "refit"),
+    [(("qk", "vo"), False), (("units",), True), (("units",), False)],
+    ids=["heads", "units", "units-plain"],
+)
+def test_without_learning_the_closed_form_comes_out(pictures, sites, refit) -> None:
+    """Marks that stand at the start, gates that close, weights that learn nothing: what is left is the refit.
+
+    (Heads are refitted too, but their covariance is shrunk in another basis, so that is the same for many pictures.)
+    """
+    still = {"lr": 0.0, "min_lr": 0.0, "gate_lr": 0.0, "choices": 1, "weight_decay": 0.0, "take_over": refit}
+    net, asked = model(), {"reduce": 0.15, "statistic": "activation"}
+    small = pruned(pictures, net, sites=sites, **asked, **still)
     loader = list(comcat.batches(pictures.take(16, 0), PREPROCESS, batch_size=8))
     closed = comcat.compress(
-        net, loader, reduce=0.15, only=("qk", "vo"), statistic="activation", multiple=1, joint_refit=False
+        net,
+        loader,
+        only=sites,
+        multiple=1,
+        joint_refit=refit,
+        **asked,  # type: ignore[arg-type]
     )
     assert small.comcat_record.plan.sites == closed.comcat_record.plan.sites  # type: ignore[union-attr]
-    assert torch.allclose(said(small), said(closed), rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(said(small), said(net), atol=1e-2)
+    moved = (said(closed) - said(net)).norm()
+    apart = (said(small) - said(closed)).norm() / moved
+    assert apart > 0.1 if sites == ("units",) and not refit else apart < 1e-3, float(apart)
 
 
 def test_a_marked_channel_comes_back(pictures, monkeypatch) -> None:

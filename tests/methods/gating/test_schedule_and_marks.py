@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from comcat.errors import BudgetError, ModelError, SettingsError
 from comcat.forms.gates import gate_
@@ -16,6 +16,7 @@ from comcat.methods.gating.ground import survey
 from comcat.methods.gating.marks import Marks, ranked, scores
 from comcat.methods.gating.schedule import Schedule
 from comcat.methods.gating.settings import PruneSettings
+from comcat.methods.gating.takeover import StandIn, stand_ins
 from comcat.methods.gating.training import pull_
 from comcat.modules.gates import Gate
 from comcat.plan import Plan, SitePlan
@@ -142,3 +143,53 @@ def test_what_cannot_be_is_said_at_once(settings, error, said) -> None:
 def test_settings_are_checked(settings, said) -> None:
     with pytest.raises(SettingsError, match=said):
         PruneSettings(**settings)
+
+
+def test_a_reader_takes_over_what_closing_channels_did() -> None:
+    """Shut in any number of moves, the layer is the least-squares fit of what it was on the channels that stay."""
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    z = torch.randn(500, 6, generator=generator, dtype=torch.float64) @ mixed + 2.0
+    reader = nn.Linear(6, 3).double()
+    y, rest = reader(z).detach(), torch.full((6,), 0.5, dtype=torch.float64)
+    kept, marked = torch.tensor([0, 2, 3]), torch.tensor([1, 4, 5])
+    c = torch.cov(z.T)
+    weights = torch.linalg.solve(c[kept][:, kept], c[kept][:, marked]).mT
+    stand_in = StandIn(weights=weights, mean=z.mean(0), opening=torch.ones(3).double(), kept=kept, marked=marked)
+    moves = [torch.ones(6).double()]
+    for g in (0.7, 0.2, 0.0):
+        moves.append(moves[-1].clone())
+        moves[-1][marked] = g
+        stand_in.take_over_(reader, moves[-2], moves[-1], rest)
+    shut = z.clone()
+    shut[:, marked] = rest[marked]
+    told = torch.cat([z[:, kept], torch.ones(500, 1).double()], 1)
+    best = told @ torch.linalg.lstsq(told, y).solution
+    assert torch.allclose(reader(shut), best, atol=1e-6)
+    assert (y - best).abs().mean() > 0.1
+
+
+def test_stand_ins_are_measured_behind_the_gates_and_of_what_is_still_open() -> None:
+    model = tiny_vit()
+    sites = find_sites(model).only(*GATED)
+    gates = gate_(model, sites)
+    marked = {n: torch.zeros_like(g.opening, dtype=torch.bool) for n, g in gates.items()}
+    vo, units = "blocks.0.attn:vo", "blocks.1.mlp:units"
+    for name in (vo, units, "blocks.1.attn:qk"):
+        marked[name][:, 3:7] = True
+    with torch.no_grad():
+        gates[units].opening[0, 3] = 0
+        gates[units].opening[0, 4] = 0.5
+    found = stand_ins(model, sites, gates, marked, pictures(8))
+    assert set(found) == {vo, units}, "logits are not linear in Q and K, and the others lose nothing"
+    assert found[units].marked.tolist() == [4, 5, 6] and found[units].opening.tolist() == [0.5, 1.0, 1.0]
+    assert 3 not in found[units].kept.tolist() and len(found[units].kept) == sites[units].full - 4
+    assert found[vo].marked.tolist() == [16 * h + c for h in range(3) for c in range(3, 7)]
+    seen: list[Tensor] = []
+    down = model.get_submodule("blocks.1.mlp.fc2")
+    handle = down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        for batch in pictures(8):
+            model(batch)
+    handle.remove()
+    assert torch.allclose(found[units].mean.float(), torch.cat(seen).mean((0, 1)), atol=1e-5)

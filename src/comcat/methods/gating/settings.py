@@ -41,6 +41,8 @@ class PruneSettings(TuneSettings):
     """Share of the run after which the marks stay as they are."""
     closing: float = 0.2
     """Share of the run that an open gate takes to close."""
+    take_over: bool = True
+    """Let the channels that stay take over what closing ones did, by least squares on the calibration pictures."""
     gate_lr: float = 1e-3
     """Adam's learning rate for open gates; it follows the schedule of lr."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...data import batches
+from ...data import Batches, batches
 from ...errors import SettingsError
 from ...forms.gates import Gates
 from ...modules.gates import Gate
@@ -21,6 +22,9 @@ from .ground import ClosedForm, Ground
 from .marks import Marks, ranked, scores
 from .schedule import Schedule
 from .settings import PruneSettings
+from .takeover import StandIn, reader_of, stand_ins
+
+STAND_IN = tuple(field.name for field in fields(StandIn))
 
 
 class GatedTraining(Training):
@@ -37,6 +41,7 @@ class GatedTraining(Training):
         self.asked, self.ground, self.gates, self.closed = settings, ground, gates, closed
         self.schedule = Schedule(settings, setup.steps)
         self.marks = Marks(Plan(sites={}), {n: _in_order(gate) for n, gate in gates.items()})
+        self.stand_ins: dict[str, StandIn] = {}
         self.history: list[dict[str, Any]] = []
         self.gate_optimizer = torch.optim.Adam([g.opening for g in gates.values()], lr=settings.gate_lr)
 
@@ -56,6 +61,8 @@ class GatedTraining(Training):
         else:
             found, orders = ranked(self.ground.sites, self.processes.share(self._scores(number)))
             self.marks = Marks(self.ground.plan(found, reduce), orders)
+        if self.asked.take_over:
+            self.stand_ins = self.processes.share(self._stand_ins())
         plan = self.marks.plan
         self.history.append(
             {
@@ -68,24 +75,36 @@ class GatedTraining(Training):
         )
 
     def _scores(self, number: int) -> dict[str, Tensor]:
+        seed = derive_seed(self.asked.seed, "gates", number)
+        return scores(self.learner.bare, self.gates, self._shown_to_gates(), seed=seed)
+
+    def _stand_ins(self) -> dict[str, StandIn]:
+        marked = {name: self.marks.mask(name) for name in self.gates}
+        return stand_ins(self.learner.bare, self.ground.sites, self.gates, marked, self._shown_to_gates())
+
+    def _shown_to_gates(self) -> Batches:
         s = self.asked
         chosen = self.setup.data.pictures.take(s.pictures, s.seed)
-        shown = batches(chosen, self.setup.preprocess, batch_size=min(64, s.batch_size))
-        return scores(self.learner.bare, self.gates, shown, seed=derive_seed(s.seed, "gates", number))
+        return batches(chosen, self.setup.preprocess, batch_size=min(64, s.batch_size))
 
     # ---------------------------------------------------------------- gates
 
     def update(self, number: int) -> None:
-        self._move_gates(number)
         super().update(number)
+        before = {name: gate.opening.detach().clone() for name, gate in self.gates.items()}
+        self._move_gates(number, before)
+        for model in {self.learner.bare, self.learner.judged}:  # the moving average has the same gates
+            for name, stand_in in self.stand_ins.items():
+                reader, gate = reader_of(model, self.ground.sites[name]), self.gates[name]
+                assert reader is not None
+                stand_in.take_over_(reader, before[name].flatten(), gate.opening.detach().flatten(), gate.rest)
 
     @torch.no_grad()
-    def _move_gates(self, number: int) -> None:
+    def _move_gates(self, number: int, before: Mapping[str, Tensor]) -> None:
         """Open gates learn; of marked ones the task's gradient is reset, and they are pulled shut."""
         marked = {name: self.marks.mask(name) for name in self.gates}
         openings = [gate.opening for gate in self.gates.values()]
         self.processes.add_([g.grad for g in openings if g.grad is not None])
-        before = {name: gate.opening.clone() for name, gate in self.gates.items()}
         for name, gate in self.gates.items():
             if gate.opening.grad is not None:
                 gate.opening.grad.div_(self.processes.count).masked_fill_(marked[name], 0.0)
@@ -108,6 +127,8 @@ class GatedTraining(Training):
             if gate.rest is not None:
                 kept[f"rest/{name}"] = gate.rest
             kept |= {f"{moment}/{name}": value for moment, value in moments.get(number, {}).items()}
+            if name in self.stand_ins:
+                kept |= {f"stand_in.{field}/{name}": value for field, value in vars(self.stand_ins[name]).items()}
         return {**super().tensors(), "gates": {n: t.cpu().contiguous() for n, t in kept.items()}}
 
     def state(self) -> dict[str, Any]:
@@ -117,7 +138,7 @@ class GatedTraining(Training):
         super().restore(step, tensors, state)
         kept: Mapping[str, Tensor] = self.processes.share(dict(tensors.get("gates", {})))
         moments: dict[int, dict[str, Tensor]] = {}
-        orders = {}
+        orders, self.stand_ins = {}, {}
         for number, (name, gate) in enumerate(self.gates.items()):
             home = gate.opening.device
             with torch.no_grad():
@@ -127,6 +148,8 @@ class GatedTraining(Training):
             found = {m: kept[f"{m}/{name}"] for m in ("step", "exp_avg", "exp_avg_sq") if f"{m}/{name}" in kept}
             if found:
                 moments[number] = found
+            if f"stand_in.weights/{name}" in kept:
+                self.stand_ins[name] = StandIn(**{f: kept[f"stand_in.{f}/{name}"].to(home) for f in STAND_IN})
         groups = self.gate_optimizer.state_dict()["param_groups"]
         self.gate_optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.marks = Marks(Plan.from_dict(state["plan"]), orders)
