@@ -161,7 +161,7 @@ def trace(graph: Graph, example: Tensor, settings: ExportSettings) -> Traced:
     if settings.any_size:
         dims |= dict.fromkeys(sizes, torch.export.Dim.DYNAMIC)
     try:
-        with torch.no_grad(), _exportable(), quiet():
+        with torch.no_grad(), plain_attention(), quiet():
             program = torch.export.export(graph, (example,), dynamic_shapes=(dims,), strict=False)
         return Traced(program=program, graph=graph, example=example)
     except Exception as error:
@@ -169,7 +169,7 @@ def trace(graph: Graph, example: Tensor, settings: ExportSettings) -> Traced:
 
 
 @contextmanager
-def _exportable() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Plain attention everywhere: other kernels answer with strides that the graph must not rely on."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

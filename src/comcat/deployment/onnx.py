@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import ExportError, StoreError
-from .graph import Traced
+from .graph import Traced, plain_attention
 from .packages import chain, need, quiet, reason, version_of
 from .settings import ExportSettings
 
@@ -121,7 +121,7 @@ def _converted(traced: Traced, settings: ExportSettings) -> Any:
     from torch.onnx.errors import OnnxExporterError
 
     try:
-        with quiet():
+        with plain_attention(), quiet():
             converted = torch.onnx.export(
                 traced.program,
                 (),
