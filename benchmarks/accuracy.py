@@ -210,7 +210,7 @@ class Bench:
     ) -> Plan:
         return allocate(
             self.model, statistic, reduce=share, rule=rule, forms=forms, sites=self.sites[part],
-            total=self.totals[part], factorizations=found,
+            total=self.totals[part], factorizations=found, multiple=1,
         )  # fmt: skip
 
     def judge(self, plan: Plan, statistic: Statistic | None, **keywords: Any) -> NDArray[Any]:

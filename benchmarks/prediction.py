@@ -79,7 +79,7 @@ class Bench:
         loss = calibrate(self.model, self.calibration(seed), statistic="loss", sites=self.sites, seed=seed)
         found = spectra(self.model, self.sites, loss)
         for share in self.a.shares:
-            plan = allocate(self.model, loss, reduce=share, sites=self.sites, factorizations=found)
+            plan = allocate(self.model, loss, reduce=share, sites=self.sites, factorizations=found, multiple=1)
             pair = float(plan.made_by["predicted_loss"]), self.measured(plan, loss, found)
             together.setdefault(share, []).append(pair)
         for name in (f"blocks.{layer}.{part}" for layer in self.a.layers for part in ALONE):

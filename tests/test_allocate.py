@@ -14,7 +14,8 @@ from comcat.factors import Weights
 from comcat.hosts import find_sites
 from comcat.linalg import Factorization
 from comcat.measure import count_parameters
-from comcat.methods.allocate import allocate, shrinkable, spectra, tail_loss
+from comcat.methods.allocate import allocate, roundest, shrinkable, spectra, tail_loss
+from comcat.methods.compress import compress
 from comcat.plan import MadeFor, Plan
 from comcat.sites import HiddenSite, LinearSite, Site, Sites
 from comcat.statistics import calibrate
@@ -87,7 +88,7 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
             object.__setattr__(self, "name", "loss")
 
     given = {"sites": sites, "factorizations": found, "total": total, "made_for": MadeFor()}
-    plan = allocate(torch.nn.Identity(), Loss(), reduce=reduce, **given)
+    plan = allocate(torch.nn.Identity(), Loss(), reduce=reduce, multiple=1, **given)
     tails = {n: tail_loss(f) for n, f in found.items()}
     options = {
         n: [(s.parameters(r), float(tails[n][r])) for r in range(1, 5) if s.parameters(r) < s.parameters()]
@@ -107,6 +108,23 @@ def test_waterfill_is_close_to_the_exhaustive_optimum(values, reduce):
     assert got == pytest.approx(plan.made_by["predicted_loss"])
 
 
+@pytest.mark.parametrize("rule", ["waterfill", "uniform"])
+def test_step_by_step_chooses_as_compress_does(model, rule):
+    found = calibrate(model, pictures(), statistic="loss")
+    plan = allocate(model, found, reduce=0.4, rule=rule)
+    small = compress(model, pictures(), reduce=0.4, ranks=rule)
+    assert plan == small.comcat_record.plan and plan.made_by["multiple"] > 1
+
+
+def test_the_default_multiple_is_the_roundest_that_costs_next_to_nothing():
+    def plan_with(multiple):
+        if multiple == 16:
+            raise BudgetError("out of reach")
+        return Plan(sites={}, made_by={"multiple": multiple, "error": {8: 1.2, 4: 1.05}.get(multiple, 1.0)})
+
+    assert roundest(plan_with).made_by["multiple"] == 4
+
+
 def test_waterfill_beats_uniform_in_predicted_loss(model):
     found = calibrate(model, pictures(), statistic="loss")
     losses = {
@@ -118,7 +136,7 @@ def test_waterfill_beats_uniform_in_predicted_loss(model):
 
 def test_energy_alone_keeps_the_asked_share_of_singular_values(model):
     found = spectra(model, find_sites(model))
-    plan = allocate(model, rule="energy", energy=0.9, forms="ranks")
+    plan = allocate(model, rule="energy", energy=0.9, forms="ranks", multiple=1)
     for name, entry in plan.sites.items():
         values = found[name].singular_values
         values = values.sum(0) if values.ndim > 1 else values
@@ -150,7 +168,7 @@ def test_absurd_settings_are_refused(model, bad):
 
 
 def test_tie_gives_one_rank_to_both_products(model):
-    plan = allocate(model, reduce=0.4, tie=True)
+    plan = allocate(model, reduce=0.4, tie=True, multiple=1)
     for layer in ("blocks.0.attn", "blocks.1.attn"):
         assert {plan.sites[f"{layer}:{k}"].keep for k in ("qk", "vo") if f"{layer}:{k}" in plan.sites} in (
             {plan.sites[f"{layer}:qk"].keep},

@@ -1,8 +1,10 @@
 """The commands as a user types them, on local models and pictures; errors are one line and a non-zero status."""
 
 import json
+import logging
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 
 import numpy as np
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 import comcat
 from comcat.cli import main
+from comcat.cli.terminal import plain_warnings
 
 from .models import tiny_vit
 
@@ -412,3 +415,30 @@ def test_the_seed_decides(folder, tmp_path):
         )
         weights.append(comcat.load(out).state_dict())
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+
+
+def test_eval_without_labels_says_why(folder, tmp_path, capsys):
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    assert main(["eval", str(folder), "--data", str(tmp_path)]) == 0
+    assert f"No accuracy: {tmp_path} has no labels" in capsys.readouterr().out
+
+
+def test_warnings_are_one_line_without_a_file_and_a_hub_that_is_away_is_told_once():
+    hub, said = logging.getLogger("huggingface_hub.utils._http"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    hub.addHandler(handler)
+    before = warnings.formatwarning
+    try:
+        with plain_warnings():
+            told = warnings.formatwarning(UserWarning("one\n  thing"), UserWarning, "/home/me/module.py", 12)
+            for i in range(1, 6):
+                hub.warning("'timed out' thrown while requesting HEAD https://hub/config.json")
+                hub.warning(f"Retrying in 1s [Retry {i}/5].")
+        hub.warning("Retrying in 1s [Retry 1/5].")
+    finally:
+        hub.removeHandler(handler)
+    assert told == "comcat: warning: one thing\n" and warnings.formatwarning is before
+    assert said == ["Retrying in 1s [Retry 1/5]."] * 2

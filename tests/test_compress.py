@@ -323,3 +323,19 @@ def test_attention_of_convolutions_is_refused_with_its_path():
     assert [(r.name, r.reason) for r in sites.refused] == [
         ("stage.0", "attention of no known shape: Attention with qkv")
     ]
+
+
+def test_a_plan_that_saves_more_than_was_asked_says_so(model):
+    from comcat.methods.compress import CompressSettings, compress_
+
+    def notes(**settings):
+        done = compress_(copy.deepcopy(model), pictures(), CompressSettings(statistic="weights", **settings))
+        assert "saved" in done.plan.made_by
+        return done.plan.made_by["saved"], [n for n in done.notes if "steps are coarse" in n]
+
+    saved, said = notes(reduce=0.1, ranks="equal", forms="ranks", multiple=8)
+    assert saved > 0.13 and said == [
+        f"Asked to save 10 %, the plan saves {100 * saved:.1f} %: its steps are coarse with ranks 'equal'; "
+        "multiple=1 or ranks='waterfill' comes nearer."
+    ]
+    assert notes(reduce=0.3, multiple=1)[1] == []

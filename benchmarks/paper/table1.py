@@ -32,7 +32,9 @@ def main(given: list[str] | None = None) -> dict:
     ):
         for rule in ("uniform", "waterfill"):
             rows[f"{label}, {rule}"] = [
-                run.top1(allocate(run.model, statistic, reduce=s, rule=rule, sites=mha, total=total), statistic)
+                run.top1(
+                    allocate(run.model, statistic, reduce=s, rule=rule, sites=mha, total=total, multiple=1), statistic
+                )
                 for s in SHARES
             ]
     return run.report("table1", [f"−{100 * s:g} %" for s in SHARES], rows)

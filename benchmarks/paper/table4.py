@@ -32,14 +32,17 @@ def main(given: list[str] | None = None) -> dict:
     total = sum(s.parameters() for s in ffn.values())
     weights = Weights()
     methods = {
-        "SVD": (weights, lambda s: allocate(run.model, weights, reduce=s, rule="uniform", sites=ffn, total=total)),
+        "SVD": (
+            weights,
+            lambda s: allocate(run.model, weights, reduce=s, rule="uniform", sites=ffn, total=total, multiple=1),
+        ),
         "Tucker": (None, lambda s: tucker_plan(run.model, ffn, s, total)),
         "tensor train": (None, lambda s: tensor_train_plan(run.model, ffn, s, total)),
     }
     for label, statistic in run.data_statistics():
         methods[f"SVD, {label}"] = (
             statistic,
-            lambda s, f=statistic: allocate(run.model, f, reduce=s, sites=ffn, total=total),
+            lambda s, f=statistic: allocate(run.model, f, reduce=s, sites=ffn, total=total, multiple=1),
         )
     rows = {f"{k} (published)": v for k, v in PUBLISHED.items()} if run.published else {}
     for label, (statistic, plan_for) in methods.items():

@@ -1,5 +1,7 @@
 """Augmentation goes by the model's own preprocessing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -59,3 +61,11 @@ def test_the_whole_area_is_normalised_as_the_model_says():
 def test_words_that_timm_does_not_know_are_told(words):
     with pytest.raises(SettingsError, match=f"does not understand '{words}'"):
         Augment(COLOUR, TuneSettings(rand_augment=words))
+
+
+@pytest.mark.parametrize(("side", "scale"), [(32, (0.6, 1.0)), (64, (0.6, 1.0)), (65, (0.08, 1.0)), (224, (0.08, 1.0))])
+def test_crops_of_small_pictures_show_most_of_them(side, scale):
+    preprocess = replace(COLOUR, size=(side, side))
+    assert Augment(preprocess, TuneSettings()).crop.scale == scale
+    assert Augment(preprocess, TuneSettings(crop_scale=(0.3, 0.9))).crop.scale == (0.3, 0.9)
+    assert Augment(preprocess, TuneSettings(crop_scale=None)).crop is None

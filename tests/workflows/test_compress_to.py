@@ -153,3 +153,19 @@ def test_pictures_that_judge_are_not_calibrated_on(model, places, tmp_path):
     with pytest.raises(DataError, match="also in the evaluation set"):
         comcat.compress_to(tmp_path / "small", model, pictures, evaluation=pictures.take(20, seed=3), **QUICK)
     assert not list(tmp_path.iterdir())
+
+
+def test_labels_that_do_not_fit_are_left_out_and_not_needed(model, tmp_path):
+    done = comcat.compress_to(tmp_path / "small", model, "digits:train", seed=1, **QUICK)
+    (note,) = [note for note in done.notes if "labels" in note]
+    assert "has 10 classes, the model 5" in note and done.record.results.agreement["agreement"] is not None
+    assert "top1" not in done.report.after or done.report.after["top1"] is None
+
+
+def test_a_title_has_no_path(model, places, tmp_path):
+    folder = comcat.compress_to(tmp_path / "one", model, places[0], **QUICK).folder
+    comcat.save(comcat.load(folder), tmp_path / "again")
+    done = comcat.compress_to(
+        tmp_path / "two", model, places[0], name=str(tmp_path / "again"), plan=folder / "plan.json", **QUICK
+    )
+    assert done.report.title == "again, compressed" and done.report.model == str(tmp_path / "again")

@@ -1,10 +1,15 @@
 """Tuning and searching to a place from Python, and what leaks there."""
 
+import shutil
+
 import pytest
+import torch
+from PIL import Image
 
 import comcat
 from comcat.errors import DataError, SettingsError, StoreError
 from comcat.runs.claims import claimed
+from comcat.workflows.places import said_of_tuning
 
 TUNE = {"steps": 2, "batch_size": 4}
 SEARCH = {"rounds": 1, "rank_steps": 2, "weight_steps": 0, "batch_size": 4, "pictures": 8}
@@ -59,3 +64,22 @@ def test_two_runs_to_one_place_at_once_are_refused(name, model, places, tmp_path
     place = tmp_path / ("out" if name == "tune_to" else "p.json")
     with claimed(place), pytest.raises(StoreError, match="another run is writing to"):
         CALLS[name](model, places[0], None, tmp_path)
+
+
+def test_tuning_that_made_it_worse_says_so(model, places, tmp_path):
+    """On pictures in folders by the model's own answers, of which it has all right, nothing can become better."""
+    preprocess = comcat.preprocess_of(model)
+    for label in range(5):
+        (tmp_path / "eval" / f"class{label}").mkdir(parents=True)
+    for file in sorted(places[1].rglob("*.png")):
+        with torch.no_grad():
+            label = int(model(preprocess(Image.open(file))[None]).argmax())
+        shutil.copy(file, tmp_path / "eval" / f"class{label}" / f"{file.parent.name}-{file.name}")
+    settings = {**TUNE, "steps": 3, "lr": 0.5, "warmup": 0.0}
+    done = comcat.tune_to(tmp_path / "out", model, places[0], evaluation=tmp_path / "eval", **settings)
+    (note,) = [note for note in done.notes if "worse" in note]
+    assert note.startswith("Tuning made it worse: top-1 100.00 % before and ") and "on 15 pictures" in note
+    assert note in done.report.notes
+    assert said_of_tuning(None) == said_of_tuning({"before": None, "after": None}) == []
+    better = {"before": {"top1": 50.0, "count": 10}, "after": {"top1": 60.0, "count": 10}}
+    assert said_of_tuning(better) == []

@@ -43,9 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in VERBS:
         return _without_a_verb(arguments)
+    from .terminal import plain_warnings
+
     try:
-        command = _parsed(arguments)
-        return import_module(type(command).__module__).run(_at_home(command))
+        with plain_warnings():
+            command = _parsed(arguments)
+            return import_module(type(command).__module__).run(_at_home(command))
     except ComcatError as error:
         print(f"comcat: {error}", file=sys.stderr)
         return 1

@@ -41,6 +41,8 @@ def run(command: Eval) -> int:
     against = None if command.against is None else load(command, command.against)
     notes: list[str] = []
     pictures = pictures_for(model, command.data, notes)
+    if not pictures.has_labels and not notes:
+        notes.append(f"No accuracy: {pictures.unlabelled}.")
     if command.limit is not None:
         pictures = pictures.take(command.limit, command.seed)
     shown = batches(pictures, preprocess_of(model), batch_size=command.batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from ..diffusion.draw.settings import GenerateSettings
-from ..errors import SettingsError
+from ..errors import SettingsError, counted
 from .common import Positional
 from .pipelines import PipelineCommand, open_pipeline
 
@@ -60,7 +60,7 @@ def run(command: Generate) -> int:
         command.out, pipe, prompts, about=about, overwrite=command.overwrite, progress=True, **settings
     )
     new = len(written.paths) - written.kept
-    print(f"{new} pictures generated, {written.kept} were there; {command.out}")
+    print(f"{counted(new, 'picture')} generated, {written.kept} were there; {command.out}")
     if written.flagged:
         print(f"{written.flagged} of them are black: the pipeline's safety checker flagged them.")
     return 0

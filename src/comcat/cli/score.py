@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..errors import counted
 from ..scoring.settings import ScoreSettings
 from ..settings import part_of
 from .common import Common, Positional, pick_device
@@ -43,7 +44,7 @@ def run(command: Score) -> int:
     ]
     table(["metric", "better", "value", "network"], rows)
     of = f", {scores.reference_count} real ones" if command.against else ""
-    print(f"\n{scores.count} pictures{of}.")
+    print(f"\n{counted(scores.count, 'picture')}{of}.")
     for note in scores.notes:
         print(note)
     return 0

@@ -1,9 +1,14 @@
-"""Tables and numbers as the command line prints them."""
+"""Tables, numbers and warnings as the command line prints them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from ..errors import counted
 
 LABELS = {
     "parameters": "parameters", "macs": "MACs", "size_bytes": "size", "peak_memory_bytes": "peak memory",
@@ -48,7 +53,10 @@ def print_report(report: Any, seconds: float) -> None:
         if report.agreement.get(k) is not None
     ]
     if said:
-        print(f"\nAgainst the model before, on {int(report.agreement['count'] or 0)} pictures: {', '.join(said)}.")
+        print(
+            f"\nAgainst the model before, on {counted(int(report.agreement['count'] or 0), 'picture')}: "
+            f"{', '.join(said)}."
+        )
     if report.predicted_loss is not None and report.measured_loss is not None:
         print(f"Rise of the loss: predicted {report.predicted_loss:.4f}, measured {report.measured_loss:.4f} nats.")
     for note in report.notes:
@@ -68,3 +76,35 @@ def table(head: list[str], rows: list[list[str]], *, left: Collection[int] = ())
         )
         if i == 0:
             print("  ".join("─" * w for w in widths))
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings as one line without the file that they come from; of a hub that is away, one line that it is tried
+    again.
+    """
+    formatted, hub, once = warnings.formatwarning, logging.getLogger("huggingface_hub.utils._http"), _FirstRetry()
+    warnings.formatwarning = lambda message, *where, **more: f"comcat: warning: {' '.join(str(message).split())}\n"
+    hub.addFilter(once)
+    try:
+        yield
+    finally:
+        warnings.formatwarning = formatted
+        hub.removeFilter(once)
+
+
+class _FirstRetry(logging.Filter):
+    """Lets pass the first line about another try, and none of those that tell why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "thrown while requesting" in text:
+            return False
+        if "[Retry " not in text:
+            return True
+        first, self.told = not self.told, True
+        return first

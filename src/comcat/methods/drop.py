@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..apply import apply_
-from ..errors import BudgetError, DataError
+from ..errors import BudgetError, DataError, counted
 from ..measure import evaluate
 from ..plan import Plan
 from .prepare import Prepared, kept
@@ -72,7 +72,7 @@ def largest_within(
         )
     what = "top-1" if dense.top1 is not None else "agreement"
     notes.append(
-        f"max_drop was measured as {what} on {dense.count} held-out pictures that neither calibration nor "
+        f"max_drop was measured as {what} on {counted(dense.count, 'held-out picture')} that neither calibration nor "
         "evaluation saw"
     )
     return replace(best, made_by={**best.made_by, "max_drop": settings.max_drop, "held_out": dense.count})

@@ -179,7 +179,7 @@ def _rivals(
                 plan = allocate(
                     model, theirs.statistic, reduce=share * most, rule="uniform", forms=forms, budget=settings.budget,
                     sites=theirs.sites, factorizations=theirs.factorizations or None, multiple=settings.multiple or 8,
-                    total=theirs.total, cost=theirs.cost, made_for=theirs.made_for,
+                    total=theirs.total, cost=theirs.cost, made_for=theirs.made_for, tie=False,
                 )  # fmt: skip
             except BudgetError:
                 continue

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 
 from torch import nn
 
-from ..errors import BudgetError, SettingsError
+from ..errors import SettingsError
 from ..plan import Plan
-from .allocate import allocate
+from .allocate import allocate, roundest
 from .budgets.both import within_both
 from .budgets.pacing import within_time
 from .costs import Cost
@@ -18,11 +17,8 @@ from .drop import largest_within
 from .prepare import Prepared
 from .settings import CompressSettings
 
-MULTIPLES = (16, 8, 4, 2)
-TOLERATED, NEGLIGIBLE = 1.1, 1e-3
-"""How much more predicted loss rounder ranks may cost: a tenth, or a thousandth of a nat, which no measurement would
-show.
-"""
+OVERSHOOT = 0.02
+"""From so much more than was asked for on, a share of the model, it is said."""
 
 
 def propose(
@@ -59,7 +55,7 @@ def propose(
             forms=settings.forms,
             multiple=multiple,
             energy=settings.energy,
-            tie=settings.budget != "parameters" if settings.tie is None else settings.tie,
+            tie=settings.tie,
             per_head=settings.per_head,
             total=total,
             cost=cost,
@@ -70,21 +66,31 @@ def propose(
     def plan_for(reduce: float | None) -> Plan:
         if settings.multiple is not None:
             return plan_with(reduce, settings.multiple)
-        finest = plan_with(reduce, 1)  # raises where even this cannot meet the budget
-        for multiple in MULTIPLES:
-            with suppress(BudgetError):
-                plan = plan_with(reduce, multiple)
-                if plan.made_by["error"] <= TOLERATED * finest.made_by["error"] + NEGLIGIBLE:
-                    return plan
-        return finest
+        return roundest(partial(plan_with, reduce))
 
     if settings.budget == "latency" and settings.max_drop is None and corrects:
         return within_time(model, prepared, settings, plan_for)
     if settings.max_drop is None:
-        return plan_for(settings.reduce)
+        plan = plan_for(settings.reduce)
+        if notes is not None:
+            notes += _overshoot(plan, settings)
+        return plan
     if held_out is None:
         raise SettingsError(
             "max_drop needs held_out: pictures to measure the drop on, from the training data and apart from "
             "the calibration's"
         )
     return largest_within(model, prepared, settings, plan_for, held_out, [] if notes is None else notes)
+
+
+def _overshoot(plan: Plan, settings: CompressSettings) -> list[str]:
+    """That a plan saves clearly more than it was asked to, and what comes nearer."""
+    asked, saved = settings.reduce, plan.made_by["saved"]
+    if asked is None or saved - asked < OVERSHOOT:
+        return []
+    ways = [*(["multiple=1"] if plan.made_by["multiple"] != 1 else []), "ranks='waterfill'"]
+    how = "" if settings.ranks == "waterfill" else f" with ranks {settings.ranks!r}"
+    nearer = f"; {' or '.join(ways)} comes nearer" if how or len(ways) > 1 else ""
+    return [
+        f"Asked to save {100 * asked:.3g} %, the plan saves {100 * saved:.1f} %: its steps are coarse{how}{nearer}."
+    ]

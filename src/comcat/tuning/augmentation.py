@@ -14,6 +14,9 @@ from ..errors import SettingsError
 from ..models.failures import required
 from .settings import TuneSettings
 
+SMALL = 64
+"""Up to so many pixels a side, a picture is small."""
+
 
 class Augment:
     """From a picture to a training input (channels, height, width) float32.
@@ -35,9 +38,9 @@ class Augment:
 
         self.preprocess = preprocess
         self.crop = None
-        if settings.crop_scale is not None:
+        if (scale := crop_scale(settings, preprocess)) is not None:
             self.crop = RandomResizedCropAndInterpolation(
-                preprocess.size, scale=settings.crop_scale, interpolation=preprocess.interpolation
+                preprocess.size, scale=scale, interpolation=preprocess.interpolation
             )
         self.flip = RandomHorizontalFlip(settings.flip)
         self.colours = None if settings.rand_augment is None else _rand_augment(settings.rand_augment, preprocess)
@@ -52,6 +55,13 @@ class Augment:
             fitted = fitted.convert("L")
         x = self.preprocess.tensor(fitted)
         return x if self.erase is None else self.erase(x)
+
+
+def crop_scale(settings: TuneSettings, preprocess: Preprocess) -> tuple[float, float] | None:
+    """What share of a picture's area random crops show: little of a small picture says nothing of what is in it."""
+    if settings.crop_scale != "auto":
+        return settings.crop_scale
+    return (0.6, 1.0) if max(preprocess.size) <= SMALL else (0.08, 1.0)
 
 
 def _rand_augment(words: str, preprocess: Preprocess) -> Any:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from ..data.pictures import Pictures, whole_number
 from ..data.reading import Unreadable, attempt
 from ..data.sources import Entry
-from ..errors import ComcatError, DataError, SettingsError
+from ..errors import ComcatError, DataError, SettingsError, counted
 from ..models import in_classes_of
 from ..runs.processes import Processes
 from ..runs.seeding import derive_seed, seeded
@@ -92,7 +92,7 @@ class TrainingData:
             if self.pictures.count is not None and self.count > self.pictures.count:
                 raise SettingsError(
                     f"an epoch of {self.count} samples (--epoch-size): "
-                    f"{self.pictures.name} has {self.pictures.count} pictures"
+                    f"{self.pictures.name} has {counted(self.pictures.count, 'picture')}"
                 )
 
     @cached_property

@@ -68,9 +68,10 @@ class TuneSettings:
     """RandAugment in timm's words, rand-m9-mstd0.5-inc1 being DeiT's."""
     erase: float = 0.0
     """Share of pictures with a random rectangle erased."""
-    crop_scale: tuple[float, float] | None = (0.08, 1.0)
-    """Least and largest share of a picture's area that a random crop shows; None shows what evaluation does.
-    Small pictures want more, such as 0.6 1."""
+    crop_scale: tuple[float, float] | Literal["auto"] | None = "auto"
+    """Least and largest share of a picture's area that a random crop shows; None shows what evaluation does; auto is
+    DeiT's 0.08 1, but 0.6 1 for pictures of at most 64 pixels.
+    """
     flip: float = 0.5
     """Share of pictures mirrored left to right."""
     drop_path: float | None = None
@@ -108,11 +109,12 @@ class TuneSettings:
         expect(self, "alpha", "feature_decay", "erase", "flip", "warmup", least=0, most=1)
         expect(self, "smoothing", "ema", "drop_path", least=0, below=1)
         expect(self, "temperature", "clip", "eval_every", above=0)
-        expect(self, "crop_scale", above=0, most=1)
+        if self.crop_scale != "auto":
+            expect(self, "crop_scale", above=0, most=1)
         expect(self, "seed", least=0, most=LARGEST_SEED)
         if self.min_lr > self.lr:
             raise SettingsError(f"got min_lr={self.min_lr:g}, expected at most lr={self.lr:g}")
-        if self.crop_scale is not None and self.crop_scale[0] > self.crop_scale[1]:
+        if isinstance(self.crop_scale, tuple) and self.crop_scale[0] > self.crop_scale[1]:
             raise SettingsError(f"got crop_scale={self.crop_scale}, expected two shares of the area, the smaller first")
 
     def lasting(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..measure.running import evaluating
 from ..models import preprocess_of
 from ..runs.processes import Processes
 from ..runs.state import fingerprint
-from .augmentation import Augment
+from .augmentation import Augment, crop_scale
 from .data import TrainingData
 from .learner import freeze_but, freeze_unused
 from .losses import Objective
@@ -80,6 +80,7 @@ def set_up(
     if classifies and evaluation is not None and not evaluation.has_labels:
         raise DataError(f"evaluation: {evaluation.unlabelled}, so there is no top-1")
     preprocess = preprocess_of(student) if preprocess is None else preprocess
+    settings = replace(settings, crop_scale=crop_scale(settings, preprocess))
     training = TrainingData(
         pictures=data,
         transform=Augment(preprocess, settings),

@@ -35,7 +35,17 @@ from ..tuning.leaks import check_sources
 from ..tuning.settings import TuneSettings
 from ..tuning.setup import set_up
 from ..tuning.tune import tune_
-from .places import Finished, Source, called, check_out, model_of, pictures_for, said_of_skipped
+from .places import (
+    Finished,
+    Source,
+    called,
+    check_out,
+    model_of,
+    pictures_for,
+    said_of_skipped,
+    said_of_tuning,
+    title_of,
+)
 from .settings import CompressToSettings
 
 Proposer = Callable[[nn.Module, Iterable], Plan]
@@ -200,16 +210,15 @@ def _carry_out(job: _Job) -> tuple[nn.Module, Compressed, Evaluation | None]:
     return small, done, compressed
 
 
-def _report(
-    job: _Job, small: nn.Module, done: Compressed, compressed: Evaluation | None, command: str | None
-) -> ReportData:
+def _report(job: _Job, small: Any, done: Compressed, compressed: Evaluation | None, command: str | None) -> ReportData:
     """Measure before and after, and gather what the report shows."""
     found = job.judge(job.before), job.judge(small, against=job.before)
+    tuned = said_of_tuning(small.comcat_record.results.tuning)
     timings = _timings(job, small, done.prepared.example) if job.settings.bench else None
     return collect(
-        job.before, small, done, title=f"{job.name}, compressed", model=job.name, command=command,
+        job.before, small, done, title=f"{title_of(job.name)}, compressed", model=job.name, command=command,
         settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
-        timings=timings, notes=(*job.notes, *said_of_skipped(job.division.calibration)),
+        timings=timings, notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
     )  # fmt: skip
 
 

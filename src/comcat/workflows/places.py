@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -65,6 +67,11 @@ def called(model: nn.Module | str | os.PathLike[str], given: str | None = None) 
     return name_of(model) if isinstance(model, nn.Module) else os.fspath(model)
 
 
+def title_of(name: str) -> str:
+    """A model's name for a title: of a folder, the last part of its path."""
+    return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
+
+
 def opened(source: Source) -> Pictures:
     """The pictures themselves, or those of a place."""
     return source if isinstance(source, Pictures) else open_pictures(source)
@@ -84,4 +91,20 @@ def said_of_skipped(pictures: Pictures) -> list[str]:
         return []
     return [
         f"{counted(len(pictures.skipped), 'unreadable picture')} left out, the first: {pictures.skipped[0]}",
+    ]
+
+
+def said_of_tuning(results: Mapping[str, Any] | None) -> list[str]:
+    """That tuning made a model worse on the pictures that it was followed on, if it did."""
+    before, after = (results or {}).get("before"), (results or {}).get("after")
+    if not before or not after or before.get("top1") is None or after.get("top1") is None:
+        return []
+    if after["top1"] >= before["top1"]:
+        return []
+    share = after["top1"] / 100
+    error = 100 * (share * (1 - share) / after["count"]) ** 0.5
+    return [
+        f"Tuning made it worse: top-1 {before['top1']:.2f} % before and {after['top1']:.2f} % after it, on "
+        f"{counted(after['count'], 'picture')} (sampling error {error:.1f} points). More steps or pictures, a smaller "
+        "lr or weaker augmentation may help."
     ]

@@ -24,7 +24,7 @@ from ..tuning.leaks import check_apart, check_sources
 from ..tuning.settings import TuneSettings
 from ..tuning.setup import CHECKPOINTS
 from ..tuning.tune import tune_
-from .places import Finished, Source, called, check_out, model_of, opened, said_of_skipped
+from .places import Finished, Source, called, check_out, model_of, opened, said_of_skipped, said_of_tuning, title_of
 
 
 def tune_to(
@@ -80,6 +80,7 @@ def tune_to(
             student, pictures, chosen, teacher=teacher, evaluation=judging, out=out, restart=restart, progress=progress
         )
         notes += said_of_skipped(pictures)
+        notes += said_of_tuning(student.comcat_record.results.tuning)  # type: ignore[union-attr]
         report = None
         with processes.together():
             if processes.main:
@@ -111,7 +112,7 @@ def _report(student: Any, name: str, command: str | None, notes: list[str]) -> R
     p = preprocess_of(student)
     asked = {"model": name, "teacher": tuning["teacher"], **tuning["settings"]}
     return collect_tuning(
-        student, title=f"{name}, tuned", model=name, command=command,
+        student, title=f"{title_of(name)}, tuned", model=name, command=command,
         settings={k: v for k, v in asked.items() if v is not None},
         example=torch.zeros(1, p.channels, *p.size), notes=tuple(notes),
     )  # fmt: skip

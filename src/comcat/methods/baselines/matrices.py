@@ -60,7 +60,9 @@ def product_plan(
     chosen = some(of_forms(found_sites(model, sites), ("ranks",)), "site that can shrink")
     check_budget(reduce, total)
     whole = sum(s.parameters() for s in chosen.values()) if total is None else total
-    plan = allocate(model, statistic, reduce=reduce, rule="uniform", forms="ranks", sites=chosen, total=whole)
+    plan = allocate(
+        model, statistic, reduce=reduce, rule="uniform", forms="ranks", sites=chosen, total=whole, multiple=1
+    )
     return replace(plan, made_by={"baseline": "product", **plan.made_by})
 
 
@@ -82,5 +84,7 @@ def units_plan(
     chosen = some(hidden_sites(found_sites(model, sites)), "feed-forward whose hidden units can be chosen")
     check_budget(reduce, total)
     whole = sum(s.parameters() for s in chosen.values()) if total is None else total
-    plan = allocate(model, statistic, reduce=reduce, rule="uniform", forms="units", sites=chosen, total=whole)
+    plan = allocate(
+        model, statistic, reduce=reduce, rule="uniform", forms="units", sites=chosen, total=whole, multiple=1
+    )
     return replace(plan, made_by={"baseline": "units", **plan.made_by})

@@ -46,7 +46,7 @@ class Ground:
         s = self.settings
         return allocate(
             self.model, statistic, reduce=reduce, budget=s.budget, sites=self.sites, factorizations=found,
-            multiple=s.multiple, tie=s.budget == "macs" if s.tie is None else s.tie, total=self.total, cost=self.cost,
+            multiple=s.multiple, tie=s.tie, total=self.total, cost=self.cost,
             made_for=self.made_for,
         )  # fmt: skip
 

@@ -115,6 +115,6 @@ def _closed_form(model: nn.Module, prepared: Prepared, sites: Sites, settings: S
     plan = allocate(
         model, prepared.statistic, reduce=settings.reduce, budget=settings.budget, forms=settings.forms, sites=sites,
         factorizations=prepared.factorizations, multiple=settings.multiple, total=prepared.total, cost=prepared.cost,
-        made_for=prepared.made_for,
+        made_for=prepared.made_for, tie=False,
     )  # fmt: skip
     return {name: entry.keep for name, entry in plan.sites.items()}
