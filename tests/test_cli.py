@@ -115,6 +115,37 @@ def test_inspect_prints_what_can_shrink_and_what_stays(folder, small, capsys):
     assert "already compressed" in capsys.readouterr().out
 
 
+def test_inspect_tells_of_tokens(folder, small, tmp_path, capsys):
+    assert main(["inspect", str(folder)]) == 0
+    said = (
+        "2 blocks can run on fewer tokens (comcat merge): 16 of a picture of 32 × 32 (4 × 4), one in front that stays."
+    )
+    assert said in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--json"]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert tokens["blocks"] == ["blocks.0", "blocks.1"] and (tokens["grid"], tokens["in_front"]) == ([4, 4], 1)
+    model = comcat.load_model(str(folder))
+    merged = comcat.compress(model, plan=comcat.merge(model, keep=0.7, example=torch.zeros(1, 3, 32, 32)))
+    comcat.save(merged, tmp_path / "merged")
+    assert main(["inspect", str(tmp_path / "merged")]) == 0
+    assert "1 block runs on fewer tokens: blocks.1 6 of 16." in capsys.readouterr().out
+
+
+def test_inspect_says_why_no_block_can_run_on_fewer_tokens(tmp_path, capsys):
+    import timm
+
+    place, shape = tmp_path / "beit", {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 1}
+    place.mkdir()
+    save_file(
+        timm.create_model("beit_base_patch16_224", num_classes=3, **shape).state_dict(), place / "model.safetensors"
+    )
+    cfg = {"input_size": [3, 16, 16], "num_classes": 3}
+    config = {"architecture": "beit_base_patch16_224", "num_classes": 3, "model_args": shape, "pretrained_cfg": cfg}
+    (place / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(place)]) == 0
+    assert "No block can run on fewer tokens: does not accept fewer tokens" in capsys.readouterr().out
+
+
 def test_inspect_says_why_a_layer_of_a_feed_forward_has_no_ranks(tmp_path, capsys):
     """A feed-forward this narrow can lose units, while factors of its layers always cost more."""
     import timm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,10 @@ def _inspect_model(command: Inspect) -> int:
     rows = [_row(model, site, sites, total, name not in by_default) for name, site in decisions.items()]
     told = {layer["site"] for row in rows for layer in row.get("layers", ())}
     refused = [{"site": r.name, "reason": r.reason} for r in sites.refused if r.name not in told]
+    tokens = _tokens_of(model)
     if command.json:
-        print(json.dumps({"model": command.model, "parameters": total, "sites": rows, "refused": refused}, indent=1))
+        said = {"model": command.model, "parameters": total, "sites": rows, "refused": refused, "tokens": tokens}
+        print(json.dumps(said, indent=1))
         return 0
     head = ["site", "kind", "full", "90 % energy", "saves up to", "parameters", "share", ""]
     table(head, [_cells(row) for row in rows], left=(1, 7))
@@ -58,11 +61,65 @@ def _inspect_model(command: Inspect) -> int:
     print(f"\n{len(rows)} sites hold {held:,} of {total:,} parameters ({100 * held / total:.1f} %).")
     if kept:
         print(f"{kept:,} of them are in classifier heads, which keep their size by default; --head lets them shrink.")
+    print("\n" + "\n".join(_said_of_tokens(tokens)))
     if refused:
         print("\nCannot shrink:")
         for row in refused:
             print(f"  {row['site']}: {row['reason']}")
     return 0
+
+
+def _tokens_of(model: Any) -> dict[str, Any]:
+    """The trunk of a model as JSON holds it, found by showing it one blank picture of its input size."""
+    import torch
+
+    from ..errors import ComcatError
+    from ..models import preprocess_of
+    from ..statistics.trunk import find_trunk
+
+    merged = [
+        {"block": name, "keep": module.token_reduction.keep, "tokens": module.token_reduction.full}
+        for name, module in model.named_modules()
+        if hasattr(module, "token_reduction")
+    ]
+    if merged:
+        return {"merged": merged}
+    try:
+        p = preprocess_of(model)
+        trunk = find_trunk(model, torch.zeros(1, p.channels, *p.size).to(next(model.parameters())))
+    except ComcatError as error:
+        return {"blocks": [], "reason": str(error)}
+    found: dict[str, Any] = {"blocks": [site.path for site in trunk.sites]}
+    if trunk.sites:
+        site = trunk.sites[0]
+        found |= {"tokens": site.full, "in_front": site.prefix, "grid": site.grid and list(site.grid)}
+    refused = [{"block": r.name.removesuffix(":tokens"), "reason": r.reason} for r in trunk.refused]
+    return {**found, "picture": list(p.size), "refused": refused}
+
+
+def _said_of_tokens(found: Mapping[str, Any]) -> Iterator[str]:
+    """The same in a few lines for people."""
+    from ..errors import counted
+
+    if "merged" in found:
+        kept = ", ".join(f"{m['block']} {m['keep']} of {m['tokens']}" for m in found["merged"])
+        many = len(found["merged"])
+        yield f"{counted(many, 'block')} {'runs' if many == 1 else 'run'} on fewer tokens: {kept}."
+    elif "reason" in found:
+        yield f"No block can run on fewer tokens: {found['reason']}."
+    elif not found["blocks"]:
+        yield f"No block can run on fewer tokens: {found['refused'][0]['reason']}."
+    else:
+        rows = "in no order that is known" if found["grid"] is None else " × ".join(map(str, found["grid"]))
+        front = {0: "none in front", 1: "one in front that stays"}.get(found["in_front"])
+        front = front or f"{found['in_front']} in front that stay"
+        size = " × ".join(map(str, found["picture"]))
+        yield (
+            f"{counted(len(found['blocks']), 'block')} can run on fewer tokens (comcat merge): {found['tokens']} of a "
+            f"picture of {size} ({rows}), {front}."
+        )
+        for row in found["refused"]:
+            yield f"  not {row['block']}: {row['reason']}"
 
 
 def _row(model: Any, site: Site, sites: Sites, total: int, kept: bool) -> dict[str, Any]:

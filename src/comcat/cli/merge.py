@@ -57,9 +57,7 @@ def run(command: Merge) -> int:
     )  # fmt: skip
     print_report(done.report, time.monotonic() - started)
     made_by = done.record.plan.made_by
-    print(
-        f"\n{100 * made_by['tokens']:.1f} % of the tokens run, on the mean over blocks; schedule: "
-        f"{made_by['schedule']}."
-    )
+    share, over = f"{100 * made_by['tokens']:.1f} %", ", ".join(command.blocks) or "blocks"
+    print(f"\n{share} of the tokens run, on the mean over {over}; schedule: {made_by['schedule']}.")
     print(f"Saved to {done.folder}; report: {(done.folder / 'report.html').resolve()}")
     return 0

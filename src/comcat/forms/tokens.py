@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import PlanError
+from ..modules.lowrank import LowRankAttention
 from ..modules.merging import ChosenTokens, GridTokens, SimilarTokens, TokenReduction, fewer_tokens
 from ..plan import SitePlan
 from ..sites import TokenSite, Undo, part
@@ -55,6 +56,9 @@ def site_of_entry(name: str, entry: SitePlan) -> TokenSite:
     told = entry.details.get("tokens")
     if not isinstance(told, Mapping) or not {"prefix", "channels", "stream"} <= set(told):
         raise PlanError(f"{name}: form {entry.form!r} needs 'tokens' with prefix, channels and stream, got {told!r}")
+    for key, least in (("prefix", 0), ("channels", 1)):
+        if not isinstance(told[key], int) or isinstance(told[key], bool) or told[key] < least:
+            raise PlanError(f"{name}: got {key} {told[key]!r}, expected a whole number from {least}")
     grid = told.get("grid")
     return TokenSite(
         name, name.removesuffix(":tokens"), entry.full, told["prefix"], told["channels"],
@@ -157,7 +161,8 @@ def _drop(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str,
     for key in ("query", "key"):
         path, _, stop = told[key]
         layer = block.get_submodule(path)
-        if not isinstance(layer, nn.Linear) or layer.out_features < stop:
+        holder = block.get_submodule(path.rpartition(".")[0])
+        if not isinstance(layer, nn.Linear) or layer.out_features < stop or isinstance(holder, LowRankAttention):
             raise PlanError(f"{site.name}: {path} is not the projection that it was when the plan was made")
     return ChosenTokens(
         *common, query=tuple(told["query"]), key=tuple(told["key"]), heads=told["heads"], scale=told["scale"],

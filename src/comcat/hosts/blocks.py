@@ -79,12 +79,18 @@ def check_blocks(model: nn.Module, sites: Iterable[Any]) -> None:
             continue
         if site.path not in modules:
             raise PlanError(f"{site.name}: the model has no {site.path!r}{nearest(site.path, modules)}")
+        if site.patches is not None and site.patches not in modules:
+            raise PlanError(f"{site.name}: the model has no {site.patches!r}{nearest(site.patches, modules)}")
         block = modules[site.path]
         key = (structure(block), site.channels, site.prefix)
         if key not in known:
             known[key] = objection_or_anatomy(block, site.channels, site.prefix)
         if isinstance(found := known[key], str):
-            raise PlanError(f"{site.name}: {found}")
+            raise PlanError(f"{site.name}: {found} (tried with {site.prefix} + 9 tokens of {site.channels} channels)")
+        for what in ("stream", "mask", "norm"):
+            said, there = getattr(site, what), getattr(found, what)
+            if said not in (None, there):
+                raise PlanError(f"{site.name}: the plan says {what} {said!r}, the block has {there!r}")
 
 
 def _first(said: Any) -> Tensor:

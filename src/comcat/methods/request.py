@@ -40,7 +40,7 @@ def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | Non
     check_ordinary(model)
     record = getattr(model, "comcat_record", None)
     if record is not None and record.plan.sites:
-        raise ModelError("the model is compressed already, and its factors are no sites; begin from the original")
+        raise ModelError("the model is compressed already; begin from the original")
     if (unsound := first_unsound(model.named_parameters())) is not None:
         raise NumericsError(f"{unsound} holds NaN or infinite values")
 

@@ -111,7 +111,7 @@ class MergeSettings:
     """On how many tokens the blocks of a model shall run, and which tokens are run as one."""
 
     keep: float = 0.7
-    """Mean share of the grid's tokens over all blocks."""
+    """Mean share of the grid's tokens over all blocks, or over those that are named."""
     how: How = "similar"
     """Merge tokens that look alike (similar) or neighbours (grid: CAIT's asymmetric merging), or leave some out (drop:
     a baseline).

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...apply import apply_
+from ...errors import NumericsError
 from ...hosts import find_sites
 from ...hosts.classes import classes_of
 from ...measure.running import call, evaluating
@@ -46,7 +47,10 @@ class Meter:
             after = self._outputs()
         finally:
             handle.revert()
-        return sum(divergence(b, a, self.classes) for b, a in zip(self.before, after, strict=True)) / self.count
+        found = sum(divergence(b, a, self.classes) for b, a in zip(self.before, after, strict=True)) / self.count
+        if not math.isfinite(found):
+            raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
+        return found
 
     def _outputs(self) -> list[Any]:
         p = next(self.model.parameters())
