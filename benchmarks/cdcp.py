@@ -29,7 +29,7 @@ WAYS = ("ranks + units", "channels", "cdcp", "cdcp blind")
 TUNE: dict[str, Any] = {"batch_size": 128, "lr": 1e-4, "crop_scale": (0.6, 1.0)}
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     p = common.parser(__doc__)
     p.add_argument("--model", default=str(common.SHARED / "models" / "vit_cifar10"))
     p.add_argument("--data", default=str(common.SHARED / "data" / "cifar10" / "train.parquet"))
@@ -44,7 +44,7 @@ def main() -> None:
     p.add_argument("--choices", type=int, default=8, help="how often gates are marked")
     p.add_argument("--name", default="cdcp")
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-cdcp"), help="finished runs")
-    arguments = p.parse_args()
+    arguments = p.parse_args(given)
     model = comcat.load_model(arguments.model, device=arguments.device)
     train, judged = comcat.open_pictures(arguments.data), comcat.open_pictures(arguments.eval)
     if arguments.limit:

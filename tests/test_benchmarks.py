@@ -43,7 +43,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield tmp_path
-    ours = (*TABLES, *TRAINED, *TUNED, "tables", "trained", "figures12", "common")
+    ours = (*TABLES, *TRAINED, *TUNED, "cdcp", "tables", "trained", "figures12", "common")
     for name in [n for n in sys.modules if n.split(".")[0] in ours]:
         del sys.modules[name]
 
@@ -285,3 +285,14 @@ def test_a_step_of_search_is_compared_with_one_layer_a_candidate(scripts):
 
     asked = ["--model", "vit_tiny_patch16_224", "--batch", "1", "--grid", "2", "--repeats", "1", "--no-write"]
     assert search_step.main(asked).keys() == set(search_step.WAYS)
+
+
+def test_trained_channels_beside_the_closed_form(scripts, folder, tmp_path):
+    import cdcp
+
+    asked = {"model": folder, "data": "digits:train", "eval": "digits:test", "limit": 140, "pictures": 8, "choices": 2}
+    asked |= {"savings": 0.4, "seeds": 1, "precision": "fp32", "device": "cpu", "work": tmp_path / "runs"}
+    cdcp.main([word for name, value in asked.items() for word in (f"--{name}", str(value))])
+    written = json.loads(next(scripts.rglob("cdcp.json")).read_text())
+    assert [row["way"] for row in written["rows"]] == list(cdcp.WAYS)
+    assert all(row["saved"] >= 0.4 and 0 <= row["top1_mean"] <= 100 for row in written["rows"])
