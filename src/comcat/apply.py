@@ -57,6 +57,7 @@ def apply_(
     sites = find_sites(model) if sites is None else sites
     check_plan(plan, sites, whole=whole)
     planned = [Planned(site_for(name, entry, sites), entry) for name, entry in plan.sites.items()]
+    planned.sort(key=lambda p: p.site.kind == "tokens")  # last: some forms look at what became of the projections
     check_blocks(model, [p.site for p in planned])
     material = Material(
         statistic=Weights() if statistic is None else statistic,

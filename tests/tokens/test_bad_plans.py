@@ -11,7 +11,7 @@ import torch
 import comcat
 from comcat.errors import ComcatError, ModelError, PlanError, SettingsError
 from comcat.forms.tokens import grid_entry, token_entry
-from comcat.plan import Plan
+from comcat.plan import Plan, SitePlan
 from comcat.statistics.trunk import find_trunk
 
 from ..models import pictures, tiny_vit
@@ -68,10 +68,11 @@ def test_plans_edited_wrongly_are_refused_and_nothing_is_changed(form: str, chan
 def test_a_drop_whose_projection_becomes_thin_is_refused_and_nothing_is_changed() -> None:
     model = tiny_vit()
     before, drop = model(X), comcat.merge(model, [X], keep=0.5, how="drop")
-    both = Plan(sites={**drop.sites, **comcat.allocate(model, reduce=0.5).sites})
-    with pytest.raises(PlanError, match="is not the projection that it was"):
-        comcat.apply_(model, both)
-    assert model(X).equal(before)
+    thin = {f"blocks.{i}.attn:qk": SitePlan(keep=8, full=16) for i in range(2)}
+    for both in ({**thin, **drop.sites}, {**drop.sites, **thin}):
+        with pytest.raises(PlanError, match="is not the projection that it was"):
+            comcat.apply_(model, Plan(sites=both))
+        assert model(X).equal(before)
 
 
 @pytest.mark.parametrize("form", ["similar", "grid"])
