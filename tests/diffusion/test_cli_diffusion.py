@@ -103,6 +103,7 @@ def test_recipes_of_the_paper(model, images, tmp_path):
     assert (
         settings["steps"] == 2 and settings["lr"] == 2.5e-3 and settings["init"] == "random" and settings["rank"] == 2
     )
+    assert any(".attn1" in path for path in cd.read(out).factors)  # self-attention is in the paper's 6 MB
     recipe = ("--recipe", recipes / "sd14-paper-pictures.yaml", "--count", 3, "--prompt", "V* dog")
     assert generate(model, tmp_path / "pictures", *recipe) == 0
     made = [json.loads(Image.open(p).text["comcat"]) for p in (tmp_path / "pictures").iterdir()]

@@ -17,12 +17,14 @@ from .common import Positional
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write a model as a file that a runtime loads, load it again and compare it with the model."""
+    """Write a model as a file that a runtime loads, load it again and compare it with the model; or an adapter of a
+    text-to-image pipeline as a LoRA.
+    """
 
     ALTERNATIVES: ClassVar[tuple[str, ...]] = ()
 
     model: Positional[str]
-    """timm:NAME, hf:NAME or a folder."""
+    """timm:NAME, hf:NAME or a folder; or an adapter, dog.safetensors."""
     out: Path
     """What to write: FILE.onnx, FILE.pt2 or, for openvino, a folder. The preprocessing is written beside it."""
     to: FormatName = "onnx"
@@ -57,9 +59,23 @@ class Export:
     """Which pictures; random weights."""
     json: bool = False
     """Print JSON instead of words."""
+    kind: Annotated[Literal["model", "lora"], tyro.conf.arg(name="as")] = "model"
+    """lora: an adapter as plain LoRA keys, which diffusers, ComfyUI and Forge load."""
+    rank: int = 16
+    """Of a LoRA."""
+    base: str | None = None
+    """Of a LoRA: the pipeline that the adapter is for; left out, the one that it was trained on."""
+    prompts: tuple[str, ...] = ()
+    """Of a LoRA: what it shall be near the adapter on, beside the adapter's own prompt."""
+    keys: Literal["diffusers", "kohya"] = "diffusers"
+    """Of a LoRA: whose names; kohya's are for UNets."""
+    force: bool = False
+    """Write a LoRA however far from the adapter it is."""
 
 
 def run(command: Export) -> int:
+    if command.kind == "lora":
+        return _export_lora(command)
     _check_source(command.model)
     return _export_model(command)
 
@@ -70,7 +86,7 @@ def _check_source(model: str) -> None:
     if path.suffix == ".safetensors" or model.startswith("diffusers:") or (path / "model_index.json").is_file():
         raise ExportError(
             f"{model} is of a text-to-image pipeline, whose denoiser takes a time and a prompt beside the picture; "
-            "only models of pictures alone are exported. Fuse adapters and save the pipeline with diffusers instead"
+            "only models of pictures alone are exported. An adapter's file becomes a LoRA with --as lora"
         )
 
 
@@ -96,6 +112,30 @@ def _export_model(command: Export) -> int:
     print(f"Loaded again and compared with the model: {done.comparison}.")
     for note in done.notes:
         print(note)
+    return 0
+
+
+def _export_lora(command: Export) -> int:
+    from ..diffusion import export_lora, load, load_pipeline, read
+
+    file = read(command.model)
+    if command.out.exists() and not command.overwrite:
+        raise ExportError(f"{command.out} is there already; name another file, or --overwrite")
+    base = command.base or file.base
+    if base is None:
+        raise SettingsError(f"{command.model} does not say which pipeline it was trained on; name it with --base")
+    pipe = load_pipeline(base)
+    load(pipe, command.model, name="adapter")
+    report = export_lora(
+        pipe, command.out, name="adapter", rank=command.rank, prompts=command.prompts, keys=command.keys,
+        force=command.force, seed=command.seed,
+    )  # fmt: skip
+    if command.json:
+        print(json.dumps(asdict(report) | {"path": str(report.path)}, indent=1))
+        return 0
+    print(f"Wrote {report.path}: {report}.")
+    for site, reason in report.left_out.items():
+        print(f"Left out: {site} ({reason})")
     return 0
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .adapter.fuse import fuse as fuse
     from .adapter.fuse import unfuse as unfuse
     from .adapter.load import load as load
+    from .adapter.lora import LoraReport as LoraReport
+    from .adapter.lora import export_lora as export_lora
     from .adapter.merge import MergeReport as MergeReport
     from .adapter.merge import merge as merge
     from .adapter.paper import import_paper as import_paper
@@ -40,7 +42,8 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "Adaptable": "adapter.find", "Adapter": "adapter.records", "AdapterFile": "adapter.files",
-    "CustomizeSettings": "learn.settings", "GenerateSettings": "draw.settings", "MergeReport": "adapter.merge",
+    "CustomizeSettings": "learn.settings", "GenerateSettings": "draw.settings", "LoraReport": "adapter.lora",
+    "MergeReport": "adapter.merge", "export_lora": "adapter.lora",
     "adapters": "adapter.records", "attach": "adapter.attach", "customize": "learn.customize",
     "find_adaptable": "adapter.find", "fuse": "adapter.fuse", "generate": "draw.generate",
     "generate_to": "draw.generate", "import_paper": "adapter.paper", "load": "adapter.load",

@@ -12,6 +12,7 @@ from .products import (
     root,
     shrinkage_weight,
 )
+from .updates import nearest_updates
 
-__all__ = ["RIDGE", "Elimination", "Factorization", "eliminate", "factorize", "gram", "match_trace",
+__all__ = ["RIDGE", "Elimination", "Factorization", "eliminate", "factorize", "gram", "match_trace", "nearest_updates",
            "product_singular_values", "refit", "refit_units", "root", "shrinkage_weight"]  # fmt: skip

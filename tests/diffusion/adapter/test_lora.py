@@ -1,0 +1,172 @@
+"""An adapter as a LoRA: loaded by diffusers itself, it gives nearly what the adapter gave, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import comcat.diffusion as diffusion
+from comcat.cli import main
+from comcat.errors import SettingsError, UnsupportedSite
+from comcat.linalg import nearest_updates
+from comcat.linalg.updates import Side
+
+from .. import tiny
+from ..denoisers import random, unet_arguments
+
+HOW: dict[str, Any] = {"steps": 2, "dtype": torch.float32}
+
+
+def pipeline(folder: Path, family: str = "stable_diffusion", **settings: Any) -> Any:
+    pipe = getattr(tiny, family)(folder / "parts")
+    diffusion.attach(pipe, init="random", rank=1, alpha=0.5, **settings)
+    return pipe
+
+
+@torch.no_grad()
+def output(pipe: Any) -> Tensor:
+    return pipe.unet(**unet_arguments(text=16)).sample
+
+
+def test_diffusers_loads_it_and_the_output_is_near(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path)
+    with_adapter, weights = output(pipe), {n: p.clone() for n, p in pipe.unet.named_parameters()}
+    report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", prompts=["a photo of dog"], **HOW)
+    assert output(pipe).equal(with_adapter)  # nothing in the pipeline has changed
+    assert all(p.equal(weights[n]) for n, p in pipe.unet.named_parameters())
+    diffusion.unload(pipe)
+    plain = output(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    near, change = (output(pipe) - with_adapter).norm(), (plain - with_adapter).norm()
+    assert report.difference <= 0.03 and report.size_bytes == (tmp_path / "lora.safetensors").stat().st_size
+    assert near < 0.5 * change  # these random latents and texts are none of those that it was made near on
+    assert set(report.errors) == {f"{p}:{one}" for p in cross(pipe) for one in ("qk", "vo")}
+    assert "differs by" in str(report) and not report.left_out
+
+
+def cross(pipe: Any) -> list[str]:
+    return list(diffusion.find_adaptable(pipe).only("cross"))
+
+
+def test_kohya_s_keys_are_the_same_weights(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path)
+    for keys in ("diffusers", "kohya"):
+        diffusion.export_lora(pipe, tmp_path / f"{keys}.safetensors", keys=keys, **HOW)
+    diffusion.unload(pipe)
+    found = {}
+    for keys in ("diffusers", "kohya"):
+        pipe.load_lora_weights(tmp_path / f"{keys}.safetensors")
+        found[keys] = output(pipe)
+        pipe.unload_lora_weights()
+    assert torch.allclose(found["diffusers"], found["kohya"], atol=1e-6)
+    assert not torch.allclose(found["kohya"], output(pipe), atol=1e-4)
+    assert all(k.startswith("lora_unet_") for k in load_file(tmp_path / "kohya.safetensors"))
+
+
+def test_too_low_a_rank_is_refused_with_its_difference_unless_forced(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path, where="all")
+    out = tmp_path / "lora.safetensors"
+    with pytest.raises(SettingsError, match=r"rank 1 differs from 'default' by .*%.* at most 0\.0%: try a higher rank"):
+        diffusion.export_lora(pipe, out, rank=1, bound=1e-6, **HOW)
+    assert not out.exists()
+    low = diffusion.export_lora(pipe, out, rank=1, bound=1e-6, force=True, **HOW)
+    high = diffusion.export_lora(pipe, out, rank=8, force=True, **HOW)
+    assert high.difference < low.difference and max(high.errors.values()) < max(low.errors.values())
+
+
+def test_both_streams_of_a_joint_attention(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path, "stable_diffusion_3")
+    report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", force=True, **HOW)
+    keys = {k.split(".attn.")[1].split(".lora")[0] for k in load_file(tmp_path / "lora.safetensors")}
+    assert {"to_q", "add_q_proj", "add_k_proj", "add_v_proj", "to_out.0", "to_add_out"} <= keys
+    assert report.of_change < 0.5
+    diffusion.unload(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+
+
+def test_what_no_lora_can_stand_for_is_left_out_and_said(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path, "flux")
+    report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", force=True, **HOW)
+    assert all(site.endswith(":qk") for site in report.left_out) and len(report.left_out) == 2
+    assert all("rotary embeddings between W_Q and W_K" in reason for reason in report.left_out.values())
+    with pytest.raises(SettingsError, match=r"Left out were .*rotary embeddings"):
+        diffusion.export_lora(pipe, tmp_path / "other.safetensors", bound=1e-9, **HOW)
+    with pytest.raises(SettingsError, match="kohya' are for UNets alone"):
+        diffusion.export_lora(pipe, tmp_path / "other.safetensors", keys="kohya", **HOW)
+    diffusion.unload(pipe)
+    single = {"transformer.single_transformer_blocks.0.attn"}
+    diffusion.attach(pipe, where="joint")
+    assert single < set(diffusion.adapters(pipe)["default"].modules)
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path)
+    out = tmp_path / "lora.safetensors"
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"rank": 0}, "got rank 0, expected a whole number from 1"),
+        ({"keys": "webui"}, "keys"),
+        ({"name": "defualt"}, "did you mean 'default'"),
+    )
+    for settings, said in wrong:
+        with pytest.raises(SettingsError, match=said):
+            diffusion.export_lora(pipe, out, **settings)
+    with pytest.raises(SettingsError, match=r"ends in \.safetensors"):
+        diffusion.export_lora(pipe, tmp_path / "lora.bin")
+    diffusion.attach(pipe, name="cat")
+    with pytest.raises(SettingsError, match="'cat' would be measured as well"):
+        diffusion.export_lora(pipe, out)
+    diffusion.unload(pipe)
+    diffusion.customize(pipe, tiny.pictures(), prompt="a V* dog", new_token="dog", steps=1, resolution=16)
+    with pytest.raises(SettingsError, match="has a token of its own"):
+        diffusion.export_lora(pipe, out)
+    assert not out.exists()
+
+
+def test_a_quantised_projection_is_told(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path)
+    for path in cross(pipe):
+        attention = pipe.unet.get_submodule(path.removeprefix("unet."))
+        attention.to_q = torch.nn.Sequential(attention.to_q)
+        attention.to_v = torch.nn.Sequential(attention.to_v)
+    with pytest.raises(UnsupportedSite, match=r"cannot become a LoRA.*to_q is a Sequential"):
+        diffusion.export_lora(pipe, tmp_path / "lora.safetensors")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipe = pipeline(tmp_path)
+    file = diffusion.save(pipe, tmp_path / "dog.safetensors", identifier="V*", prompt="a photo of V* dog")
+    diffusion.unload(pipe)
+    pipe.save_pretrained(tmp_path / "pipe")
+    out = tmp_path / "lora.safetensors"
+    how = ["export", str(file), "--as", "lora", "--rank", "8", "--out", str(out), "--force"]
+    assert main(how) == 1 and "--base" in capsys.readouterr().err
+    assert main([*how, "--base", str(tmp_path / "pipe")]) == 0
+    assert "rank 8" in capsys.readouterr().out and out.is_file()
+    assert main([*how, "--base", str(tmp_path / "pipe")]) == 1 and "--overwrite" in capsys.readouterr().err
+    assert main(["export", str(file), "--out", str(tmp_path / "x.onnx")]) == 1
+    assert "--as lora" in capsys.readouterr().err
+
+
+def test_the_nearest_updates_reach_what_can_be_reached() -> None:
+    """A term within what W_Q spans is a change of W_K alone: at its rank nothing is missing."""
+    own_l, own_r = random(2, 6, 3).double(), random(2, 5, 3, seed=1).double()
+    wide = random(2, 5, 1, seed=2).double()
+    left = Side(own_l, own_l[..., :1], (torch.eye(6, dtype=torch.float64),))
+    right = Side(own_r, wide, (torch.eye(5, dtype=torch.float64),))
+    updates_l, updates_r, error = nearest_updates(left, right, 2)
+    assert error < 1e-4
+    changed = [
+        side.own + (side.streams[0] @ a @ b).unflatten(1, (2, -1)).transpose(0, 1)
+        for side, ((a, b),) in ((left, updates_l), (right, updates_r))
+    ]
+    wanted = own_l @ own_r.mT + own_l[..., :1] @ wide.mT
+    assert float((changed[0] @ changed[1].mT - wanted).norm() / (own_l[..., :1] @ wide.mT).norm()) == pytest.approx(
+        error, abs=1e-6
+    )
+    _, _, poor = nearest_updates(left, right, 1)
+    assert poor > error
