@@ -28,7 +28,7 @@ from comcat.report import (
     render,
     search_series,
     tuning_series,
-    units,
+    wording,
     write,
 )
 from comcat.report.figures import parameters_for_energy, rank_panels
@@ -42,16 +42,19 @@ def spectrum(layer="blocks.0.attn", matrix="QK", head=0, values=(4.0, 3.0, 2.0, 
     return Spectrum(layer=layer, matrix=matrix, head=head, singular_values=values, parameters_per_rank=cost)
 
 
-def site(name="blocks.0.attn:qk", kind="qk", rank=3, full=8, before=800, after=300, loss=None, note=""):
+def site(name="blocks.0.attn:qk", kind="qk", keep=3, full=8, before=800, after=300, loss=None, note="", **more):
+    form = None if keep is None else "units" if kind == "units" else "product"
     return SiteRow(
         name=name,
         kind=kind,
-        rank=rank,
-        full_rank=full,
+        form=more.pop("form", form),
+        keep=keep,
+        full=full,
         parameters_before=before,
         parameters_after=after,
         predicted_loss=loss,
         note=note,
+        **more,
     )
 
 
@@ -81,10 +84,10 @@ def full(depth=2, heads=2, width=4, cost=10):
     sites = []
     for block in range(depth):
         for kind in ("qk", "vo"):
-            sites.append(site(f"blocks.{block}.attn:{kind}", kind, rank=2 + block % 2, full=width, loss=0.01))
-        sites.append(site(f"blocks.{block}.mlp.fc1", "linear", rank=5, full=16))
-        sites.append(site(f"blocks.{block}.mlp.fc2", "linear", rank=None, full=16, after=800, note="too costly"))
-    sites.append(site("head", "linear", rank=4, full=16))
+            sites.append(site(f"blocks.{block}.attn:{kind}", kind, keep=2 + block % 2, full=width, loss=0.01))
+        sites.append(site(f"blocks.{block}.mlp.fc1", "linear", keep=5, full=16))
+        sites.append(site(f"blocks.{block}.mlp.fc2", "linear", keep=None, full=16, after=800, note="too costly"))
+    sites.append(site("head", "linear", keep=4, full=16))
     spectra = tuple(
         spectrum(
             f"blocks.{block}.attn", matrix, head, tuple(math.exp(-k * (1 + head) / width) for k in range(width)), cost
@@ -324,39 +327,39 @@ def test_damaged_json_is_refused():
 @pytest.mark.parametrize(
     ("shown", "expected"),
     [
-        (units.scaled(22_050_664), "22.05 M"),
-        (units.scaled(999_960), "1 M"),
-        (units.scaled(999), "999"),
-        (units.scaled(4.608e9), "4.608 G"),
-        (units.size(88.2e6), "84.11 MiB"),
-        (units.size(5e15), "4,547 TiB"),
-        (units.duration(0.01312), "13.1 ms"),
-        (units.duration(0.9996), "1 s"),
-        (units.duration(0.0009996), "1 ms"),
-        (units.duration(3.2e-5), "32 µs"),
-        (units.duration(999.7), "1,000 s"),
-        (units.rate(1512.7), "1,513 images/s"),
-        (units.elapsed(45.24), "45.2 s"),
-        (units.elapsed(59.7), "1 min 0 s"),
-        (units.elapsed(725), "12 min 5 s"),
-        (units.elapsed(12_300), "3 h 25 min"),
-        (units.elapsed(0), "0 s"),
-        (units.plain(-0.25), "−0.25"),
-        (units.signed(-0.0001, 2), "0.00"),
-        (units.change(80.0, 79.5, units.METRICS["top1"]), "−0.50 points"),
-        (units.change(200, 100, units.METRICS["parameters"]), "−50.0 %"),
-        (units.change(0, 100, units.METRICS["parameters"]), ""),
-        (units.ratio(200, 100, units.METRICS["latency_s"]), "2.00× faster"),
-        (units.ratio(100, 200, units.METRICS["throughput"]), "2.00× faster"),
-        (units.ratio(100, 200, units.METRICS["parameters"]), "2.00× larger"),
-        (units.ratio(79.0, 80.0, units.METRICS["top1"]), ""),
-        (units.cell(math.nan, units.METRICS["loss"]), "not finite"),
-        (units.cell(2048, units.metric("cache_bytes")), "2 KiB"),
-        (units.metric("calibration_error_percent").label, "Calibration error"),
+        (wording.scaled(22_050_664), "22.05 M"),
+        (wording.scaled(999_960), "1 M"),
+        (wording.scaled(999), "999"),
+        (wording.scaled(4.608e9), "4.608 G"),
+        (wording.size(88.2e6), "84.11 MiB"),
+        (wording.size(5e15), "4,547 TiB"),
+        (wording.duration(0.01312), "13.1 ms"),
+        (wording.duration(0.9996), "1 s"),
+        (wording.duration(0.0009996), "1 ms"),
+        (wording.duration(3.2e-5), "32 µs"),
+        (wording.duration(999.7), "1,000 s"),
+        (wording.rate(1512.7), "1,513 images/s"),
+        (wording.elapsed(45.24), "45.2 s"),
+        (wording.elapsed(59.7), "1 min 0 s"),
+        (wording.elapsed(725), "12 min 5 s"),
+        (wording.elapsed(12_300), "3 h 25 min"),
+        (wording.elapsed(0), "0 s"),
+        (wording.plain(-0.25), "−0.25"),
+        (wording.signed(-0.0001, 2), "0.00"),
+        (wording.change(80.0, 79.5, wording.METRICS["top1"]), "−0.50 points"),
+        (wording.change(200, 100, wording.METRICS["parameters"]), "−50.0 %"),
+        (wording.change(0, 100, wording.METRICS["parameters"]), ""),
+        (wording.ratio(200, 100, wording.METRICS["latency_s"]), "2.00× faster"),
+        (wording.ratio(100, 200, wording.METRICS["throughput"]), "2.00× faster"),
+        (wording.ratio(100, 200, wording.METRICS["parameters"]), "2.00× larger"),
+        (wording.ratio(79.0, 80.0, wording.METRICS["top1"]), ""),
+        (wording.cell(math.nan, wording.METRICS["loss"]), "not finite"),
+        (wording.cell(2048, wording.metric("cache_bytes")), "2 KiB"),
+        (wording.metric("calibration_error_percent").label, "Calibration error"),
     ],
 )
 def test_units(shown, expected):
-    assert shown.replace(units.SPACE, " ") == expected
+    assert shown.replace(wording.SPACE, " ") == expected
 
 
 # Figures
@@ -598,7 +601,7 @@ def test_progress_of_ranks_set_by_hand_begins_with_tuning():
 
 
 def test_facts_say_who_taught_and_how_long():
-    facts = {name: text.replace(units.SPACE, " ") for name, text in tuning_facts(tuning()).items()}
+    facts = {name: text.replace(wording.SPACE, " ") for name, text in tuning_facts(tuning()).items()}
     assert facts["Teacher"] == "timm:deit_small_patch16_224 (hard distillation)"
     assert facts["Length"] == "2 epochs, 4 steps of 256 pictures"
     assert facts["Throughput while training"] == "1,513 images/s"
@@ -669,7 +672,7 @@ def test_a_searched_and_tuned_model_is_reported_on(digits):
     assert whole.after["macs"] == report.after["macs"]
     assert whole.before == {k: v for k, v in report.before.items() if k in ("parameters", "macs", "size_bytes")}
     assert whole.between["top1"] == compressed.top1 and "maybe on other pictures" in whole.notes[0]
-    text = Page(render(dataclasses.replace(whole, curves={}))).text.replace(units.SPACE, " ")
+    text = Page(render(dataclasses.replace(whole, curves={}))).text.replace(wording.SPACE, " ")
     assert "Before Compressed Tuned Change Ratio" in text
     assert f"{compressed.top1:.2f} → {last.top1:.2f} %" in text
 
@@ -745,7 +748,7 @@ def test_every_figure_is_described(page):
 
 def test_page_of_a_tuned_model():
     page = Page(render(tuned()))
-    text = page.text.replace(units.SPACE, " ")
+    text = page.text.replace(wording.SPACE, " ")
     for words in (
         "Before Compressed Tuned Change Ratio",
         "Top-1 accuracy 79.80 % 70.11 % 79.27 % −0.53 points",
@@ -763,11 +766,11 @@ def test_page_of_a_tuned_model():
 
 def test_a_tuned_model_whose_original_nobody_knows():
     data = empty(before={"parameters": 100, "top1": 70.0}, after={"parameters": 100, "top1": 75.0})
-    text = Page(render(data)).text.replace(units.SPACE, " ")
+    text = Page(render(data)).text.replace(wording.SPACE, " ")
     assert "Before After Change Ratio" in text and "70.00 → 75.00 %" in text
     assert "Parameters 0.0 %" not in text  # tuning leaves them: no headline
     between = dataclasses.replace(data, before={"parameters": 200}, between=data.before)
-    text = Page(render(between)).text.replace(units.SPACE, " ")
+    text = Page(render(between)).text.replace(wording.SPACE, " ")
     assert "70.00 → 75.00 %" in text and "Top-1 accuracy – 70.00 % 75.00 % +5.00 points" in text
 
 
@@ -794,7 +797,7 @@ def test_a_few_parts_alone():
         after={"loss": math.nan, "top1": 50.0},
         measured_loss=-0.5,
         predicted_loss=math.nan,
-        sites=(site(rank=None, after=800),),
+        sites=(site(keep=None, after=800),),
         spectra=(spectrum(matrix="W_Q", values=()), spectrum(matrix="W_K", values=(0.0, 0.0))),
         settings={"a": None, "b": {}, "c": [], "d": math.inf, "e": [None, 1]},
         curves={"Nothing": []},
@@ -803,7 +806,7 @@ def test_a_few_parts_alone():
     assert not re.search(r"\b(None|nan|NaN|inf)\b", page.text)
     assert "Loss – not finite" in page.text
     assert "Predicted loss" not in page.text and "Note" not in page.text.split("All 1 sites")[1]
-    assert "the plan leaves them as they are" in page.text
+    assert "The plan leaves them as they are" in page.text
     assert {attrs["style"] for tag, attrs in page.tags if attrs.get("class") == "fill"} == {"width: 0%"}
 
 
@@ -819,7 +822,7 @@ def test_hostile_text_is_escaped():
         before={HOSTILE: 1.0},
         after={HOSTILE: HOSTILE},
         agreement={HOSTILE: 1.0},
-        sites=(*rows, site(name=HOSTILE + "2", kind="qk", rank=None, note=HOSTILE)),
+        sites=(*rows, site(name=HOSTILE + "2", kind="qk", keep=None, note=HOSTILE)),
         spectra=(spectrum(layer=HOSTILE, matrix="QK"),),
         notes=(HOSTILE,),
         curves={
@@ -876,3 +879,57 @@ def test_write_to_a_folder_is_refused(tmp_path):
 def test_text_that_is_not_unicode_is_written(tmp_path):
     write(empty(command="comcat \udcff.jpg"), tmp_path / "report.html")
     assert "comcat ?.jpg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+# Blocks, by a real compression
+
+
+@pytest.fixture(scope="module")
+def compressed():
+    """A report on a tiny model whose first feed-forward lost units and whose second came to low rank."""
+    import copy
+
+    from comcat.methods.compress import CompressSettings, compress_
+    from comcat.report.collect import collect
+
+    from .models import pictures, tiny_vit
+
+    model = tiny_vit()
+    before = copy.deepcopy(model)
+    done = compress_(model, pictures(64, 16), CompressSettings(reduce=0.4))
+    return done, collect(before, model, done, model="/models/vit_tiny/", judged_on="digits:test (500 pictures)")
+
+
+def test_every_block_says_what_became_of_its_two_parts_and_why(compressed):
+    done, report = compressed
+    forms = {n: e.form for n, e in done.plan.sites.items()}
+    assert "blocks.0.mlp:units" in forms and "blocks.1.mlp.fc1" in forms  # both kinds, or the test shows nothing
+    rows = {row.name: row for row in report.sites}
+    assert set(rows) == {*forms, "head"}  # a feed-forward once: by its units or by its layers
+    first, second = rows["blocks.0.mlp:units"], rows["blocks.1.mlp.fc1"]
+    assert (first.block, second.block) == ("blocks.0", "blocks.1") and first.role == second.role == "feed-forward"
+    assert first.rival_loss > first.predicted_loss > 0
+    assert second.rival_loss > second.predicted_loss + rows["blocks.1.mlp.fc2"].predicted_loss
+    total = sum(row.predicted_loss for row in report.sites if row.predicted_loss is not None)
+    assert total == pytest.approx(done.plan.made_by["predicted_loss"], rel=1e-6)
+    text = Page(render(report)).text.replace(wording.SPACE, " ")
+    units = done.plan.sites["blocks.0.mlp:units"].keep
+    assert f"{units} of 192 units" in text and "ranks fc1" in text and "low rank: " in text and "fewer units: " in text
+    assert "vit_tiny, compressed" in text and "digits:test (500 pictures)" not in text.split("Before and after")[0]
+    assert "A classifier head keeps its size by default" in text
+
+
+def test_the_figure_of_speed_is_one(compressed):
+    """The ratio of two medians and the median of the ratios are two numbers; a reader sees the second alone."""
+    _, report = compressed
+    speed = {"median": 2.08, "low": 1.9, "high": 2.2, "batch_size": 8, "rounds": 5}
+    timed = dataclasses.replace(
+        report,
+        speed=speed,
+        before={**report.before, "latency_s": 0.010, "throughput": 800.0},
+        after={**report.after, "latency_s": 0.004, "throughput": 2000.0},
+    )
+    assert ReportData.from_json(timed.to_json()).speed == speed
+    text = Page(render(timed)).text.replace(wording.SPACE, " ")
+    assert "Speed-up 2.08× quartiles 1.90–2.20, batch 8, 5 rounds" in text
+    assert text.count("2.08× faster") == 2 and "2.50×" not in text  # of latency and of throughput

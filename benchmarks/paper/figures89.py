@@ -16,7 +16,7 @@ from trained import command_of, finish, parser, prepared
 from comcat import Plan, find_sites, load_model
 from comcat.forms import check_plan
 from comcat.report import figure_ranks
-from comcat.report.collect import site_rows
+from comcat.report.rows import site_rows
 
 
 def main(given: list[str] | None = None) -> dict:
@@ -36,17 +36,17 @@ def main(given: list[str] | None = None) -> dict:
             run = prepared(recipe, a)
             found = _draw(run.model, run.searched(f"{recipe}-plan"), run.out / f"ranks-{recipe}.svg")
             ranks |= {f"{recipe} {site}": pair for site, pair in found.items()}
-    return finish(a, "figures89", ["rank", "full rank"], ranks)
+    return finish(a, "figures89", ["kept", "of"], ranks)
 
 
 def _draw(model, plan: Plan, path: Path) -> dict[str, list[int | None]]:
-    """Draw the ranks; returns rank (None: left dense) and full rank by site."""
+    """Draw ranks and hidden units; returns what is kept (None: it stays as it is) and what there was, by site."""
     sites = find_sites(model)
     check_plan(plan, sites)
-    rows = [row for row in site_rows(plan, sites) if row.full_rank]
+    rows = [row for row in site_rows(plan, sites) if row.full]
     figure_ranks(rows).savefig(path)
     print(f"wrote {path}")
-    return {row.name: [row.rank, row.full_rank] for row in rows}
+    return {row.name: [row.keep, row.full] for row in rows}
 
 
 if __name__ == "__main__":

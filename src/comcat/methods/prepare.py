@@ -27,9 +27,13 @@ from .settings import CompressSettings, check_forms
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """All that rank choice needs, found once: sites, what was measured, and the factorisation of every site."""
+    """All that a choice needs, found once: sites, what was measured, and the decomposition of every site.
+
+    ``sites`` are those that may shrink, ``whole`` are all that the model has.
+    """
 
     sites: Sites
+    whole: Sites
     statistic: Statistic
     factorizations: Mapping[str, Spectrum]
     total: float
@@ -85,6 +89,7 @@ def prepare(
     )
     prepared = Prepared(
         sites=sites,
+        whole=whole,
         statistic=statistic,
         factorizations=spectra(model, sites if plan is not None else of_forms(sites, names), statistic),
         total=total,

@@ -10,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingsError
-from ..factors import Spectrum as Decomposed
 from ..factors import weight_factors
-from ..forms import parameters_of
 from ..linalg import product_singular_values
 from ..measure import Evaluation, Timing, count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
-from ..methods.allocate import tail_loss
 from ..methods.compress import Compressed
+from ..models.stored import precision_of, source_bytes
 from ..plan import Plan
 from ..record import Results
-from ..sites import Attention, HiddenSite, Kind, LinearSite, ProductSite, Site, Sites
-from . import units
-from .data import ReportData, SiteRow, Spectrum
+from ..sites import Attention, ProductSite, Sites
+from . import wording
+from .data import ReportData, Spectrum
 from .history import search_facts, search_series, tuning_facts, tuning_series
+from .rows import site_rows
 
 _STRUCTURE = ("parameters", "size_bytes", "macs")
 """Metrics that tuning does not change, and that need no pictures of one's own."""
@@ -33,10 +32,11 @@ def collect(
     after: nn.Module,
     done: Compressed,
     *,
-    title: str,
     model: str,
+    title: str | None = None,
     command: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    judged_on: str | None = None,
     evaluations: tuple[Evaluation | None, Evaluation | None] = (None, None),
     compressed: Evaluation | None = None,
     timings: Mapping[str, Timing] | None = None,
@@ -49,6 +49,8 @@ def collect(
 
     Args:
         before, after: the model as it was and as it is; ``before`` must be a copy, since ``done`` was applied in place.
+        model: what a person calls it. title: of the page; by default the model's short name and what was done.
+        judged_on: in words, the pictures that it was evaluated on.
         evaluations: of ``before`` and ``after``; the second against the first, for agreement.
         compressed: where ``after`` was tuned, the evaluation on the same pictures of what it was before that; against
             ``before``, so that the rise of the loss can be told from what tuning won back.
@@ -68,34 +70,33 @@ def collect(
             "count": evaluated.count,
         }
     return ReportData(
-        title=title, model=model, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command,
+        title=title or f"{wording.short_name(model)}, compressed", model=model, created=_now(), command=command,
         settings={**(settings or {}), **_plan_settings(plan)}, environment=environment(),
         before=_metrics(before, prepared.example, evaluations[0], timings, compiled, "before"),
         between={} if tuning is None else _structure(final) | _accuracy(compressed),
         after=final, agreement=agreement, predicted_loss=plan.made_by.get("predicted_loss"),
         measured_loss=None if measured is None else measured.divergence,
-        sites=site_rows(plan, prepared.sites, prepared.factorizations if prepared.statistic.name == "loss" else None),
-        spectra=tuple(weight_spectra(before, prepared.sites)), curves=curves, facts=facts,
-        notes=(*notes, *done.notes, *_speed_note(timings)),
+        sites=site_rows(plan, prepared.whole, prepared), spectra=tuple(weight_spectra(before, prepared.whole)),
+        curves=curves, facts=facts, judged_on=judged_on, speed=_speed(timings), notes=(*notes, *done.notes),
     )  # fmt: skip
 
 
 def collect_tuning(
     tuned: nn.Module,
     *,
-    title: str,
     model: str,
+    title: str | None = None,
     command: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    judged_on: str | None = None,
     example: Tensor | None = None,
     notes: tuple[str, ...] = (),
 ) -> ReportData:
-    """The report of a model that :func:`comcat.tune` returned, from its record alone: evaluations, curves, and where it
-    came from.
+    """The report of a model that :func:`comcat.tune` returned, from its record alone: evaluations, curves, its origin.
 
     Args:
-        model: what a person calls the student. example: one picture (1, channels, height, width), to count MACs and
-            memory by.
+        model: what a person calls the student. title: of the page. judged_on: in words, the pictures of the
+            evaluations. example: one picture (1, channels, height, width), to count MACs and memory by.
 
     Raises:
         SettingsError: if the model was not tuned.
@@ -108,53 +109,16 @@ def collect_tuning(
     original = _structure(record.results.before)
     curves, facts = _history(record.plan, tuning)
     return ReportData(
-        title=title, model=model, created=datetime.now(UTC).isoformat(timespec="seconds"), command=command,
+        title=title or f"{wording.short_name(model)}, tuned", model=model, created=_now(), command=command,
         settings={**(settings or {}), **_plan_settings(record.plan)}, environment=environment(),
         before=original or student, between=student if original else {}, after=costs | _accuracy(tuning.get("after")),
         agreement={}, predicted_loss=None, measured_loss=None, sites=(), spectra=(), curves=curves, facts=facts,
-        notes=(*notes, *_compression_note(record.results)),
+        judged_on=judged_on, notes=(*notes, *_compression_note(record.results)),
     )  # fmt: skip
 
 
-def site_rows(plan: Plan, sites: Sites, factorizations: Mapping[str, Decomposed] | None = None) -> tuple[SiteRow, ...]:
-    """What a plan makes of each site, and what was refused; with factorisations under the loss-aware statistic, its
-    predicted loss.
-    """
-    rows, hidden = [], _told_by_others(plan, sites)
-    for name, site in sites.items():
-        if name in hidden:
-            continue
-        entry = plan.sites.get(name)
-        rank = None if entry is None else entry.keep
-        predicted = None
-        if factorizations is not None:
-            predicted = 0.0 if rank is None else float(tail_loss(factorizations[name])[rank])
-        rows.append(
-            SiteRow(
-                name=name,
-                kind=site.kind,
-                rank=rank,
-                full_rank=site.full,
-                parameters_before=site.parameters(),
-                parameters_after=round(parameters_of(site, entry)),
-                predicted_loss=predicted,
-                note="" if rank is not None else _why_dense(site),
-            )
-        )
-    rows += [
-        SiteRow(
-            name=r.name,
-            kind=_kind(r.name),
-            rank=None,
-            full_rank=0,
-            parameters_before=0,
-            parameters_after=0,
-            predicted_loss=None,
-            note=r.reason,
-        )
-        for r in sites.refused
-    ]
-    return tuple(rows)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def weight_spectra(model: nn.Module, sites: Sites) -> list[Spectrum]:
@@ -180,32 +144,6 @@ def _by_head(a: Attention, matrix: str, values: Tensor, cost: int) -> list[Spect
     ]
 
 
-def _why_dense(site: Site) -> str:
-    if isinstance(site, LinearSite):
-        return (
-            f"stays dense: factors cost less only up to rank {site.break_even} of {site.full_rank}, and the budget "
-            "did not ask for that"
-        )
-    return "stays as it is: the budget is better spent elsewhere"
-
-
-def _kind(name: str) -> Kind:
-    kind = name.rpartition(":")[2]
-    return kind if kind in ("qk", "vo", "units") else "linear"
-
-
-def _told_by_others(plan: Plan, sites: Sites) -> set[str]:
-    """Sites without a row of their own: a feed-forward is told by its hidden units, or by its layers where these became
-    small.
-    """
-    left = set()
-    for name, site in sites.items():
-        if isinstance(site, HiddenSite):
-            ranked = any(path in plan.sites for path in site.modules)
-            left |= {name} if ranked else set(site.modules)
-    return left
-
-
 def _metrics(
     model: nn.Module,
     example: Tensor | None,
@@ -214,7 +152,9 @@ def _metrics(
     compiled: Mapping[str, Timing] | None,
     key: str,
 ) -> dict[str, float | None]:
-    numbers: dict[str, float | None] = {"parameters": count_parameters(model), "size_bytes": size_on_disk(model)}
+    size = source_bytes(model) if key == "before" else None  # the file itself, where there is one
+    size = size_on_disk(model, dtype=precision_of(model)) if size is None else size
+    numbers: dict[str, float | None] = {"parameters": count_parameters(model), "size_bytes": size}
     if example is not None:
         p = next(model.parameters())
         example = example.to(device=p.device, dtype=p.dtype)
@@ -277,17 +217,15 @@ def _compression_note(results: Results) -> tuple[str, ...]:
     if old is None or new is None:
         return ()
     return (
-        f"When the model was compressed, top-1 went from {units.percent(old)} to {units.percent(new)}, maybe on other "
-        "pictures.",
+        f"When the model was compressed, top-1 went from {wording.percent(old)} to {wording.percent(new)}, "
+        "maybe on other pictures.",
     )
 
 
-def _speed_note(timings: Mapping[str, Timing] | None) -> tuple[str, ...]:
+def _speed(timings: Mapping[str, Timing] | None) -> dict[str, float]:
+    """How many times as fast: median and quartiles of the rounds' paired ratios."""
     if timings is None:
-        return ()
+        return {}
     median, low, high = ratio(timings, "before", "after")
     one = timings["before"]
-    return (
-        f"Speed-up {median:.2f}× (quartiles {low:.2f}–{high:.2f}), eager, batch {one.batch_size}, {one.repeats} "
-        "interleaved rounds.",
-    )
+    return {"median": median, "low": low, "high": high, "batch_size": one.batch_size, "rounds": one.repeats}

@@ -11,7 +11,8 @@ from comcat.errors import NumericsError, SettingsError, StoreError, nearest
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O", "QK", "VO")
 Kind = Literal["qk", "vo", "linear", "units"]
-_FORMAT, _VERSION = "comcat-report", 1
+Role = Literal["attention", "feed-forward", ""]
+_FORMAT, _VERSION = "comcat-report", 2
 _NOT_FINITE = ("nan", "inf", "-inf")  # how JSON, which has no such numbers, spells them here
 
 
@@ -48,26 +49,39 @@ class Spectrum:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """What became of one site. ``rank`` None: left dense, and ``note`` says why. Parameters are counts.
+    """What became of one site.
 
-    Raises SettingsError for an unknown ``kind``.
+    Attributes:
+        form: what it became, as plans call it; None: it stays as it is, and ``note`` says why.
+        keep, full: ranks or hidden units that stay, and that there were; ``keep`` is None where it stays as it is.
+        parameters_before, parameters_after: counts. macs_before, macs_after: a picture, where these were the budget.
+        predicted_loss: nats a picture, where that was the statistic. rival_loss: of a feed-forward, what its other form
+            (low rank instead of fewer units, or the other way round) was predicted to lose for as much.
+        block: the block that it is a part of, ``"blocks.3"``. role: its place there; empty for neither.
+
+    Raises SettingsError for an unknown ``kind`` or ``role``.
     """
 
     name: str
     kind: Kind
-    rank: int | None
-    full_rank: int
+    form: str | None
+    keep: int | None
+    full: int
     parameters_before: int
     parameters_after: int
     predicted_loss: float | None
     note: str = ""
+    block: str = ""
+    role: Role = ""
+    macs_before: float | None = None
+    macs_after: float | None = None
+    rival_loss: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            hint = nearest(str(self.kind), get_args(Kind))
-            raise SettingsError(
-                f"kind of site {self.name!r}: got {self.kind!r}, expected one of {get_args(Kind)}{hint}"
-            )
+        for what, known in (("kind", get_args(Kind)), ("role", get_args(Role))):
+            if (value := getattr(self, what)) not in known:
+                hint = nearest(str(value), known)
+                raise SettingsError(f"{what} of site {self.name!r}: got {value!r}, expected one of {known}{hint}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +118,8 @@ class ReportData:
     curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     between: dict[str, float | None] = field(default_factory=dict)
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
+    judged_on: str | None = None
+    speed: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, series in self.curves.items():
@@ -128,14 +144,16 @@ class ReportData:
             raise StoreError(f"the report is not JSON: {error}") from error
         if not isinstance(document, dict) or document.get("format") != _FORMAT:
             raise StoreError(f"the JSON is not a report: expected an object whose 'format' is {_FORMAT!r}")
-        if document.get("version") != _VERSION:
-            raise StoreError(f"version of the report: got {document.get('version')!r}, expected {_VERSION}")
+        if document.get("version") not in range(1, _VERSION + 1):
+            raise StoreError(f"version of the report: got {document.get('version')!r}, expected 1 to {_VERSION}")
         content = {key: value for key, value in document.items() if key not in ("format", "version")}
         try:
             for key in ("before", "between", "after", "agreement", "predicted_loss", "measured_loss", "curves"):
                 if key in content:
                     content[key] = _decode(content[key])
-            content["sites"] = tuple(_build(SiteRow, row) for row in content.get("sites", ()))
+            rows = content.get("sites", ())
+            rows = map(_of_version_1, rows) if document["version"] == 1 else rows
+            content["sites"] = tuple(_build(SiteRow, row) for row in rows)
             content["spectra"] = tuple(_build(Spectrum, row) for row in content.get("spectra", ()))
             content["notes"] = tuple(content.get("notes", ()))
             return _build(cls, content)
@@ -197,8 +215,17 @@ def _build(kind: type, content: Any) -> Any:
     if kind is Spectrum:
         content = {**content, "singular_values": tuple(content["singular_values"])}
     if kind is SiteRow:
-        content = {**content, "predicted_loss": _decode(content["predicted_loss"])}
+        losses = ("predicted_loss", "rival_loss", "macs_before", "macs_after")
+        content = {**content, **{key: _decode(content[key]) for key in losses if key in content}}
     return kind(**content)
+
+
+def _of_version_1(row: Any) -> Any:
+    """A site's row as version 1 had it: ``rank`` and ``full_rank``, all of thin factors."""
+    if not isinstance(row, dict) or not {"rank", "full_rank"} <= set(row):
+        return row
+    rest = {key: value for key, value in row.items() if key not in ("rank", "full_rank")}
+    return {**rest, "form": None if row["rank"] is None else "product", "keep": row["rank"], "full": row["full_rank"]}
 
 
 def _encode(value: Any) -> Any:

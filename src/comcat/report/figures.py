@@ -1,8 +1,8 @@
 """The figures of the report, each a ``matplotlib.figure.Figure`` that any script can save; pyplot is never imported.
 
 They follow COMCAT (Xiao et al., ICML 2023): its Figure 1 (spectra), Figure 2 (parameters for a share of the singular
-values) and Figures 8 and 9 (ranks); Figures 6 and 7 are curves (:mod:`comcat.report.history`). Sizes are in inches. All
-raise ComcatError without matplotlib and SettingsError if there is nothing to draw.
+values) and Figures 8 and 9 (ranks, here with hidden units); Figures 6 and 7 are curves (:mod:`comcat.report.history`).
+Sizes are in inches. All raise ComcatError without matplotlib and SettingsError if there is nothing to draw.
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from comcat.errors import SettingsError
 from comcat.report.data import SiteRow, Spectrum, rank_for_energy
 from comcat.report.svg import GREY, LIGHT, drawing
-from comcat.report.units import scaled
+from comcat.report.wording import scaled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -126,7 +126,7 @@ def parameters_for_energy(spectra: Iterable[Spectrum], energy: float) -> dict[st
 
 
 def figure_ranks(sites: Sequence[SiteRow], *, columns: int = 2, width: float = 9.6) -> "Figure":
-    """COMCAT's Figures 8 and 9: the rank of every site as a bar, its full rank as the outline.
+    """COMCAT's Figures 8 and 9, with hidden units: what every site keeps as a bar, all that it had as the outline.
 
     Sites that differ by a layer number alone share a panel; linear layers that have no like share the last one.
     """
@@ -137,15 +137,17 @@ def figure_ranks(sites: Sequence[SiteRow], *, columns: int = 2, width: float = 9
     with drawing():
         figure, axes = _grid(slots, columns, width, max(1.8, 0.6 + 0.3 * len(alone)), extra=0.4)
         for position, (axis, (title, rows)) in enumerate(zip(axes, panels.items(), strict=False)):
-            _bars(axis.bar, rows, 0.8)
+            places, names = _along_the_blocks(rows, sites)
+            _bars(axis.bar, rows, 0.8, places)
             axis.set_title(_text(title))
             axis.grid(axis="y")
-            _thin_ticks(axis, _short([row.name for row in rows]))
+            axis.set_xlim(-0.6, len(names) - 0.4)
+            _thin_ticks(axis, _short(names))
             axis.set_xlabel("layer" if position + columns >= len(panels) else "")
-            axis.set_ylabel("" if position % columns else "rank")
+            axis.set_ylabel("units" if rows[0].kind == "units" else "rank")
         if alone:
             axis = axes[-1]
-            _bars(axis.barh, alone, 0.35)
+            _bars(axis.barh, alone, 0.35, range(len(alone)))
             for place, row in enumerate(alone):  # inside: long names would squeeze every panel
                 axis.text(0, place - 0.22, " " + _text(row.name), va="bottom", fontsize=8)
             axis.set_title("Other layers")
@@ -163,14 +165,11 @@ def figure_ranks(sites: Sequence[SiteRow], *, columns: int = 2, width: float = 9
 def rank_panels(sites: Iterable[SiteRow]) -> dict[str, list[SiteRow]]:
     """Sites by the panel that shows them; the title ``""`` is for linear layers that have no like."""
     patterns: dict[str, list[SiteRow]] = {}
-    for site in sites:
-        patterns.setdefault(re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1*", site.name), []).append(site)
+    for site in (site for site in sites if site.full):  # what was refused has nothing to draw
+        patterns.setdefault(_numbers_out(site.name), []).append(site)
     alone = [rows[0] for rows in patterns.values() if len(rows) == 1 and rows[0].kind == "linear"]
     groups = {name: rows for name, rows in patterns.items() if len(rows) > 1 or rows[0].kind != "linear"}
-    titles = {
-        name: _tail(name) if rows[0].kind in ("linear", "units") else rows[0].kind.upper()
-        for name, rows in groups.items()
-    }
+    titles = {name: _panel_title(name, rows[0].kind) for name, rows in groups.items()}
     order = {"qk": 0, "vo": 1, "linear": 2, "units": 3}
     panels = {}
     for name, rows in sorted(groups.items(), key=lambda group: order[group[1][0].kind]):
@@ -182,9 +181,15 @@ def rank_panels(sites: Iterable[SiteRow]) -> dict[str, list[SiteRow]]:
     return panels | ({"": alone} if alone else {})
 
 
-def _tail(pattern: str) -> str:
-    """What follows the last layer number: ``blocks.*.mlp.fc1`` → ``mlp.fc1``."""
-    return pattern.rpartition("*.")[2]
+def _numbers_out(path: str) -> str:
+    """``blocks.3.attn`` → ``blocks.*.attn``."""
+    return re.sub(r"(^|\.)\d+(?=[.:]|$)", r"\1*", path)
+
+
+def _panel_title(pattern: str, kind: str) -> str:
+    """``QK``, ``Hidden units``, or of linear layers what follows the last layer number, ``mlp.fc1``."""
+    titles = {"units": "Hidden units", "linear": pattern.rpartition("*.")[2]}
+    return titles.get(kind, kind.upper())
 
 
 def figure_curves(series: Sequence[dict[str, Any]], *, columns: int = 3, width: float = 6.4) -> "Figure":
@@ -247,14 +252,22 @@ def _grid(count: int, columns: int, width: float, height: float, *, extra: float
     return figure, axes[:count]
 
 
-def _bars(draw: Any, rows: Sequence[SiteRow], thick: float) -> None:
-    places = range(len(rows))
-    kept = [row.rank or 0 for row in rows]
-    dense = [row.full_rank if row.rank is None else 0 for row in rows]
-    draw(places, kept, thick, color=_BLUE, label="rank kept")
-    if any(dense):
-        draw(places, dense, thick, color=LIGHT, edgecolor="#a0a0a0", hatch="////", lw=0, label="left dense")
-    draw(places, [row.full_rank for row in rows], thick, fill=False, edgecolor=GREY, lw=0.8, label="full rank")
+def _along_the_blocks(rows: Sequence[SiteRow], sites: Sequence[SiteRow]) -> tuple[Sequence[int], list[str]]:
+    """Where a panel's bars stand, and the names along its axis: all blocks of its kind, so that panels can be compared."""
+    pattern = _numbers_out(rows[0].block)
+    blocks = list(dict.fromkeys(site.block for site in sites if site.block and _numbers_out(site.block) == pattern))
+    if len({row.block for row in rows}) < len(rows) or not {row.block for row in rows} <= set(blocks):
+        return range(len(rows)), [row.name for row in rows]
+    return [blocks.index(row.block) for row in rows], blocks
+
+
+def _bars(draw: Any, rows: Sequence[SiteRow], thick: float, places: Sequence[int]) -> None:
+    kept = [row.keep or 0 for row in rows]
+    whole = [row.full if row.form is None else 0 for row in rows]
+    draw(places, kept, thick, color=_BLUE, label="kept")
+    if any(whole):
+        draw(places, whole, thick, color=LIGHT, edgecolor="#a0a0a0", hatch="////", lw=0, label="stays as it is")
+    draw(places, [row.full for row in rows], thick, fill=False, edgecolor=GREY, lw=0.8, label="all there was")
 
 
 def _cumulative(values: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import units
+from . import wording
 
 POINTS = 300
 """Points of a line, at most; a longer log is averaged."""
@@ -97,14 +97,14 @@ def search_facts(made_by: Mapping[str, Any]) -> dict[str, str]:
     what = "MACs" if s["budget"] == "macs" else s["budget"]
     candidates = ", ".join(map(str, s["candidates"])) if s["candidates"] else s["grid"]
     return {
-        "Saved": f"{units.percent(100 * made_by['saved'])} of the {what}; {100 * s['reduce']:g}{units.SPACE}% were "
+        "Saved": f"{wording.percent(100 * made_by['saved'])} of the {what}; {100 * s['reduce']:g}{wording.SPACE}% were "
         "asked for",
         "Exponent β of the cost": f"{s['beta']:g}" + (", above the budget only" if s["penalty"] == "above" else ""),
         "Candidate ranks": candidates,
         "Length": f"{s['rounds']} rounds: {s['rank_steps']} steps on ranks each, {s['weight_steps']} on weights "
         "between them, "
         f"{s['batch_size']} pictures a step",
-        "Held out": f"{100 * s['held_out']:g}{units.SPACE}% of the training pictures: ranks are learned on them, "
+        "Held out": f"{100 * s['held_out']:g}{wording.SPACE}% of the training pictures: ranks are learned on them, "
         "weights never see them",
     }
 
@@ -116,16 +116,16 @@ def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
     learned += ["features of its blocks"] if "feature_loss" in last else []
     facts = {
         "Teacher": f"{result['teacher']} ({', '.join(learned)})" if result["teacher"] else "none",
-        "Length": f"{units.plain(float(last['epoch']))} epochs, {units.plain(float(last['step']))} steps of "
-        f"{units.plain(float(s['batch_size']))} pictures",
+        "Length": f"{wording.plain(float(last['epoch']))} epochs, {wording.plain(float(last['step']))} steps of "
+        f"{wording.plain(float(s['batch_size']))} pictures",
         "Learning rate": f"{s['lr']:g}, by a cosine to {s['min_lr']:g}; weight decay {s['weight_decay']:g}",
     }
     if result.get("images_per_second"):
-        facts["Throughput while training"] = units.rate(result["images_per_second"])
-    facts["Took"] = f"{units.elapsed(result['seconds'])}, evaluations and checkpoints included"
+        facts["Throughput while training"] = wording.rate(result["images_per_second"])
+    facts["Took"] = f"{wording.elapsed(result['seconds'])}, evaluations and checkpoints included"
     if best := result.get("best"):
         facts["Best top-1 on the way"] = (
-            f"{units.percent(best['top1'])} after step {units.plain(float(best['step']))}; the last weights are what "
+            f"{wording.percent(best['top1'])} after step {wording.plain(float(best['step']))}; the last weights are what "
             "counts"
         )
     return facts

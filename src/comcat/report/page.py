@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from comcat.errors import ComcatError
 from comcat.files import write_text
-from comcat.report import units
+from comcat.report import tables, wording
 from comcat.report.data import ReportData, SiteRow
 from comcat.report.figures import (
     figure_curves,
@@ -25,6 +25,7 @@ from comcat.report.svg import to_svg
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_TINY = 0.01  # nats
 _NARROW = 3.8  # inches: a figure for a phone, drawn so that its text keeps its size there
 
 
@@ -49,8 +50,9 @@ def render(data: ReportData) -> str:
         columns=_columns(data),
         figures=_figures(data),
         sections=_sections(data),
-        sites=_sites(data.sites),
-        dense=_dense(data.sites),
+        blocks=tables.blocks(data.sites),
+        sites=tables.site_table(data.sites),
+        stayed=tables.stayed(data.sites),
         settings=_flat(data.settings),
         environment=_flat(data.environment),
     )
@@ -68,31 +70,42 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     """The headline numbers."""
     tiles = []
     for key in ("parameters", "macs"):
-        how, old, new = units.METRICS[key], data.before.get(key), data.after.get(key)
-        if (text := units.change(old, new, how)) and old != new:
-            detail = f"{units.cell(old, how)} → {units.cell(new, how)}"
+        how, old, new = wording.METRICS[key], data.before.get(key), data.after.get(key)
+        if (text := wording.change(old, new, how)) and old != new:
+            detail = f"{wording.cell(old, how)} → {wording.cell(new, how)}"
             tiles.append({"label": how.label, "value": text, "detail": detail})
+    tiles += _speed_tile(data)
+    on = f" on {data.judged_on}" if data.judged_on else ""
+    how, new = wording.METRICS["top1"], wording.number(data.after.get("top1"))
+    old = wording.number(_earlier(data, "top1"))
+    if old is not None and new is not None:
+        value = f"{old:.2f} → {wording.cell(new, how)}"
+        tiles.append({"label": how.label, "value": value, "detail": f"{wording.change(old, new, how)}{on}"})
+    elif new is not None:
+        tiles.append({"label": how.label, "value": wording.cell(new, how), "detail": f"after compression{on}"})
+    how, same = wording.AGREEMENT["agreement"], wording.number(data.agreement.get("agreement"))
+    if same is not None:
+        count = wording.number(data.agreement.get("count"))
+        images = f", {wording.plain(count)} images" if count else ""
+        detail = f"same top-1 as the original{images}"
+        tiles.append({"label": "Agreement", "value": wording.cell(same, how), "detail": detail})
+    return tiles
+
+
+def _speed_tile(data: ReportData) -> list[dict[str, str]]:
+    """How many times as fast: the median over rounds, in each of which both were timed; else the ratio of medians."""
+    if median := wording.number(data.speed.get("median")):
+        low, high = (f"{data.speed[end]:.2f}" for end in ("low", "high"))
+        batch, rounds = (wording.plain(float(data.speed[key])) for key in ("batch_size", "rounds"))
+        detail = f"quartiles {low}–{high}, batch {batch}, {rounds} rounds"
+        return [{"label": "Speed-up", "value": f"{median:.2f}×", "detail": detail}]
     for key in ("throughput", "latency_s", "compiled_latency_s"):
-        how, old, new = units.METRICS[key], units.number(data.before.get(key)), units.number(data.after.get(key))
+        how, old, new = wording.METRICS[key], wording.number(data.before.get(key)), wording.number(data.after.get(key))
         if old and new:
             factor = new / old if key == "throughput" else old / new
-            detail = f"{how.label.lower()} {units.cell(old, how)} → {units.cell(new, how)}"
-            tiles.append({"label": "Speed-up", "value": f"{factor:.2f}×", "detail": detail})
-            break
-    how, new = units.METRICS["top1"], units.number(data.after.get("top1"))
-    old = units.number(_earlier(data, "top1"))
-    if old is not None and new is not None:
-        value = f"{old:.2f} → {units.cell(new, how)}"
-        tiles.append({"label": how.label, "value": value, "detail": units.change(old, new, how)})
-    elif new is not None:
-        tiles.append({"label": how.label, "value": units.cell(new, how), "detail": "after compression"})
-    how, same = units.AGREEMENT["agreement"], units.number(data.agreement.get("agreement"))
-    if same is not None:
-        count = units.number(data.agreement.get("count"))
-        images = f", {units.plain(count)} images" if count else ""
-        detail = f"same top-1 as the original{images}"
-        tiles.append({"label": "Agreement", "value": units.cell(same, how), "detail": detail})
-    return tiles
+            detail = f"{how.label.lower()} {wording.cell(old, how)} → {wording.cell(new, how)}"
+            return [{"label": "Speed-up", "value": f"{factor:.2f}×", "detail": detail}]
+    return []
 
 
 def _columns(data: ReportData) -> list[str]:
@@ -110,24 +123,26 @@ def _metrics(data: ReportData) -> list[dict[str, Any]]:
     """The rows of the table of numbers: the known ones first, in their order."""
     states = [data.before, data.between, data.after] if data.between else [data.before, data.after]
     given = {key: None for state in states for key in state}
-    keys = [key for key in units.METRICS if key in given] + [key for key in given if key not in units.METRICS]
+    keys = [key for key in wording.METRICS if key in given] + [key for key in given if key not in wording.METRICS]
     rows = []
     for key in keys:
-        how, old, new = units.metric(key), _earlier(data, key), data.after.get(key)
+        how, old, new = wording.metric(key), _earlier(data, key), data.after.get(key)
         row = {
             "label": how.label,
-            "cells": [units.cell(state.get(key), how) for state in states],
-            "change": units.change(old, new, how),
-            "ratio": units.ratio(old, new, how),
+            "cells": [wording.cell(state.get(key), how) for state in states],
+            "change": wording.change(old, new, how),
+            "ratio": wording.ratio(old, new, how),
         }
+        if key in ("latency_s", "throughput") and data.speed:  # one figure of speed, one definition: that of the tile
+            row |= {"change": "", "ratio": wording.times(data.speed["median"], ("slower", "faster"))}
         if any(row["cells"]):
             rows.append(row)
     return rows
 
 
 def _agreement(agreement: Mapping[str, Any]) -> list[tuple[str, str]]:
-    hows = {key: units.AGREEMENT.get(key) or units.metric(key) for key in [*units.AGREEMENT, *agreement]}
-    shown = ((how.label, units.cell(agreement.get(key), how)) for key, how in hows.items())
+    hows = {key: wording.AGREEMENT.get(key) or wording.metric(key) for key in [*wording.AGREEMENT, *agreement]}
+    shown = ((how.label, wording.cell(agreement.get(key), how)) for key, how in hows.items())
     return [(label, text) for label, text in shown if text]
 
 
@@ -137,21 +152,27 @@ def _losses(data: ReportData) -> dict[str, Any] | None:
     values = {name: value for name, value in given.items() if value is not None}
     if not values:
         return None
-    finite = {name: units.number(value) or 0.0 for name, value in values.items()}
+    finite = {name: wording.number(value) or 0.0 for name, value in values.items()}
     largest = max(finite.values())
-    plain = units.Metric(label="")
+    plain = wording.Metric(label="")
     rows = [
         {
             "name": name,
-            "text": units.cell(value, plain),
+            "text": wording.cell(value, plain),
             "width": round(100 * max(finite[name], 0) / largest, 1) if largest > 0 else 0,
         }
         for name, value in values.items()
     ]
-    ratio = ""
-    if len(finite) == 2 and min(finite.values()) > 0:
-        ratio = f"The measured rise is {finite['Measured'] / finite['Predicted']:.2f} times the predicted one."
-    return {"rows": rows, "ratio": ratio}
+    return {"rows": rows, "said": _compared(finite)}
+
+
+def _compared(rises: Mapping[str, float]) -> str:
+    """Predicted and measured rise of the loss against each other; of tiny ones a ratio says nothing."""
+    if len(rises) < 2 or min(rises.values()) <= 0:
+        return ""
+    if max(rises.values()) < _TINY:
+        return f"Both are tiny: {_TINY:g} nats make the original's own answer one per cent less likely."
+    return f"The measured rise is {rises['Measured'] / rises['Predicted']:.2f} times the predicted one."
 
 
 def _figures(data: ReportData) -> dict[str, Any]:
@@ -210,12 +231,19 @@ def _picture(
 def _ranks_caption(sites: Sequence[SiteRow]) -> str:
     kept = []
     for title, rows in rank_panels(sites).items():
-        shrunk = [row for row in rows if row.rank is not None]
-        full = sum(row.full_rank for row in shrunk)
+        shrunk = [row for row in rows if row.form is not None]
+        full = sum(row.full for row in shrunk)
         if full:
-            kept.append(f"{title or 'other layers'} {100 * sum(row.rank or 0 for row in shrunk) / full:.0f}\u00a0%")
-    shares = f" Share of the full rank kept at the sites that shrank: {', '.join(kept)}." if kept else ""
-    return "The rank kept at each site; the outline is the full rank." + shares
+            name = title[:1].lower() + title[1:] if title == "Hidden units" else title or "other layers"
+            kept.append(f"{name} {100 * sum(row.keep or 0 for row in shrunk) / full:.0f}\u00a0%")
+    shares = f" Share kept at the sites that shrank: {', '.join(kept)}." if kept else ""
+    return f"{_what_is_kept(sites)} at each site; the outline is all that there was." + shares
+
+
+def _what_is_kept(sites: Sequence[SiteRow]) -> str:
+    """Ranks, hidden units or both, as a figure of these sites shows."""
+    units = [site.kind == "units" for site in sites if site.full]
+    return "Hidden units kept" if all(units) else "Ranks and hidden units kept" if any(units) else "The rank kept"
 
 
 def _saving(counts: Mapping[str, Mapping[str, float]]) -> str:
@@ -225,46 +253,11 @@ def _saving(counts: Mapping[str, Mapping[str, float]]) -> str:
         both = counts.get(product, {}).keys() & counts.get(pair, {}).keys()
         joint, apart = (sum(counts[name][layer] for layer in both) for name in (product, pair)) if both else (0, 0)
         if joint and apart:
-            change = units.share(apart, joint)
-            said.append(f" {product} needs {units.scaled(joint)}, its matrices apart {units.scaled(apart)} ({change}).")
+            change = wording.share(apart, joint)
+            said.append(
+                f" {product} needs {wording.scaled(joint)}, its matrices apart {wording.scaled(apart)} ({change})."
+            )
     return "".join(said)
-
-
-def _sites(sites: Sequence[SiteRow]) -> dict[str, Any]:
-    """The table of all sites; columns nobody filled are left out."""
-    loss = units.Metric(label="")
-    rows = [
-        {
-            "name": site.name,
-            "kind": site.kind.upper() if site.kind != "linear" else "linear",
-            "rank": "dense" if site.rank is None else units.plain(float(site.rank)),
-            "full_rank": units.plain(float(site.full_rank)),
-            "before": units.plain(float(site.parameters_before)),
-            "after": units.plain(float(site.parameters_after)),
-            "change": units.share(site.parameters_before, site.parameters_after),
-            "loss": units.cell(site.predicted_loss, loss),
-            "note": site.note,
-        }
-        for site in sites
-    ]
-    before, after = (sum(getattr(site, f"parameters_{when}") for site in sites) for when in ("before", "after"))
-    return {
-        "rows": rows,
-        "has_loss": any(row["loss"] for row in rows),
-        "has_note": any(row["note"] for row in rows),
-        "before": units.plain(float(before)),
-        "after": units.plain(float(after)),
-        "change": units.share(before, after),
-    }
-
-
-def _dense(sites: Sequence[SiteRow]) -> list[dict[str, Any]]:
-    """Sites that stayed dense, by reason."""
-    reasons: dict[str, list[str]] = {}
-    for site in sites:
-        if site.rank is None:
-            reasons.setdefault(site.note or "the plan leaves them as they are", []).append(site.name)
-    return [{"reason": reason, "names": names} for reason, names in reasons.items()]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -285,7 +278,7 @@ def _setting(value: Any) -> str:
         return "not set"
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float) and units.number(value) is None:
+    if isinstance(value, float) and wording.number(value) is None:
         return "not finite"
     if isinstance(value, list | tuple | Mapping):
         if not value:

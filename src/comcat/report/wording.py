@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any, Literal
 
 SPACE = "\u00a0"  # a space that does not break, between a number and its unit
@@ -61,6 +62,14 @@ def elapsed(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = (f"{hours:,}{SPACE}h", f"{minutes}{SPACE}min") if hours else (f"{minutes}{SPACE}min", f"{rest}{SPACE}s")
     return SPACE.join(parts)
+
+
+def tiny(value: float) -> str:
+    """A small number to two digits that count, without an exponent of ten: ``0.00016``."""
+    if not value:
+        return "0"
+    digits = max(0, 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{min(digits, 12)}f}".replace("-", MINUS)
 
 
 def percent(value: float) -> str:
@@ -128,6 +137,16 @@ def metric(key: str) -> Metric:
     return Metric(label=words(key))
 
 
+def short_name(spec: str) -> str:
+    """A model's name without where it is: ``vit`` of ``/models/vit/``, ``deit_small`` of ``timm:deit_small``."""
+    name = spec.removeprefix("timm:").removeprefix("hf:").removeprefix("hf-hub:").removeprefix("local-dir:")
+    place = Path(name).expanduser()
+    try:
+        return (place.resolve().name if place.is_dir() else place.name) or spec
+    except (OSError, ValueError):  # no name of a file
+        return spec
+
+
 def words(key: str) -> str:
     """A key as words: ``"top_k_hits"`` becomes ``"Top k hits"``."""
     text = key.replace("_", " ").strip() or key
@@ -172,4 +191,11 @@ def ratio(before: Any, after: Any, how: Metric) -> str:
         return "the same"
     if how.words == ("", ""):
         return f"{new / old:.2f}×"
-    return f"{max(old, new) / min(old, new):.2f}× {how.words[0] if new < old else how.words[1]}"
+    return times(new / old, how.words)
+
+
+def times(factor: float, words: tuple[str, str]) -> str:
+    """A positive factor as ``2.00× smaller`` or ``1.55× faster``; ``words`` are for one below 1 and one above."""
+    if abs(factor - 1) < 0.005:
+        return "the same"
+    return f"{max(factor, 1 / factor):.2f}× {words[0] if factor < 1 else words[1]}"
