@@ -136,7 +136,7 @@ def test_a_saved_model_loads_with_the_same_outputs_and_record(saved):
     record = loaded.comcat_record
     assert record.plan.to_dict() == model.comcat_record.plan.to_dict()
     assert record.settings == {"reduce": 0.5, "only": []} and record.results == Results(before={"top1": 80.0})
-    assert Origin.from_dict(record.origin) == origin_of(model)
+    assert replace(Origin.from_dict(record.origin), stored={}) == origin_of(model)
     assert Preprocess.from_dict(record.preprocess).size == (32, 32)
 
 
@@ -538,7 +538,7 @@ def test_the_card_says_what_was_done(saved, tmp_path):
     before = sum(p.numel() for p in deit().parameters())
     assert f"{parameters:,} parameters instead of {before:,}" in card["text"]
     assert "| Top-1 accuracy | 79.80\N{NO-BREAK SPACE}% | 79.25\N{NO-BREAK SPACE}% |" in card["text"]
-    assert "| QK products | 2 | 5 | 8 |" in card["text"] and "| mine.note | x |" in card["text"]
+    assert "| QK products, rank | 2 | 5 | 8 |" in card["text"] and "| mine.note | x |" in card["text"]
     assert 'comcat.load("small")' in card["text"] and "| reduce | 0.5 |" in card["text"]
     assert "| Same top-1 prediction | 98.50\N{NO-BREAK SPACE}% |" in card["text"]
     assert "| Rise of the loss by compression, measured | 0.0125 nats |" in card["text"]
@@ -678,6 +678,112 @@ def test_a_stock_export_is_told_from_a_saved_model(tmp_path, hub):
     assert "comcat.json" in hub["names"] and "preprocessor_config.json" in hub["names"]
 
 
+def narrow(model: nn.Module, other: dict[str, int] | None = None, units: int = 32) -> Plan:
+    """All feed-forwards with as many hidden units, but for some."""
+    sites = find_sites(model).only("units")
+    keep = dict.fromkeys(sites, units) | (other or {})
+    return Plan(sites={n: SitePlan(form="units", keep=keep[n], full=s.full) for n, s in sites.items()})
+
+
+def both(model: nn.Module, units: int = 32) -> Plan:
+    return Plan(sites={**uniform(model).sites, **narrow(model, units=units).sites})
+
+
+def fitted(model: nn.Module, plan: Plan, size: int) -> nn.Module:
+    """Compressed with pictures, so that biases are refitted."""
+    pictures = [torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(3))]
+    return comcat.compress(model, pictures, plan=plan, statistic="activation")
+
+
+@pytest.mark.parametrize("make_plan", [narrow, both], ids=["units", "units-and-ranks"])
+@pytest.mark.parametrize(
+    ("kind", "units"),
+    [("ViT", 20), ("DeiT", 20), ("Beit", 20), ("Dinov2", 48)],
+)
+def test_plain_transformers_loads_fewer_hidden_units(kind, units, make_plan, tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    model = transformers_model(kind)
+    small = fitted(model, make_plan(model, units=units), 16)
+    folder = save(small, tmp_path / "stock", stock=True)
+    stock = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert not any(type(m).__module__.startswith("comcat") for m in stock.modules())
+    assert {s.full for s in find_sites(stock).only("units").values()} == {units}
+    torch.testing.assert_close(output(stock, 16), output(small, 16), atol=1e-5, rtol=0)
+    assert (output(small, 16) - output(model, 16)).abs().max() > 1e-3
+    text = front_matter(folder)["text"]
+    assert "fewer hidden units" in text and ("narrower heads" in text) == (make_plan is both)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("deit_tiny_patch16_224", {}),
+        ("vit_small_patch14_dinov2", {"patch_size": 8}),  # layer scale, no class of transformers that is it
+        ("vit_giant_patch14_dinov2", {"patch_size": 8}),  # gated, in one packed layer
+        ("eva02_tiny_patch14_224", {"patch_size": 8}),
+        ("vit_tiny_patch16_224", {"num_classes": 0}),
+    ],
+)
+def test_plain_timm_loads_fewer_hidden_units(name, changed, tmp_path):
+    """Whatever timm has that no class of transformers is; attention keeps its width there."""
+    model = deit(name, **changed)
+    small = fitted(model, narrow(model, units=21), 32)
+    folder = save(small, tmp_path / "stock", stock=True)
+    stock = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert not any(type(m).__module__.startswith("comcat") for m in stock.modules())
+    torch.testing.assert_close(output(stock), output(small), atol=1e-5, rtol=0)
+    assert (output(small) - output(model)).abs().max() > 1e-3
+    card = front_matter(folder)
+    assert card["library_name"] == "timm" and "timm.create_model" in card["text"]
+    assert "structured-pruning" in card["tags"] and "low-rank" not in card["tags"]
+    torch.testing.assert_close(output(load_model(folder)), output(small), atol=1e-5, rtol=0)
+
+
+def test_units_and_one_rank_of_timm_load_in_plain_transformers(tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    model = deit()
+    small = fitted(model, both(model), 32)
+    stock = AutoModelForImageClassification.from_pretrained(save(small, tmp_path / "stock", stock=True)).eval()
+    assert (stock.config.head_dim, stock.config.intermediate_size) == (5, 32)
+    torch.testing.assert_close(output(stock), output(small), atol=1e-5, rtol=0)
+
+
+def test_ranks_equal_gives_what_a_stock_checkpoint_holds(tmp_path):
+    """One rank for all products, one width for all feed-forwards."""
+    from transformers import AutoModelForImageClassification
+
+    model = transformers_model("ViT")
+    small = comcat.compress(model, [torch.randn(8, 3, 16, 16)], reduce=0.2, ranks="equal", statistic="activation")
+    entries = small.comcat_record.plan.sites
+    assert len({e.keep for n, e in entries.items() if n.endswith(":units")}) == 1
+    assert len({e.keep for n, e in entries.items() if n.endswith((":qk", ":vo"))}) <= 1
+    stock = AutoModelForImageClassification.from_pretrained(save(small, tmp_path / "stock", stock=True)).eval()
+    torch.testing.assert_close(output(stock, 16), output(small, 16), atol=1e-5, rtol=0)
+
+
+def test_a_width_that_the_config_cannot_say_is_refused(tmp_path):
+    model = transformers_model("Dinov2")
+    small = fitted(model, narrow(model, units=32), 16)
+    with pytest.raises(StoreError, match=r"whole numbers for mlp_ratio.*multiples of 24.*got 32.*multiple=24"):
+        save(small, tmp_path / "stock", stock=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bias_that_refitting_created_is_refused_where_the_class_has_none(tmp_path):
+    model = deit("vit_tiny_patch16_224", proj_bias=False)
+    assert model.blocks[0].mlp.fc2.bias is None
+    without = copy.deepcopy(model)
+    small = fitted(model, narrow(model), 32)
+    with pytest.raises(StoreError, match=r"created a bias of blocks\.0\.mlp\.fc2, where VisionTransformer has none"):
+        save(small, tmp_path / "stock", stock=True)
+    assert not list(tmp_path.iterdir())
+    by_weights = thin(without, narrow(without))  # nothing is known of the units' means, so the bias is zero
+    stock = timm.create_model(f"local-dir:{save(by_weights, tmp_path / 'stock', stock=True)}", pretrained=True).eval()
+    torch.testing.assert_close(output(stock), output(by_weights), atol=1e-5, rtol=0)
+
+
 def drop(plan: Plan, name: str) -> Plan:
     return Plan(sites={k: v for k, v in plan.sites.items() if k != name})
 
@@ -694,7 +800,13 @@ def drop(plan: Plan, name: str) -> Plan:
             lambda m: Plan(sites={n: replace(e, keep=6 - n.count("vo")) for n, e in uniform(m).sites.items()}),
             r"blocks\.0\.attn:vo has rank 5, but blocks\.0\.attn:qk has 6",
         ),
-        ({}, lambda m: Plan(sites={}), "shrinks no attention"),
+        ({}, lambda m: Plan(sites={}), "the plan shrinks nothing"),
+        (
+            {},
+            lambda m: narrow(m, {"blocks.1.mlp:units": 40}),
+            r"blocks\.1\.mlp:units keeps 40 .* but blocks\.0\.mlp:units keeps 32",
+        ),
+        ({}, lambda m: drop(narrow(m), "blocks.1.mlp:units"), r"blocks\.1\.mlp:units keeps 96 .* ranks='equal'"),
         ({"qk_norm": True}, lambda m: uniform(m, only=("vo",)), r"blocks\.0\.attn:qk keeps its width: q_norm"),
         ({"init_values": 1.0}, uniform, r"blocks\.0\.ls1 scales"),
         ({"global_pool": "avg"}, uniform, "pools by 'avg'"),

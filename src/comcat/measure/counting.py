@@ -43,11 +43,12 @@ _SAFETENSORS = {
 # fmt: on
 
 
-def size_on_disk(model: nn.Module) -> int:
+def size_on_disk(model: nn.Module, *, dtype: torch.dtype | None = None) -> int:
     """Bytes of the model's state dict as a safetensors file without metadata: header and data, shared tensors once.
 
-    Nothing is written, so weights on any device, ``meta`` included, are measured alike. Raises ModelError for a type
-    that safetensors cannot hold or a lazy parameter without a shape.
+    With ``dtype``, floating-point tensors of wider types count as that one. Nothing is written, so weights on any
+    device, ``meta`` included, are measured alike. Raises ModelError for a type that safetensors cannot hold or a lazy
+    parameter without a shape.
     """
     ranks = {kind: rank for rank, kind in enumerate(_SAFETENSORS)}
     state = model.state_dict(keep_vars=True)  # the tensors themselves, so that shared ones are recognised on meta too
@@ -56,10 +57,13 @@ def size_on_disk(model: nn.Module) -> int:
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in ranks:
             raise ModelError(f"{name!r} is of type {kind}, which safetensors cannot hold")
-        rows.append((-ranks[kind], name, kind, tensor))
+        size = tensor.element_size()
+        if dtype is not None and tensor.is_floating_point() and dtype.itemsize < size:
+            kind, size = str(dtype).removeprefix("torch."), dtype.itemsize
+        rows.append((-ranks[kind], name, kind, tensor, size))
     header, end = {}, 0
-    for _, name, kind, tensor in sorted(rows, key=lambda row: row[:2]):
-        start, end = end, end + tensor.numel() * tensor.element_size()
+    for _, name, kind, tensor, size in sorted(rows, key=lambda row: row[:2]):
+        start, end = end, end + tensor.numel() * size
         header[name] = {"dtype": _SAFETENSORS[kind], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + math.ceil(len(text) / 8) * 8 + end

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -38,7 +38,9 @@ def tuples(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ comparing
 
 
-def differences(model: nn.Module, twin: nn.Module, *, config_known: bool = False) -> list[str]:
+def differences(
+    model: nn.Module, twin: nn.Module, *, config_known: bool = False, changed: Collection[str] = ()
+) -> list[str]:
     """What sets ``model`` apart from ``twin``, one phrase each; nothing if they compute the same with equal weights.
 
     Compared are names and shapes of the state dicts, and for each module its class and its plain attributes (head
@@ -48,8 +50,9 @@ def differences(model: nn.Module, twin: nn.Module, *, config_known: bool = False
     config_known: ``twin`` comes from the very config of ``model``, so that only what was changed by hand can differ.
         Then the projections within attention, which comcat may have narrowed, are not compared, and of the attributes
         only those that no forward pass changes.
+    changed: paths of modules that were made narrower without a module of ours, which are left out too.
     """
-    replaced = [n for n, m in model.named_modules() if _is_ours(m)]
+    replaced = [*changed, *(n for n, m in model.named_modules() if _is_ours(m))]
     replaced += [p for p in {n.rpartition(".")[0] for n in replaced} if "Attention" in _kind(model.get_submodule(p))]
     narrowed = [n for n, m in model.named_modules() if n and config_known and "Attention" in _kind(m)]
 

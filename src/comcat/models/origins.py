@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -51,6 +51,8 @@ class Origin:
     source: what the user typed (``"timm:deit_small_patch16_224"``, a folder), or ``""`` for a model made in Python.
     pretrained_cfg: timm's data config (input size, mean, interpolation, label names, ...); ``{}`` for transformers.
     preprocessor: the transformers image processor's config if known; ``{}`` otherwise.
+    stored: how the source's weights are stored, where they come from safetensors: ``dtype`` (``"float16"``, that of
+        most numbers), ``bytes`` of the files and ``numbers`` in them; ``{}`` otherwise.
 
     Raises ModelError for another library, and for values that JSON cannot hold.
     """
@@ -61,6 +63,7 @@ class Origin:
     source: str = ""
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     preprocessor: dict[str, Any] = field(default_factory=dict)
+    stored: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.library not in ("timm", "transformers"):
@@ -68,7 +71,7 @@ class Origin:
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ModelError(f"the origin's {key} is {getattr(self, key)!r}, expected text")
-        for key in ("arguments", "pretrained_cfg", "preprocessor"):
+        for key in ("arguments", "pretrained_cfg", "preprocessor", "stored"):
             value = getattr(self, key)
             if not isinstance(value, Mapping):
                 raise ModelError(f"the origin's {key} is {value!r}, expected names and values")
@@ -123,9 +126,11 @@ def remember_origin(
     *,
     given: Mapping[str, Any] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> None:
-    """Attach the origin of a model just made; ``given`` and ``source`` as for ``verified_origin``.
+    """Attach the origin of a model just made.
 
+    ``given`` and ``source`` are as for ``verified_origin``, the others as :class:`Origin` has them.
     Where it cannot be told, nothing is attached: the model can still be used, and ``origin_of`` will say why.
     """
     try:
@@ -133,7 +138,7 @@ def remember_origin(
     except ModelError as error:
         _log.info("%s: %s", source, error)
     else:
-        attach_origin(model, replace(origin, preprocessor=dict(preprocessor or {})))
+        attach_origin(model, replace(origin, preprocessor=dict(preprocessor or {}), stored=dict(stored or {})))
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -147,13 +152,14 @@ def name_of(model: nn.Module) -> str:
     return type(model).__name__ if origin is None else origin.source or origin.name
 
 
-def origin_of(model: nn.Module) -> Origin:
+def origin_of(model: nn.Module, *, changed: Collection[str] = ()) -> Origin:
     """How to build ``model``'s architecture again.
 
     A model of ``load_model`` or ``Origin.build`` remembers it. For any other model of timm or transformers it is read
     off the model and its config, then verified: the architecture is built on the meta device and compared in the
     names and shapes of its state dict, and in the class and the plain settings (head counts, window sizes, epsilons)
-    of every module. What comcat has put in place or narrowed is not compared.
+    of every module. What comcat has put in place or narrowed is not compared; ``changed`` are paths of modules that it
+    narrowed, where the caller knows them.
 
     Raises ModelError if the model is of another library, or if nothing that can be built fits; the message says what
     differs and how to give the origin explicitly.
@@ -161,7 +167,7 @@ def origin_of(model: nn.Module) -> Origin:
     model = unwrapped(model)
     origin = remembered_origin(model)
     if origin is None:
-        return verified_origin(model)
+        return verified_origin(model, changed=changed)
     if origin.library == "transformers":
         live = _config(model)
         names = {k: live[k] for k in ("id2label", "label2id") if k in live}  # often renamed after loading
@@ -170,22 +176,25 @@ def origin_of(model: nn.Module) -> Origin:
     if all(origin.arguments.get(k, v) == v for k, v in live.items()):
         return origin
     try:  # reset_classifier or set_input_size since loading
-        return replace(verified_origin(model), source=origin.source)
+        return replace(verified_origin(model, changed=changed), source=origin.source)
     except ModelError:  # layers were narrowed too, so that nothing is left to compare with
         return replace(origin, arguments={**origin.arguments, **live})
 
 
-def verified_origin(model: nn.Module, *, source: str = "", given: Mapping[str, Any] | None = None) -> Origin:
+def verified_origin(
+    model: nn.Module, *, source: str = "", given: Mapping[str, Any] | None = None, changed: Collection[str] = ()
+) -> Origin:
     """``model``'s origin, read off it and verified as ``origin_of`` says, whatever it remembers.
 
-    given: the keyword arguments it was created with, where the caller knows them. Raises ModelError as ``origin_of``.
+    given: the keyword arguments it was created with, where the caller knows them. changed: as for ``origin_of``.
+    Raises ModelError as ``origin_of``.
     """
     library = library_of(model)
     candidates = _timm_candidates(model, given or {}) if library == "timm" else [_transformers_candidate(model)]
     best: list[str] | None = None
     for origin in candidates:
         try:
-            found = differences(model, _twin(origin), config_known=library == "transformers")
+            found = differences(model, _twin(origin), config_known=library == "transformers", changed=changed)
         except ModelError as error:
             found = [str(error)]
         if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ..errors import ModelError, nearest
 from .failures import RANDOM_WEIGHTS, loading_failure, required
 from .origins import remember_origin
+from .stored import stored_in, stored_in_file, stored_on_hub
 
 
 def load_timm(name: str, spec: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[str, Any]) -> nn.Module:
@@ -29,8 +31,19 @@ def load_timm(name: str, spec: str, pretrained: bool, dtype: torch.dtype, model_
     except Exception as error:  # timm raises anything here, from AssertionError to KeyError
         needs_hub = name.startswith("hf-hub:") or (pretrained and not local)
         raise loading_failure(spec, error, local=not needs_hub) from error
-    remember_origin(model, spec, given=model_args)
+    remember_origin(model, spec, given=model_args, stored=_stored(model, name) if pretrained else None)
     return model.to(dtype)
+
+
+def _stored(model: Any, name: str) -> Mapping[str, Any]:
+    """How the weights that timm has loaded are stored, as far as it says where they are."""
+    if name.startswith("local-dir:"):
+        return stored_in(Path(name.removeprefix("local-dir:")).expanduser())
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    place, repo = cfg.get("file"), cfg.get("hf_hub_id")
+    if place:
+        return stored_in_file(place)
+    return stored_on_hub(repo) if repo else {}
 
 
 def _check_name(name: str, pretrained: bool) -> None:

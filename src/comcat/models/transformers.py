@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ModelError, nearest
 from .failures import first_line, loading_failure, required
 from .origins import remember_origin
+from .stored import stored_in, stored_on_hub
 from .timm import load_timm
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ def load_transformers(
     preprocessor = image_processor(name, hub)
     if "image_size" in rest and rest["image_size"] != saved_size:
         preprocessor = _resized(preprocessor, rest["image_size"])
-    remember_origin(model, spec, preprocessor=preprocessor)
+    stored = (stored_in(name) if Path(name).is_dir() else stored_on_hub(name, **hub)) if pretrained else None
+    remember_origin(model, spec, preprocessor=preprocessor, stored=stored)
     return model
 
 

@@ -10,9 +10,9 @@ import yaml
 
 from ..plan import Plan
 from ..record import Results
-from ..report.units import AGREEMENT, cell, metric, share
+from ..report.wording import AGREEMENT, cell, metric, share
 
-_KINDS = {"qk": "QK products", "vo": "VO products", "linear": "linear layers"}
+_KINDS = {"qk": "QK products", "vo": "VO products", "linear": "linear layers", "units": "feed-forwards, hidden units"}
 
 
 def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
@@ -23,7 +23,7 @@ def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
     before, after = config["parameters"]["before"], config["parameters"]["after"]
     origin = config["origin"]
     parts = [
-        f"---\n{yaml.safe_dump(_front_matter(config), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml.safe_dump(_front_matter(config, plan), sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
         f"`{origin['name']}` of {origin['library']}, compressed with comcat {config['comcat_version']}: "
         f"{after:,} parameters instead of {before:,} ({share(before, after)}).",
@@ -31,10 +31,9 @@ def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
         _loading(config, name),
         *_input(config),
         "## What was done",
-        "Products of attention weights (W_Q W_Kᵀ and W_V W_O of every head) and linear layers were replaced by thin "
-        "factors; `plan.json` holds the rank of each. The method follows COMCAT (Xiao et al., ICML 2023).",
-        _table(("what", "how many", "rank", "full rank"), _ranks(plan)),
-        *_section("How the ranks were found", _table(("setting", "value"), _settings(config, plan))),
+        _what_was_done(plan),
+        _table(("what", "how many", "kept of each", "of"), _kept(plan)),
+        *_section("How that was chosen", _table(("setting", "value"), _settings(config, plan))),
         *_section("Numbers", _numbers(Results.from_dict(config["results"]))),
         "## Limitations",
         _limitations(config),
@@ -42,12 +41,13 @@ def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+def _front_matter(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     origin = config["origin"]
-    stock = "stock" in config
-    front: dict[str, Any] = {"library_name": "transformers" if stock else "comcat"}
+    front: dict[str, Any] = {"library_name": config["stock"]["library"] if "stock" in config else "comcat"}
     front["pipeline_tag"] = "image-classification" if _classifies(origin) else "image-feature-extraction"
-    front["tags"] = ["comcat", "model-compression", "low-rank", "vision", origin["library"]]
+    forms = {entry.form for entry in plan.sites.values()}
+    kinds = [*(["low-rank"] if forms - {"units"} else []), *(["structured-pruning"] if "units" in forms else [])]
+    front["tags"] = ["comcat", "model-compression", *kinds, "vision", origin["library"]]
     if base := _base_model(origin):
         front["base_model"] = base
     licence = origin["pretrained_cfg"].get("license")
@@ -78,16 +78,25 @@ def _base_model(origin: Mapping[str, Any]) -> str | None:
 def _loading(config: Mapping[str, Any], name: str) -> str:
     classifies, library = _classifies(config["origin"]), config["origin"]["library"]
     where = "# this folder, or the name of its repository"
-    if "stock" in config:
+    stock = config.get("stock")
+    if stock and stock["library"] == "timm":
+        output = "logits" if classifies else "features"
+        lines = [
+            "import timm",
+            f'model = timm.create_model("local-dir:{name}", pretrained=True).eval()  # or "hf-hub:" and its repository',
+            f"{output} = model(pictures)",
+        ]
+        note = "No code of comcat is needed: it is an ordinary model of timm with fewer hidden units (`mlp_ratio`)."
+    elif stock:
         automatic = "AutoModelForImageClassification" if classifies else "AutoModel"
         lines = [
             f"from transformers import {automatic}",
             f'model = {automatic}.from_pretrained("{name}").eval()  {where}',
             "logits = model(pictures).logits" if classifies else "outputs = model(pictures)",
         ]
-        note = (
-            "No code of comcat is needed: it is an ordinary checkpoint with narrower heads (`head_dim` in its config)."
-        )
+        narrow = {"narrower heads": stock.get("head_dim"), "fewer hidden units": stock.get("hidden_units")}
+        said = " and ".join(words for words, there in narrow.items() if there)
+        note = f"No code of comcat is needed: it is an ordinary checkpoint with {said}, as its config says."
     else:
         output = "logits = model(pictures)" + (".logits" if library == "transformers" else "")
         lines = [
@@ -112,15 +121,33 @@ def _input(config: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _ranks(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+def _what_was_done(plan: Plan) -> str:
+    """What the forms in a plan are, in words."""
+    entries = plan.sites
+    products = any(name.endswith((":qk", ":vo")) for name in entries)
+    layers = any(not name.endswith((":qk", ":vo", ":units")) for name in entries)
+    parts = ["products of attention weights (W_Q W_Kᵀ and W_V W_O of every head)"] if products else []
+    parts += ["linear layers"] if layers else []
+    said = [f"{' and '.join(parts)} were replaced by thin factors"] if parts else []
+    if any(entry.form == "units" for entry in entries.values()):
+        said.append(
+            "feed-forwards lost hidden units, and the layers that read them were refitted (Hassibi and Stork, 1993)"
+        )
+    text = "; ".join(said) or "nothing was changed"
+    where = "`plan.json` says what became of each. It follows COMCAT (Xiao et al., ICML 2023)."
+    return f"{text[0].upper()}{text[1:]}. {where}"
+
+
+def _kept(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     groups: dict[tuple[str, int, str], list[int]] = {}
     for name, entry in plan.sites.items():
-        kind = name.rpartition(":")[2] if name.endswith((":qk", ":vo")) else "linear"
+        kind = name.rpartition(":")[2] if name.endswith((":qk", ":vo", ":units")) else "linear"
         groups.setdefault((kind, entry.full, entry.form), []).append(entry.keep)
-    for (kind, full, form), ranks in groups.items():
-        what = _KINDS[kind] + ("" if form == "product" else f" ({form.replace('_', ' ')} form)")
-        lowest, highest = min(ranks), max(ranks)
-        yield what, str(len(ranks)), str(lowest) if lowest == highest else f"{lowest} to {highest}", str(full)
+    for (kind, full, form), kept in groups.items():
+        what = _KINDS[kind] + ("" if form in ("product", "units") else f" ({form.replace('_', ' ')} form)")
+        what += "" if kind == "units" else ", rank"
+        lowest, highest = min(kept), max(kept)
+        yield what, str(len(kept)), f"{lowest:,}" if lowest == highest else f"{lowest:,} to {highest:,}", f"{full:,}"
 
 
 def _settings(config: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..files import read_tensors, surviving
 from ..grad_mode import outside_inference_mode
 from ..models import Origin
 from ..models.loading import place_of
+from ..models.stored import stored_in
 from ..plan import Plan
 from ..record import Record, Results
 from .folder import (
@@ -188,7 +190,7 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Origin, Record]:
     """Where a saved model comes from, and the record it had."""
     try:
         plan = Plan.load(folder / PLAN)
-        origin = Origin.from_dict(config["origin"])
+        origin = replace(Origin.from_dict(config["origin"]), stored=stored_in(folder))
     except (PlanError, UnicodeDecodeError) as error:
         raise StoreError(f"{folder / PLAN}: {error}") from error
     except (KeyError, ModelError) as error:

@@ -34,6 +34,7 @@ from .folder import (
     replacing,
     write_config,
 )
+from .precision import in_precision, precision_for
 from .rebuilding import Rebuilt, rebuild, unlike
 from .stock import write_stock
 
@@ -47,6 +48,7 @@ def save(
     *,
     report: ReportData | None = None,
     stock: bool = False,
+    dtype: torch.dtype | None = None,
     overwrite: bool = True,
     origin: Origin | None = None,
     plan: Plan | None = None,
@@ -60,9 +62,13 @@ def save(
     was. Other files in it are kept.
 
     Args:
-        stock: write a checkpoint that plain transformers loads instead, with no code of ours. It needs a plan that
-            brings the QK and VO of all attention layers to one rank and nothing else, on a ViT, DeiT, DINOv2, BEiT or
-            the like; a ViT or DeiT of timm is translated.
+        stock: write a checkpoint that plain transformers or timm loads instead, with no code of ours. It needs a plan
+            that brings the QK and VO of all attention layers to one rank (or none), all feed-forwards to one number of
+            hidden units (or none), and nothing else: what ``ranks="equal"`` makes with units. Of transformers it takes
+            classes whose config says these widths (ViT, DeiT, DINOv2, BEiT and the like); a ViT or DeiT of timm is
+            translated to transformers, or stays timm's where only hidden units went.
+        dtype: store wider weights in this type. None keeps that of the source's files, so that a model that was loaded
+            from 16 bits into 32 is saved in 16 again; a model whose source is not known is saved as it is.
         overwrite: False refuses a folder that is not empty.
         origin: how to build the model before compression, where it cannot be told from the model.
         plan, record: what was done to the model, if :func:`comcat.apply_` did it; :func:`comcat.compress` leaves it on
@@ -70,7 +76,7 @@ def save(
 
     Raises:
         StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's
-            or cannot be written, or a stock export is not possible.
+            or cannot be written, a stock export is not possible, or values are too large for ``dtype``.
         ModelError: if its origin cannot be told.
     """
     target = Path(folder).expanduser()
@@ -79,12 +85,16 @@ def save(
     check_replaceable(target, overwrite)  # before any work
     origin, rebuilt = _origin(model, origin, record)
     record = _completed(model, record, origin)
-    config, plan_text = _config(model, origin, record, rebuilt), _plan_text(record.plan)
+    plan_text, precision = _plan_text(record.plan), precision_for(model, dtype)
+    _config(model, origin, record, rebuilt)  # what JSON cannot hold is told before anything is written
     with replacing(target, overwrite=overwrite) as new:
+        extra = {}
         if stock:
-            config |= {"stock": write_stock(model, origin, record, rebuilt.sites, new)}
+            extra = {"stock": write_stock(model, origin, record, rebuilt.sites, new, precision)}
         else:
-            write_tensors(new / WEIGHTS, model.state_dict())
+            write_tensors(new / WEIGHTS, in_precision(model.state_dict(), precision))
+        record, report = _with_size(record, report, new / WEIGHTS)
+        config = _config(model, origin, record, rebuilt) | extra
         (new / PLAN).write_text(plan_text, encoding="utf-8")
         (new / CARD).write_text(
             model_card(config, record.plan, name=Path(os.path.abspath(target)).name), encoding="utf-8"
@@ -102,6 +112,18 @@ def check_savable(model: nn.Module) -> None:
     model = _bare(model)
     record = getattr(model, "comcat_record", None)
     _origin(model, None, Record(plan=Plan(sites={})) if record is None else record)
+
+
+def _with_size(record: Record, report: ReportData | None, weights: Path) -> tuple[Record, ReportData | None]:
+    """Record and report with the size of the file that was written, where they say what it would be."""
+    size = {"size_bytes": weights.stat().st_size}
+    results = record.results
+    if "size_bytes" in results.after:
+        record = replace(record, results=replace(results, after={**results.after, **size}))
+    if report is not None and "size_bytes" in report.after:
+        between = {**report.between, **size} if "size_bytes" in report.between else report.between
+        report = replace(report, after={**report.after, **size}, between=between)
+    return record, report
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -132,7 +154,7 @@ def _origin(model: nn.Module, given: Origin | None, record: Record) -> tuple[Ori
     candidates = [o for o in (given, noted) if o is not None][:1]
     if given is None and (noted is None or remembered_origin(model) is not None):
         try:  # what the model remembers is brought up to date with its classes and picture size; the record is not
-            candidates.insert(0, origin_of(model))
+            candidates.insert(0, origin_of(model, changed=[name.partition(":")[0] for name in record.plan.sites]))
         except ModelError:
             if noted is None:
                 raise

@@ -1,10 +1,11 @@
-"""Checkpoints that plain transformers loads, with no code of ours.
+"""Checkpoints that plain transformers or timm loads, with no code of ours.
 
-Several classes of transformers read a head's width from their config (``head_dim``). A plan that brings QK and VO of
-all attention layers to one rank r makes heads of width r, so such a class holds the weights as they are, but for its
-scale: it divides logits by √r where ours multiplies them by the original scale s = 1/√k. So ``W_Q`` and ``b_Q`` are
-multiplied by s √r: ``s q kᵀ = (s √r q) kᵀ / √r``. Key biases drop out of softmax and value biases were folded into the
-output's, so both are zero.
+A config says one width of heads and one of feed-forwards for all layers. Several classes of transformers read a
+head's width from their config (``head_dim``). A plan that brings QK and VO of all attention layers to one rank r
+makes heads of width r, so such a class holds the weights as they are, but for its scale: it divides logits by √r
+where ours multiplies them by the original scale s = 1/√k. So ``W_Q`` and ``b_Q`` are multiplied by s √r: ``s q kᵀ =
+(s √r q) kᵀ / √r``. Key biases drop out of softmax and value biases were folded into the output's, so both are zero.
+Fewer hidden units are plain narrower layers: ``intermediate_size`` or ``mlp_ratio`` says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,112 +22,124 @@ from torch import Tensor, nn
 
 from ..data import Preprocess
 from ..errors import StoreError, listed
+from ..files import write_tensors
 from ..hosts import find_sites
-from ..models import Origin
-from ..models.failures import first_line, required
-from ..plan import Plan
+from ..models import Origin, preprocess_of
+from ..models.failures import required
 from ..record import Record
 from ..sites import Attention, ProductSite, Sites
+from .narrower import narrower_timm, narrower_transformers
 from .processor import processor_config
 from .rebuilding import unlike
 from .translation import translated
+from .uniform import Shape, shape_of
 
 TOLERANCE = 1e-4  # of outputs in float32, relative to the largest
 
 
-def write_stock(model: nn.Module, origin: Origin, record: Record, sites: Sites, folder: Path) -> dict[str, Any]:
-    """Write config, weights and, where it is known, the image processor of a stock checkpoint; return what it is.
+def write_stock(
+    model: nn.Module, origin: Origin, record: Record, sites: Sites, folder: Path, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write config, weights and, where it is known, how pictures are prepared of a stock checkpoint; return what it is.
 
-    sites: of the model before compression. Raises StoreError where the plan or the architecture does not allow it; the
-    message says why.
+    Args:
+        sites: of the model before compression. dtype: of the weights; None for the model's own.
+
+    Raises StoreError where the plan or the architecture does not allow it; the message says why.
     """
-    required("transformers")
-    rank, attentions = uniform_rank(record.plan, sites)
+    shape = shape_of(record.plan, sites)
     thin = copy.deepcopy(model).to("cpu", torch.float32).eval()
+    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    write = _write_timm if origin.library == "timm" and shape.rank is None else _write_transformers
+    said = write(thin, origin, record, shape, folder, own if dtype is None else dtype)
+    return {"head_dim": shape.rank, "hidden_units": next(iter(shape.units.values()), None), **said}
+
+
+def _write_transformers(
+    thin: nn.Module, origin: Origin, record: Record, shape: Shape, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    required("transformers")
     if origin.library == "timm":
-        stock, state, paths = translated(thin, record.class_names, rank)
+        assert shape.rank is not None
+        stock, state, paths = translated(thin, record.class_names, shape.rank)
     else:
-        stock, state, paths = (
-            _narrowed(thin, origin, rank),
-            dict(thin.state_dict()),
-            {a.path: a.path for a in attentions},
-        )
-    theirs = {s.path: s.attention for s in find_sites(stock).values() if isinstance(s, ProductSite)}
-    for attention in attentions:
-        their = theirs.get(paths[attention.path])
-        if their is None or their.width != rank:
-            raise StoreError(
-                f"no stock export: {type(stock).__name__} does not read the width of its heads from config.head_dim; "
-                "ViT, DeiT, DINOv2 and BEiT do"
-            )
-        _exchange_attention(state, thin, attention, stock, their, rank)
-    if found := unlike(state, stock.state_dict()):
-        raise StoreError(f"no stock export: {type(stock).__name__} does not hold what the model has: {listed(found)}")
-    stock.load_state_dict(state)
-    _compare(thin, stock)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    cast: Any = stock.to(dtype)
+        stock, state = narrower_transformers(thin, origin, shape), dict(thin.state_dict())
+        paths = {a.path: a.path for a in shape.attentions}
+    _exchange_all(state, thin, shape, stock, paths)
+    _without_new_biases(state, stock, shape)
+    config: Any = stock.config
+    size = config.image_size
+    pictures = _pictures(config.num_channels, (size, size) if isinstance(size, int) else size)
+    cast: Any = _filled(stock, state, thin, pictures, dtype)
     cast.save_pretrained(folder, max_shard_size="1TB")
     processor = origin.preprocessor or (
         processor_config(Preprocess.from_dict(record.preprocess)) if record.preprocess else None
     )
     if processor:
         (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n", encoding="utf-8")
-    return {
-        "library": "transformers",
-        "class": type(stock).__name__,
-        "head_dim": rank,
-        "image_processor": bool(processor),
-    }
+    return {"library": "transformers", "class": type(stock).__name__, "image_processor": bool(processor)}
 
 
-def uniform_rank(plan: Plan, sites: Sites) -> tuple[int, list[Attention]]:
-    """The one rank of QK and VO in all attention layers, and these layers. Raises StoreError: which site breaks it."""
-    if other := next((n for n in plan.sites if sites[n].kind == "linear"), None):
-        raise StoreError(
-            f"no stock export: {other} is a linear layer at low rank, which takes two layers; "
-            "compress with only=('qk', 'vo')"
-        )
-    products = {n: s for n, s in sites.items() if isinstance(s, ProductSite)}
-    if not products or not plan.sites:
-        raise StoreError("no stock export: the plan shrinks no attention")
-    rank = next(iter(plan.sites.values())).keep
-    attentions: dict[str, Attention] = {}
-    for name, site in products.items():
-        entry = plan.sites.get(name)
-        if entry is None:
+def _write_timm(
+    thin: nn.Module, origin: Origin, record: Record, shape: Shape, folder: Path, dtype: torch.dtype
+) -> dict[str, Any]:
+    """A folder as timm's ``local-dir:`` opens it. Heads keep their width there, which no argument of timm says."""
+    stock, narrow = narrower_timm(thin, origin, shape)
+    state = dict(thin.state_dict())
+    _without_new_biases(state, stock, shape)
+    prepared = Preprocess.from_dict(record.preprocess) if record.preprocess else preprocess_of(thin)
+    _filled(stock, state, thin, _pictures(prepared.channels, prepared.size), dtype)
+    write_tensors(folder / "model.safetensors", stock.state_dict())
+    classes = narrow.arguments.get("num_classes", getattr(thin, "num_classes", None))
+    arguments = {name: value for name, value in narrow.arguments.items() if name != "num_classes"}
+    config = {"architecture": narrow.name, "num_classes": classes, "model_args": arguments}
+    config["pretrained_cfg"] = {**narrow.pretrained_cfg, "num_classes": classes}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return {"library": "timm", "class": type(stock).__name__, "mlp_ratio": narrow.arguments["mlp_ratio"]}
+
+
+def _filled(
+    stock: nn.Module, state: dict[str, Tensor], thin: nn.Module, pictures: Tensor, dtype: torch.dtype
+) -> nn.Module:
+    """The stock model with the weights in a type; refused where it does not hold them, or computes something else."""
+    if found := unlike(state, stock.state_dict()):
+        raise StoreError(f"no stock export: {type(stock).__name__} does not hold what the model has: {listed(found)}")
+    stock.load_state_dict(state)
+    _compare(thin, stock, pictures)
+    return stock.to(dtype)
+
+
+def _without_new_biases(state: dict[str, Tensor], stock: nn.Module, shape: Shape) -> None:
+    """Leave out biases that refitting has created where the class has none, if they are zero; else refuse."""
+    for site in shape.feedforwards.values():
+        name = f"{site.down}.bias"
+        if name in state and getattr(stock.get_submodule(site.down), "bias", None) is None:
+            if state[name].any():
+                raise StoreError(
+                    f"no stock export: refitting {site.name} has created a bias of {site.down}, "
+                    f"where {type(stock).__name__} has none"
+                )
+            del state[name]
+
+
+def _exchange_all(
+    state: dict[str, Tensor], thin: nn.Module, shape: Shape, stock: nn.Module, paths: Mapping[str, str]
+) -> None:
+    """Put the weights of all low-rank attention into ``state`` under the names that ``stock`` has for them."""
+    theirs = {s.path: s.attention for s in find_sites(stock).values() if isinstance(s, ProductSite)}
+    for attention in shape.attentions:
+        their = theirs.get(paths[attention.path])
+        if their is None or their.width != shape.rank:
             raise StoreError(
-                f"no stock export: {name} stays at its full rank {site.full_rank}; every QK and VO must have one rank"
+                f"no stock export: {type(stock).__name__} does not read the width of its heads from config.head_dim; "
+                "ViT, DeiT, DINOv2 and BEiT do"
             )
-        if entry.form != "product":
-            raise StoreError(f"no stock export: {name} has the form {entry.form!r}, expected 'product'")
-        if entry.keep != rank:
-            first = next(iter(plan.sites))
-            raise StoreError(
-                f"no stock export: {name} has rank {entry.keep}, but {first} has {rank}; every QK and VO must have "
-                "one rank: compress with ranks='equal'"
-            )
-        attentions[site.path] = site.attention
-    for path in attentions:
-        for kind in ("qk", "vo"):
-            if f"{path}:{kind}" not in products:
-                reason = next((r.reason for r in sites.refused if r.name == f"{path}:{kind}"), "it cannot shrink")
-                raise StoreError(f"no stock export: {path}:{kind} keeps its width: {reason}")
-    return rank, list(attentions.values())
+        _exchange_attention(state, thin, attention, stock, their, their.width)
 
 
-def _narrowed(model: nn.Module, origin: Origin, rank: int) -> nn.Module:
-    """A model of the same class whose heads have width ``rank``, with random weights."""
-    config: Any = copy.deepcopy(model.config)
-    config.head_dim = rank
-    constructor = origin.arguments.get("constructor", {})
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return type(model)(config, **constructor).eval()
-    except Exception as error:  # classes that do not know head_dim fail in ways of their own
-        raise StoreError(
-            f"no stock export: {type(model).__name__} cannot be built with head_dim {rank}: {first_line(error)}"
-        ) from error
+def _pictures(channels: int, size: Sequence[int]) -> Tensor:
+    height, width = size
+    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(0))
 
 
 def _exchange_attention(
@@ -166,13 +180,8 @@ def _parts(thin: nn.Module, a: Attention) -> dict[str, tuple[Tensor, Tensor | No
     return {letter: (linear.weight, linear.bias) for letter, linear in linears.items()}
 
 
-def _compare(thin: nn.Module, stock: nn.Module) -> None:
+def _compare(thin: nn.Module, stock: nn.Module, pictures: Tensor) -> None:
     """Refuse a translation that does not compute the same, whatever the reason."""
-    config: Any = stock.config
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(2, config.num_channels, height, width, generator=generator)
     with torch.inference_mode():
         ours, theirs = (_tensor(m(pictures)) for m in (thin, stock))
     error, largest = (ours - theirs).abs().max().item(), ours.abs().max().item()
