@@ -64,7 +64,7 @@ def divide(
     calibration, deciding = rest.take(calibrate, seed), deciding.take(DECIDING, seed)
     judged = held.take(JUDGED, seed) if evaluation is None else evaluation
     judged = judged if limit is None else judged.take(limit, seed)
-    judged_on = _in_words(judged, pictures if evaluation is None else evaluation)
+    judged_on = in_words(judged, pictures if evaluation is None else evaluation)
     training = rest if evaluation is None else pictures
     notes = []
     if few and (evaluation is None or max_drop is not None):
@@ -90,7 +90,8 @@ def divide(
     )
 
 
-def _in_words(part: Pictures, whole: Pictures) -> str:
+def in_words(part: Pictures, whole: Pictures) -> str:
+    """Some pictures of a whole, counted and named."""
     return f"pictures of {whole.name}" if part.count is None else f"{counted(part.count, 'picture')} of {whole.name}"
 
 

@@ -30,6 +30,7 @@ from ..runs.claims import claimed
 from ..runs.processes import Processes
 from ..settings import from_keywords, part_of
 from ..store import save
+from ..store.precision import round_
 from ..store.saving import check_savable
 from ..tuning.leaks import check_sources
 from ..tuning.settings import TuneSettings
@@ -44,7 +45,6 @@ from .places import (
     pictures_for,
     said_of_skipped,
     said_of_tuning,
-    title_of,
 )
 from .settings import CompressToSettings
 
@@ -201,12 +201,14 @@ def _carry_out(job: _Job) -> tuple[nn.Module, Compressed, Evaluation | None]:
         progress=job.progress,
     )  # fmt: skip
     if s.tuning is None:
+        round_(small)  # what is measured is what will be saved
         return small, done, None
     compressed = job.judge(small, against=job.before)
     tune_(
         small, on.training, s.tuning, teacher=job.before, evaluation=on.judged if on.judged.has_labels else None,
         out=job.work / "tuning", restart=s.restart, progress=job.progress,
     )  # fmt: skip
+    round_(small)
     return small, done, compressed
 
 
@@ -216,7 +218,7 @@ def _report(job: _Job, small: Any, done: Compressed, compressed: Evaluation | No
     tuned = said_of_tuning(small.comcat_record.results.tuning)
     timings = _timings(job, small, done.prepared.example) if job.settings.bench else None
     return collect(
-        job.before, small, done, title=f"{title_of(job.name)}, compressed", model=job.name, command=command,
+        job.before, small, done, model=job.name, command=command, judged_on=job.division.judged_on,
         settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
         timings=timings, notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
     )  # fmt: skip

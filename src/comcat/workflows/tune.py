@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..data import Pictures
+from ..methods.splits import in_words
 from ..models import preprocess_of
 from ..report import ReportData
 from ..report.collect import collect_tuning
@@ -24,7 +25,7 @@ from ..tuning.leaks import check_apart, check_sources
 from ..tuning.settings import TuneSettings
 from ..tuning.setup import CHECKPOINTS
 from ..tuning.tune import tune_
-from .places import Finished, Source, called, check_out, model_of, opened, said_of_skipped, said_of_tuning, title_of
+from .places import Finished, Source, called, check_out, model_of, opened, said_of_skipped, said_of_tuning
 
 
 def tune_to(
@@ -84,7 +85,8 @@ def tune_to(
         report = None
         with processes.together():
             if processes.main:
-                report = _report(student, name, command, notes)
+                judged_on = None if judging is None else in_words(judging, judging)
+                report = _report(student, name, command, notes, judged_on)
                 save(student, out, report=report)
     record: Any = student.comcat_record
     return Finished(model=student, record=record, folder=out, report=report, notes=tuple(notes))
@@ -104,7 +106,7 @@ def _limited(source: Source | None, limit: int | None, seed: int) -> Pictures | 
     return opened(source).take(limit, seed)
 
 
-def _report(student: Any, name: str, command: str | None, notes: list[str]) -> ReportData | None:
+def _report(student: Any, name: str, command: str | None, notes: list[str], judged_on: str | None) -> ReportData | None:
     """What the report of a tuning shows; None where no step was made."""
     tuning = student.comcat_record.results.tuning
     if not tuning["curve"]:
@@ -112,7 +114,7 @@ def _report(student: Any, name: str, command: str | None, notes: list[str]) -> R
     p = preprocess_of(student)
     asked = {"model": name, "teacher": tuning["teacher"], **tuning["settings"]}
     return collect_tuning(
-        student, title=f"{title_of(name)}, tuned", model=name, command=command,
+        student, model=name, command=command, judged_on=judged_on,
         settings={k: v for k, v in asked.items() if v is not None},
         example=torch.zeros(1, p.channels, *p.size), notes=tuple(notes),
     )  # fmt: skip
