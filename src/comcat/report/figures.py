@@ -253,7 +253,7 @@ def _grid(count: int, columns: int, width: float, height: float, *, extra: float
 
 
 def _along_the_blocks(rows: Sequence[SiteRow], sites: Sequence[SiteRow]) -> tuple[Sequence[int], list[str]]:
-    """Where a panel's bars stand, and the names along its axis: all blocks of its kind, so that panels can be compared."""
+    """Where a panel's bars stand, and the names along its axis: all blocks of its kind, so that panels compare."""
     pattern = _numbers_out(rows[0].block)
     blocks = list(dict.fromkeys(site.block for site in sites if site.block and _numbers_out(site.block) == pattern))
     if len({row.block for row in rows}) < len(rows) or not {row.block for row in rows} <= set(blocks):

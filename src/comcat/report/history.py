@@ -125,8 +125,8 @@ def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
     facts["Took"] = f"{wording.elapsed(result['seconds'])}, evaluations and checkpoints included"
     if best := result.get("best"):
         facts["Best top-1 on the way"] = (
-            f"{wording.percent(best['top1'])} after step {wording.plain(float(best['step']))}; the last weights are what "
-            "counts"
+            f"{wording.percent(best['top1'])} after step {wording.plain(float(best['step']))}; "
+            "the last weights are what counts"
         )
     return facts
 
