@@ -933,3 +933,22 @@ def test_the_figure_of_speed_is_one(compressed):
     text = Page(render(timed)).text.replace(wording.SPACE, " ")
     assert "Speed-up 2.08× quartiles 1.90–2.20, batch 8, 5 rounds" in text
     assert text.count("2.08× faster") == 2 and "2.50×" not in text  # of latency and of throughput
+
+
+def test_blocks_that_run_on_fewer_tokens_have_a_column():
+    import comcat
+    from comcat.report.rows import site_rows
+
+    from .models import pictures, tiny_vit
+
+    model = tiny_vit()
+    plan = comcat.merge(model, example=pictures(1)[0], keep=0.7)
+    assert any(name.endswith(":tokens") for name in plan.sites)
+    rows = site_rows(plan, comcat.find_sites(model))
+    tokens = [row for row in rows if row.kind == "tokens"]
+    assert {row.name for row in tokens} == {n for n in plan.sites if n.endswith(":tokens")}
+    data = empty(sites=rows)
+    assert ReportData.from_json(data.to_json()).sites == rows
+    text = Page(render(data)).text
+    assert "Attention Feed-forward Tokens" in text and f"{tokens[0].keep} of {tokens[0].full} tokens" in text
+    assert "Tokens" not in Page(render(empty(sites=(site(block="blocks.0", role="attention"),)))).text

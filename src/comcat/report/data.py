@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 from comcat.errors import NumericsError, SettingsError, StoreError, nearest
 
 MATRICES = ("W_Q", "W_K", "W_V", "W_O", "QK", "VO")
-Kind = Literal["qk", "vo", "linear", "units"]
-Role = Literal["attention", "feed-forward", ""]
+Kind = Literal["qk", "vo", "linear", "units", "tokens"]
+Role = Literal["attention", "feed-forward", "tokens", ""]
 _FORMAT, _VERSION = "comcat-report", 2
 _NOT_FINITE = ("nan", "inf", "-inf")  # how JSON, which has no such numbers, spells them here
 
@@ -53,7 +53,7 @@ class SiteRow:
 
     Attributes:
         form: what it became, as plans call it; None: it stays as it is, and ``note`` says why.
-        keep, full: ranks or hidden units that stay, and that there were; ``keep`` is None where it stays as it is.
+        keep, full: ranks, hidden units or tokens that stay, and that there were; ``keep`` is None where it stays.
         parameters_before, parameters_after: counts. macs_before, macs_after: a picture, where these were the budget.
         predicted_loss: nats a picture, where that was the statistic. rival_loss: of a feed-forward, what its other form
             (low rank instead of fewer units, or the other way round) was predicted to lose for as much.

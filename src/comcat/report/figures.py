@@ -170,7 +170,7 @@ def rank_panels(sites: Iterable[SiteRow]) -> dict[str, list[SiteRow]]:
     alone = [rows[0] for rows in patterns.values() if len(rows) == 1 and rows[0].kind == "linear"]
     groups = {name: rows for name, rows in patterns.items() if len(rows) > 1 or rows[0].kind != "linear"}
     titles = {name: _panel_title(name, rows[0].kind) for name, rows in groups.items()}
-    order = {"qk": 0, "vo": 1, "linear": 2, "units": 3}
+    order = {"qk": 0, "vo": 1, "linear": 2, "units": 3, "tokens": 4}
     panels = {}
     for name, rows in sorted(groups.items(), key=lambda group: order[group[1][0].kind]):
         twins = [other.split(".") for other in groups if titles[other] == titles[name]]
@@ -188,7 +188,7 @@ def _numbers_out(path: str) -> str:
 
 def _panel_title(pattern: str, kind: str) -> str:
     """``QK``, ``Hidden units``, or of linear layers what follows the last layer number, ``mlp.fc1``."""
-    titles = {"units": "Hidden units", "linear": pattern.rpartition("*.")[2]}
+    titles = {"units": "Hidden units", "tokens": "Tokens", "linear": pattern.rpartition("*.")[2]}
     return titles.get(kind, kind.upper())
 
 

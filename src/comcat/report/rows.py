@@ -20,8 +20,11 @@ _BY_KIND: Mapping[str, tuple[Kind, Role]] = {
     "qk": ("qk", "attention"),
     "vo": ("vo", "attention"),
     "units": ("units", "feed-forward"),
+    "tokens": ("tokens", "tokens"),
 }
 """Kind and role of what is refused, by what its name ends in."""
+_TOKENS = ":tokens"
+"""What the names of blocks that run on fewer tokens end in."""
 
 
 def site_rows(plan: Plan, whole: Sites, prepared: Prepared | None = None) -> tuple[SiteRow, ...]:
@@ -40,7 +43,7 @@ def site_rows(plan: Plan, whole: Sites, prepared: Prepared | None = None) -> tup
             continue
         entry = plan.sites.get(name)
         block, role = _place(site, holders.get(name))
-        macs = _macs(site, entry, prepared)
+        macs = _macs(site, plan, prepared)
         rows.append(
             SiteRow(
                 name=name, kind=site.kind, block=block, role=role, full=site.full,
@@ -51,7 +54,17 @@ def site_rows(plan: Plan, whole: Sites, prepared: Prepared | None = None) -> tup
                 note=_why_it_stays(site, plan, prepared) if entry is None else "",
             )
         )  # fmt: skip
-    return (*rows, *(_refused(r) for r in whole.refused if r.name not in holders))
+    return (*rows, *_tokens(plan), *(_refused(r) for r in whole.refused if r.name not in holders))
+
+
+def _tokens(plan: Plan) -> Iterator[SiteRow]:
+    """A row for every block that runs on fewer tokens. Tokens have no parameters; what they save is saved elsewhere."""
+    for name, entry in plan.sites.items():
+        if name.endswith(_TOKENS):
+            yield SiteRow(
+                name=name, kind="tokens", role="tokens", block=name.removesuffix(_TOKENS), form=entry.form,
+                keep=entry.keep, full=entry.full, parameters_before=0, parameters_after=0, predicted_loss=None,
+            )  # fmt: skip
 
 
 def _told_by_others(plan: Plan, sites: Sites) -> set[str]:
@@ -72,12 +85,21 @@ def _place(site: Site, holder: HiddenSite | None) -> tuple[str, Role]:
     return ("", "") if feedforward is None else (block_of(feedforward.path), "feed-forward")
 
 
-def _macs(site: Site, entry: SitePlan | None, prepared: Prepared | None) -> tuple[float | None, float | None]:
+def _macs(site: Site, plan: Plan, prepared: Prepared | None) -> tuple[float | None, float | None]:
     """MACs of a site before and after, where these were the budget and it was seen."""
     cost = None if prepared is None else prepared.cost
     if not isinstance(cost, Macs) or site.name not in cost.flows:
         return None, None
-    return float(cost(site, None)), float(cost(site, entry))
+    now = next((cost.on_fewer_tokens(s) for block, s in _shares(plan) if site.path.startswith(f"{block}.")), cost)
+    return float(cost(site, None)), float(now(site, plan.sites.get(site.name)))
+
+
+def _shares(plan: Plan) -> Iterator[tuple[str, float]]:
+    """Blocks that run on fewer tokens, and the share of their rows that is left."""
+    for name, entry in plan.sites.items():
+        if name.endswith(_TOKENS):
+            prefix = entry.details["tokens"]["prefix"]
+            yield name.removesuffix(_TOKENS), (prefix + entry.keep) / (prefix + entry.full)
 
 
 def _predicted(name: str, entry: SitePlan | None, prepared: Prepared | None) -> float | None:

@@ -7,7 +7,7 @@ from comcat.report import wording
 from comcat.report.data import SiteRow
 
 _LOSS = wording.Metric(label="", show=wording.tiny)
-_KINDS = {"qk": "QK", "vo": "VO", "linear": "linear", "units": "feed-forward"}
+_KINDS = {"qk": "QK", "vo": "VO", "linear": "linear", "units": "feed-forward", "tokens": "tokens"}
 
 
 def blocks(sites: Sequence[SiteRow]) -> dict[str, Any]:
@@ -16,10 +16,11 @@ def blocks(sites: Sequence[SiteRow]) -> dict[str, Any]:
     for site in sites:
         if site.block:
             grouped.setdefault(site.block, []).append(site)
+    roles = [r for r in ("attention", "feed-forward", "tokens") if r != "tokens" or any(s.role == r for s in sites)]
     rows = [
         {
             "name": name,
-            "parts": [_part([s for s in group if s.role == role]) for role in ("attention", "feed-forward")],
+            "parts": [{"role": role.capitalize(), **_part([s for s in group if s.role == role])} for role in roles],
             "parameters": _before_after(group),
             "macs": _macs(group),
             "loss": _sum_of_losses(group),
@@ -28,7 +29,8 @@ def blocks(sites: Sequence[SiteRow]) -> dict[str, Any]:
     ]
     parts = [site for group in grouped.values() for site in group]
     total = {"parameters": _before_after(parts), "macs": _macs(parts), "loss": _sum_of_losses(parts)}
-    return {"rows": rows, "total": total, "macs": total["macs"], "loss": total["loss"]}
+    headings = [role.capitalize() for role in roles]
+    return {"rows": rows, "headings": headings, "total": total, "macs": total["macs"], "loss": total["loss"]}
 
 
 def _part(group: Sequence[SiteRow]) -> dict[str, str]:
@@ -37,7 +39,8 @@ def _part(group: Sequence[SiteRow]) -> dict[str, str]:
         return {"what": "", "detail": ""}
     details = []
     if any(site.form for site in group):
-        details.append(wording.share(*(sum(getattr(s, f"parameters_{w}") for s in group) for w in ("before", "after"))))
+        counts = [sum(getattr(s, f"parameters_{when}") for s in group) for when in ("before", "after")]
+        details += [wording.share(*counts)] if counts[0] else []
         if loss := _sum_of_losses(group):
             details.append(f"predicted loss {loss}")
         rival = next((s.rival_loss for s in group if s.rival_loss is not None), None)
@@ -51,12 +54,13 @@ def _part(group: Sequence[SiteRow]) -> dict[str, str]:
 
 def _said(site: SiteRow) -> str:
     """A site in a few words: ``QK 16 of 64``, ``512 of 1,536 units``, ``fc1 64 of 192``, ``fc2 stays``."""
-    name = {"qk": "QK ", "vo": "VO ", "units": ""}.get(site.kind, f"{site.name.rpartition('.')[2]} ")
+    name = {"qk": "QK ", "vo": "VO ", "units": "", "tokens": ""}.get(site.kind, f"{site.name.rpartition('.')[2]} ")
     if site.form is None:
         return "stays" if not name else f"{name}stays"
     kept = f"{name}{wording.plain(float(site.keep or 0))} of {wording.plain(float(site.full))}"
     form = "" if site.form in ("product", "units") else f" ({site.form.replace('_', ' ')})"
-    return f"{kept} units" if site.kind == "units" else kept + form
+    counted = {"units": " units", "tokens": " tokens"}.get(site.kind, "")
+    return kept + counted + form
 
 
 def _before_after(group: Sequence[SiteRow]) -> str:
@@ -107,7 +111,7 @@ def _kept(site: SiteRow) -> str:
     if site.form is None:
         return "all"
     kept = wording.plain(float(site.keep or 0))
-    return f"{kept} units" if site.kind == "units" else f"rank {kept}"
+    return f"{kept} {site.kind}" if site.kind in ("units", "tokens") else f"rank {kept}"
 
 
 def stayed(sites: Sequence[SiteRow]) -> list[dict[str, Any]]:

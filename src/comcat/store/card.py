@@ -12,7 +12,13 @@ from ..plan import Plan
 from ..record import Results
 from ..report.wording import AGREEMENT, cell, metric, share
 
-_KINDS = {"qk": "QK products", "vo": "VO products", "linear": "linear layers", "units": "feed-forwards, hidden units"}
+_KINDS = {
+    "qk": "QK products",
+    "vo": "VO products",
+    "linear": "linear layers",
+    "units": "feed-forwards, hidden units",
+    "tokens": "blocks, tokens",
+}
 
 
 def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
@@ -45,8 +51,9 @@ def _front_matter(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     origin = config["origin"]
     front: dict[str, Any] = {"library_name": config["stock"]["library"] if "stock" in config else "comcat"}
     front["pipeline_tag"] = "image-classification" if _classifies(origin) else "image-feature-extraction"
-    forms = {entry.form for entry in plan.sites.values()}
-    kinds = [*(["low-rank"] if forms - {"units"} else []), *(["structured-pruning"] if "units" in forms else [])]
+    endings = {name.partition(":")[2] for name in plan.sites}
+    tags = {"low-rank": endings - {"units", "tokens"}, "structured-pruning": endings & {"units"}}
+    kinds = [tag for tag, found in {**tags, "token-merging": endings & {"tokens"}}.items() if found]
     front["tags"] = ["comcat", "model-compression", *kinds, "vision", origin["library"]]
     if base := _base_model(origin):
         front["base_model"] = base
@@ -125,7 +132,7 @@ def _what_was_done(plan: Plan) -> str:
     """What the forms in a plan are, in words."""
     entries = plan.sites
     products = any(name.endswith((":qk", ":vo")) for name in entries)
-    layers = any(not name.endswith((":qk", ":vo", ":units")) for name in entries)
+    layers = any(":" not in name for name in entries)
     parts = ["products of attention weights (W_Q W_Kᵀ and W_V W_O of every head)"] if products else []
     parts += ["linear layers"] if layers else []
     said = [f"{' and '.join(parts)} were replaced by thin factors"] if parts else []
@@ -133,6 +140,8 @@ def _what_was_done(plan: Plan) -> str:
         said.append(
             "feed-forwards lost hidden units, and the layers that read them were refitted (Hassibi and Stork, 1993)"
         )
+    if any(name.endswith(":tokens") for name in entries):
+        said.append("blocks run on fewer tokens, those that look alike or lie side by side being merged")
     text = "; ".join(said) or "nothing was changed"
     where = "`plan.json` says what became of each. It follows COMCAT (Xiao et al., ICML 2023)."
     return f"{text[0].upper()}{text[1:]}. {where}"
@@ -141,11 +150,13 @@ def _what_was_done(plan: Plan) -> str:
 def _kept(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     groups: dict[tuple[str, int, str], list[int]] = {}
     for name, entry in plan.sites.items():
-        kind = name.rpartition(":")[2] if name.endswith((":qk", ":vo", ":units")) else "linear"
+        kind = name.rpartition(":")[2] if name.endswith((":qk", ":vo", ":units", ":tokens")) else "linear"
         groups.setdefault((kind, entry.full, entry.form), []).append(entry.keep)
     for (kind, full, form), kept in groups.items():
-        what = _KINDS[kind] + ("" if form in ("product", "units") else f" ({form.replace('_', ' ')} form)")
-        what += "" if kind == "units" else ", rank"
+        what = _KINDS[kind] + (
+            "" if form in ("product", "units") or kind == "tokens" else f" ({form.replace('_', ' ')} form)"
+        )
+        what += "" if kind in ("units", "tokens") else ", rank"
         lowest, highest = min(kept), max(kept)
         yield what, str(len(kept)), f"{lowest:,}" if lowest == highest else f"{lowest:,} to {highest:,}", f"{full:,}"
 

@@ -32,6 +32,11 @@ def shape_of(plan: Plan, sites: Sites) -> Shape:
     """
     if not plan.sites:
         raise StoreError("no stock export: the plan shrinks nothing")
+    if other := next((n for n in plan.sites if n.endswith(":tokens")), None):
+        raise StoreError(
+            f"no stock export: {other} is a block that runs on fewer tokens, which no config says; "
+            "compress without tokens"
+        )
     if other := next((n for n in plan.sites if sites[n].kind == "linear"), None):
         raise StoreError(
             f"no stock export: {other} is a linear layer at low rank, which takes two layers; "
