@@ -952,3 +952,20 @@ def test_blocks_that_run_on_fewer_tokens_have_a_column():
     text = Page(render(data)).text
     assert "Attention Feed-forward Tokens" in text and f"{tokens[0].keep} of {tokens[0].full} tokens" in text
     assert "Tokens" not in Page(render(empty(sites=(site(block="blocks.0", role="attention"),)))).text
+
+
+@pytest.mark.parametrize("forms", ["units", "ranks"])
+def test_of_forms_that_were_not_asked_for_nothing_is_said(forms):
+    import copy
+
+    from comcat.methods.compress import CompressSettings, compress_
+    from comcat.report.collect import collect
+
+    from .models import pictures, tiny_vit
+
+    model = tiny_vit()
+    before = copy.deepcopy(model)
+    done = compress_(model, pictures(16, 16), CompressSettings(reduce=0.3, forms=forms))
+    report = collect(before, model, done, model="tiny")
+    assert all(row.rival_loss is None for row in report.sites)
+    assert any(row.form for row in report.sites) and "low rank: " not in Page(render(report)).text

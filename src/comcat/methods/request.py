@@ -67,7 +67,8 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
     statistic = Weights(name=settings.statistic)
     total, cost = budget_of(model, settings, sites, statistic, example)
     prepared = Prepared(
-        sites=sites, statistic=statistic, factorizations={name: blank_spectrum(site) for name, site in sites.items()},
+        sites=sites, whole=whole, statistic=statistic,
+        factorizations={name: blank_spectrum(site) for name, site in sites.items()},
         total=total, made_for=describe(model, whole, sites), cost=cost,
         tokens=tuple(blank_tokens(model, example)) if "tokens" in check_forms(settings.forms) else (),
     )  # fmt: skip

@@ -128,7 +128,8 @@ def _rivals(plan: Plan, prepared: Prepared | None) -> dict[str, float]:
     for name, site in prepared.sites.items():
         if not isinstance(site, HiddenSite):
             continue
-        parts = Sites({n: prepared.sites[n] for n in (name, *site.modules) if n in prepared.sites})
+        known = prepared.sites.by_name.keys() & prepared.factorizations.keys()  # those of the forms that were asked for
+        parts = Sites({n: prepared.sites[n] for n in (name, *site.modules) if n in known})
         entries = {n: plan.sites[n] for n in parts if n in plan.sites}
         if entries:
             ladder = ladders(parts, prepared.factorizations, prepared.cost, multiple=_multiple(plan))[0]

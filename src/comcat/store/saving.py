@@ -93,7 +93,8 @@ def save(
             extra = {"stock": write_stock(model, origin, record, rebuilt.sites, new, precision)}
         else:
             write_tensors(new / WEIGHTS, in_precision(model.state_dict(), precision))
-        record, report = _with_size(record, report, new / WEIGHTS)
+        if dtype is not None:  # what was measured is the size in the source's type
+            record, report = _with_size(record, report, new / WEIGHTS)
         config = _config(model, origin, record, rebuilt) | extra
         (new / PLAN).write_text(plan_text, encoding="utf-8")
         (new / CARD).write_text(
