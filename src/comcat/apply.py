@@ -12,6 +12,7 @@ from .grad_mode import outside_inference_mode
 from .hosts import check_blocks, find_sites
 from .plan import Plan
 from .sites import Sites, Undo
+from .wrappers import bare
 
 
 class Handle:
@@ -53,6 +54,7 @@ def apply_(
     Raises:
         PlanError, UnknownSite, UnsupportedSite: where the plan does not fit; the model is then unchanged.
     """
+    model = bare(model)
     whole = sites is None
     sites = find_sites(model) if sites is None else sites
     check_plan(plan, sites, whole=whole)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
+from ..wrappers import bare
 from .blocks import check_blocks
 from .classes import classes_of
 from .feedforward import find_feedforwards
@@ -64,6 +65,7 @@ def find_sites(model: nn.Module) -> Sites:
         ModelError: if the model has neither attention nor linear layers, or is itself nothing but one of these; and
             where weights are not to be read (offloaded, quantised, pruned, adapters of PEFT), with the way out.
     """
+    model = bare(model)
     check_ordinary(model)
     found: dict[str, Site] = {}
     refused: list[Refusal] = []

@@ -16,6 +16,7 @@ from ..hosts.ordinary import check_ordinary
 from ..plan import Plan
 from ..record import Record
 from ..settings import from_keywords
+from ..wrappers import bare
 from .prepare import Prepared, kept, prepare
 from .propose import propose
 from .request import check_request
@@ -53,10 +54,13 @@ def compress(
         plan: ranks to use instead of choosing them, for example what :func:`comcat.search` found.
         settings: fields of :class:`CompressSettings`; without a plan at least ``reduce`` or ``max_drop``.
 
+    Of a model in ``torch.compile`` or data parallelism the model inside is made smaller.
+
     Returns:
         An ordinary module with ``comcat_record``, ready for :func:`comcat.save`.
     """
     chosen = from_keywords(CompressSettings, settings)
+    model = bare(model)
     check_ordinary(model)
     small = copy.deepcopy(model)
     compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
@@ -82,6 +86,7 @@ def compress_(
             "ranks='search' needs training pictures: plan = comcat.search(model, pictures, …), "
             "then compress with that plan"
         )
+    model = bare(model)
     check_request(model, settings, plan)
     calibration = None if calibration is None else kept(calibration)
     before = origin_or_none(model)

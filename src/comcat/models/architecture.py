@@ -13,7 +13,7 @@ from ..errors import ModelError
 # Plain attributes that do not change what a model computes with given weights, and so may differ.
 _NOT_ARCHITECTURE = frozenset(
     "training p inplace grad_checkpointing gradient_checkpointing fused_attn distilled_training name_or_path "
-    "init_values head_init_scale weight_init_mode fix_init initializer_range".split()
+    "num_classes init_values head_init_scale weight_init_mode fix_init initializer_range".split()
 )
 # Attributes of transformers' modules that no forward pass changes; Swin's windows, say, follow the last picture.
 _LASTING = frozenset("num_heads num_attention_heads scale scaling eps".split())
@@ -117,6 +117,9 @@ def nominal_size(model: nn.Module) -> tuple[int, int] | None:
 def changeable_arguments(model: nn.Module) -> dict[str, Any]:
     """What timm lets users change in place (``reset_classifier``, ``set_input_size``), as it is now."""
     live = {k: getattr(model, k) for k in ("num_classes", "in_chans") if isinstance(getattr(model, k, None), int)}
+    head = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else None
+    if isinstance(head, nn.Linear):
+        live["num_classes"] = head.out_features  # it may have been exchanged by hand
     for path in ("head.global_pool", "head.pool_type", "global_pool"):  # a head that pools knows better
         pool = _deep(model, path)
         pool = getattr(pool, "pool_type", pool)

@@ -8,6 +8,9 @@ from typing import Any
 from ..errors import ModelError
 
 RANDOM_WEIGHTS = "pretrained=False (--no-pretrained) builds the architecture with random weights"
+NOT_BY_PRETRAINED = (
+    "a model that comcat made smaller is saved by comcat.save(model, folder), since save_pretrained leaves out its plan"
+)
 
 _NO_SUCH = {"RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError", "HFValidationError"}
 _UNREACHABLE = {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError", "URLError"}

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import ModelError, counted, nearest
+from ..wrappers import bare
 from .architecture import nominal_size
-from .origins import library_of, remembered_origin, unwrapped
+from .origins import library_of, remembered_origin
 from .transformers import image_processor
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     """
     from ..data import Preprocess
 
-    model = unwrapped(model)
+    model = bare(model)
     if library_of(model) == "timm":
         return Preprocess(**_timm_settings(model))
     origin = remembered_origin(model)
@@ -63,7 +64,7 @@ def class_names_of(model: nn.Module) -> tuple[str, ...] | None:
 
     Raises ModelError if the model is of neither timm nor transformers.
     """
-    model = unwrapped(model)
+    model = bare(model)
     if library_of(model) == "timm":
         names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names") or ()
         count = getattr(model, "num_classes", None)
@@ -111,7 +112,7 @@ def _matched(model: nn.Module, pictures: Pictures) -> tuple[Pictures, str | None
         ours = class_names_of(model)
     except ModelError:
         ours = None
-    count = len(ours) if ours else getattr(unwrapped(model), "num_classes", None)
+    count = len(ours) if ours else getattr(bare(model), "num_classes", None)
     if not isinstance(count, int) or not count:
         return pictures, None
     if theirs is None:

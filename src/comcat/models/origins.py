@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, nearest
+from ..wrappers import bare
 from .architecture import changeable_arguments, differences, plain, read_arguments, tuples
 from .failures import first_line, required
 
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 
 _ATTRIBUTE = "comcat_origin"
 _CONSTRUCTOR = "constructor"
+OWN = "own"
 _EXPLICIT = "give it explicitly, comcat.save(..., origin=Origin(...)), or make the model with comcat.load_model"
 
 # What timm knows about a checkpoint and that still holds when its weights have been compressed: no addresses.
@@ -44,8 +46,9 @@ _CONFIG_NOT_ARCHITECTURE = ("_name_or_path", "architectures", "dtype", "torch_dt
 class Origin:
     """How to build an architecture again. Plain data, stored as JSON beside compressed weights.
 
-    library: ``"timm"`` or ``"transformers"``.
-    name: timm's architecture name, or the transformers class name (``"ViTForImageClassification"``).
+    library: ``"timm"``, ``"transformers"``, or ``"own"`` for a model that only its user can build.
+    name: timm's architecture name, the transformers class name (``"ViTForImageClassification"``), or of ``"own"`` that
+        of the class with its module.
     arguments: timm: keyword arguments of ``create_model``; transformers: the whole config as a dict, and under
         ``"constructor"`` what the class takes beside its config (``{"add_pooling_layer": False}``), if anything.
     source: what the user typed (``"timm:deit_small_patch16_224"``, a folder), or ``""`` for a model made in Python.
@@ -66,8 +69,8 @@ class Origin:
     stored: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.library not in ("timm", "transformers"):
-            raise ModelError(f"the origin's library is {self.library!r}, expected 'timm' or 'transformers'")
+        if self.library not in ("timm", "transformers", OWN):
+            raise ModelError(f"the origin's library is {self.library!r}, expected 'timm', 'transformers' or {OWN!r}")
         for key in ("name", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ModelError(f"the origin's {key} is {getattr(self, key)!r}, expected text")
@@ -99,8 +102,10 @@ class Origin:
 
         Buffers that no checkpoint holds (position indices, attention masks, rotary tables) are the library's own, so
         that the old state dict, loaded strictly, gives the old model. The model remembers this origin.
-        Raises ModelError if the installed library does not know the name or refuses the arguments.
+        Raises ModelError if the installed library does not know the name or refuses the arguments, and for ``"own"``.
         """
+        if self.library == OWN:
+            raise ModelError(f"comcat cannot build a {self.name}, which is of neither timm nor transformers")
         model = _construct(self).eval().to(device)
         attach_origin(model, self)
         return model
@@ -141,44 +146,50 @@ def remember_origin(
         attach_origin(model, replace(origin, preprocessor=dict(preprocessor or {}), stored=dict(stored or {})))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s wrapper, or the model itself."""
-    return getattr(model, "_orig_mod", model)
-
-
 def name_of(model: nn.Module) -> str:
     """What a person calls a model: where it was loaded from, as far as it remembers that, or its class."""
     origin = remembered_origin(model)
     return type(model).__name__ if origin is None else origin.source or origin.name
 
 
-def origin_of(model: nn.Module, *, changed: Collection[str] = ()) -> Origin:
+def origin_of(model: nn.Module, *, changed: Collection[str] = (), noted: Origin | None = None) -> Origin:
     """How to build ``model``'s architecture again.
 
     A model of ``load_model`` or ``Origin.build`` remembers it. For any other model of timm or transformers it is read
     off the model and its config, then verified: the architecture is built on the meta device and compared in the
     names and shapes of its state dict, and in the class and the plain settings (head counts, window sizes, epsilons)
-    of every module. What comcat has put in place or narrowed is not compared; ``changed`` are paths of modules that it
-    narrowed, where the caller knows them.
+    of every module. What comcat has put in place or narrowed is not compared.
+
+    changed: paths of modules that comcat narrowed, where the caller knows them.
+    noted: what somebody else knew of the origin, for a model that remembers none. Number of classes and picture size
+        are brought up to date.
 
     Raises ModelError if the model is of another library, or if nothing that can be built fits; the message says what
     differs and how to give the origin explicitly.
     """
-    model = unwrapped(model)
-    origin = remembered_origin(model)
+    model = bare(model)
+    origin = remembered_origin(model) or noted
     if origin is None:
         return verified_origin(model, changed=changed)
     if origin.library == "transformers":
         live = _config(model)
         names = {k: live[k] for k in ("id2label", "label2id") if k in live}  # often renamed after loading
         return replace(origin, arguments={**origin.arguments, **names})
+    if origin.library != "timm":
+        return origin
     live = changeable_arguments(model)
     if all(origin.arguments.get(k, v) == v for k, v in live.items()):
         return origin
     try:  # reset_classifier or set_input_size since loading
-        return replace(verified_origin(model, changed=changed), source=origin.source)
+        return replace(verified_origin(model, changed=changed), source=origin.source, stored=origin.stored)
     except ModelError:  # layers were narrowed too, so that nothing is left to compare with
         return replace(origin, arguments={**origin.arguments, **live})
+
+
+def own_origin(model: nn.Module) -> Origin:
+    """The origin of a model that nothing can build again but its user: the name of its class."""
+    cls = type(bare(model))
+    return Origin(library=OWN, name=f"{cls.__module__}.{cls.__qualname__}")
 
 
 def verified_origin(
@@ -190,7 +201,7 @@ def verified_origin(
     Raises ModelError as ``origin_of``.
     """
     library = library_of(model)
-    candidates = _timm_candidates(model, given or {}) if library == "timm" else [_transformers_candidate(model)]
+    candidates = _timm_candidates(model, given or {}) if library == "timm" else _transformers_candidates(model)
     best: list[str] | None = None
     for origin in candidates:
         try:
@@ -284,18 +295,24 @@ def _config(model: Any) -> dict[str, Any]:
             return value
         return {k: cleaned(v) for k, v in value.items() if k not in _CONFIG_NOT_ARCHITECTURE}
 
-    return cleaned(json.loads(model.config.to_json_string(use_diff=False)))
+    config = cleaned(json.loads(model.config.to_json_string(use_diff=False)))
+    head = getattr(model, "classifier", None)
+    if isinstance(head, nn.Linear) and len(config.get("id2label") or ()) not in (0, head.out_features):
+        names = {i: f"LABEL_{i}" for i in range(head.out_features)}  # exchanged by hand, so the old names do not fit
+        config |= {"id2label": {str(i): n for i, n in names.items()}, "label2id": {n: i for i, n in names.items()}}
+    return config
 
 
-def _transformers_candidate(model: Any) -> Origin:
+def _transformers_candidates(model: Any) -> Iterator[Origin]:
     arguments = _config(model)
-    attention = getattr(model.config, "_attn_implementation", None)
-    if attention in ("eager", "sdpa"):  # the others depend on the machine
-        arguments["attn_implementation"] = attention
     accepted = inspect.signature(type(model).__init__).parameters
     if "add_pooling_layer" in accepted and getattr(model, "pooler", ...) is None:
         arguments[_CONSTRUCTOR] = {"add_pooling_layer": False}
-    return Origin(library="transformers", name=type(model).__name__, arguments=arguments)
+    origin = Origin(library="transformers", name=type(model).__name__, arguments=arguments)
+    attention = getattr(model.config, "_attn_implementation", None)
+    if attention in ("eager", "sdpa"):  # the others depend on the machine
+        yield replace(origin, arguments={**arguments, "attn_implementation": attention})
+    yield origin  # a convolutional backbone takes no implementation of attention
 
 
 def _timm_candidates(model: nn.Module, given: Mapping[str, Any]) -> Iterator[Origin]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, nearest
-from .failures import first_line, loading_failure, required
+from .failures import NOT_BY_PRETRAINED, first_line, loading_failure, required
 from .origins import remember_origin
 from .stored import stored_in, stored_on_hub
 from .timm import load_timm
@@ -46,7 +46,8 @@ def load_transformers(
             break
     else:
         more = f" and {len(unfit) - 4} more" if len(unfit) > 4 else ""
-        raise ModelError(f"the weights of {spec} do not fit {cls.__name__}: {', '.join(unfit[:4])}{more}")
+        said = f"the weights of {spec} do not fit {cls.__name__}: {', '.join(unfit[:4])}{more}"
+        raise ModelError(f"{said}; {NOT_BY_PRETRAINED}")
     preprocessor = image_processor(name, hub)
     if "image_size" in rest and rest["image_size"] != saved_size:
         preprocessor = _resized(preprocessor, rest["image_size"])

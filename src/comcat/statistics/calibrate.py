@@ -20,6 +20,7 @@ from ..hosts import find_sites
 from ..hosts.classes import classes_of
 from ..measure.running import call, evaluating
 from ..sites import Sites
+from ..wrappers import bare
 from .examples import Example, examples_of
 from .losses import sampled_loss
 from .recorder import Recorder
@@ -55,6 +56,7 @@ def calibrate(
         raise SettingsError(
             f"got statistic {statistic!r}, expected one of {', '.join(STATISTICS)}{nearest(statistic, STATISTICS)}"
         )
+    model = bare(model)
     sites = find_sites(model) if sites is None else sites
     if statistic == "weights":
         raise SettingsError("statistic 'weights' needs no calibration: leave the statistics out")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..models.origins import OWN
 from ..plan import Plan
 from ..record import Results
 from ..report.wording import AGREEMENT, cell, metric, share
@@ -28,11 +29,13 @@ def model_card(config: Mapping[str, Any], plan: Plan, *, name: str) -> str:
     """
     before, after = config["parameters"]["before"], config["parameters"]["after"]
     origin = config["origin"]
+    whose = "" if origin["library"] == OWN else f" of {origin['library']}"
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, plan), sort_keys=False, allow_unicode=True)}---",
         f"# {name}",
-        f"`{origin['name']}` of {origin['library']}, compressed with comcat {config['comcat_version']}: "
-        f"{after:,} parameters instead of {before:,} ({share(before, after)}).",
+        f"`{origin['name']}`{whose}, compressed with comcat {config['comcat_version']}: "
+        + f"{after:,} parameters"
+        + (f" instead of {before:,} ({share(before, after)})." if before else "."),
         "## How to load it",
         _loading(config, name),
         *_input(config),
@@ -54,7 +57,8 @@ def _front_matter(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
     endings = {name.partition(":")[2] for name in plan.sites}
     tags = {"low-rank": endings - {"units", "tokens"}, "structured-pruning": endings & {"units"}}
     kinds = [tag for tag, found in {**tags, "token-merging": endings & {"tokens"}}.items() if found]
-    front["tags"] = ["comcat", "model-compression", *kinds, "vision", origin["library"]]
+    front["tags"] = ["comcat", "model-compression", *kinds, "vision"]
+    front["tags"] += [] if origin["library"] == OWN else [origin["library"]]
     if base := _base_model(origin):
         front["base_model"] = base
     licence = origin["pretrained_cfg"].get("license")
@@ -64,6 +68,8 @@ def _front_matter(config: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
 
 
 def _classifies(origin: Mapping[str, Any]) -> bool:
+    if origin["library"] == OWN:
+        return False
     if origin["library"] == "transformers":
         return "ForImageClassification" in origin["name"]
     return origin["arguments"].get("num_classes", origin["pretrained_cfg"].get("num_classes", 1000)) != 0
@@ -104,6 +110,15 @@ def _loading(config: Mapping[str, Any], name: str) -> str:
         narrow = {"narrower heads": stock.get("head_dim"), "fewer hidden units": stock.get("hidden_units")}
         said = " and ".join(words for words, there in narrow.items() if there)
         note = f"No code of comcat is needed: it is an ordinary checkpoint with {said}, as its config says."
+    elif library == OWN:
+        kind = config["origin"]["name"].rpartition(".")[2]
+        lines = [
+            "import comcat",
+            f"model = {kind}(...)  # a new one, as it was before compression",
+            f'model = comcat.load("{name}", into=model)  {where}',
+            "outputs = model(pictures)",
+        ]
+        note = "Install it with `pip install comcat`."
     else:
         output = "logits = model(pictures)" + (".logits" if library == "transformers" else "")
         lines = [

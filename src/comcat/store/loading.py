@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import models
 from .._version import __version__
@@ -18,10 +18,13 @@ from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
 from ..files import read_tensors, surviving
 from ..grad_mode import outside_inference_mode
 from ..models import Origin
+from ..models.failures import NOT_BY_PRETRAINED
 from ..models.loading import place_of
+from ..models.origins import OWN
 from ..models.stored import stored_in
 from ..plan import Plan
 from ..record import Record, Results
+from ..wrappers import bare
 from .folder import (
     CARD,
     CONFIG,
@@ -35,7 +38,7 @@ from .folder import (
     sha256,
 )
 from .hub import download, looks_like_repo
-from .rebuilding import fill, rebuild
+from .rebuilding import INTO, fill, rebuild, rebuild_into
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    into: nn.Module | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> nn.Module:
@@ -53,12 +57,14 @@ def load(
 
     Args:
         source: a folder, or the hub's ``"user/repo"``. device: where to put it. dtype: None keeps what was saved.
+        into: a model as it was before compression, whatever its weights, to be changed in place and given the saved
+            ones: for models that neither timm nor transformers can build. On an error it stays as it was.
         revision, token: of the hub: branch, tag or commit, and the access token (True for the one logged in with).
 
     Raises:
         StoreError: if the folder is missing, incomplete, damaged, foreign or of a newer format, or if its plan or
             weights do not fit.
-        ModelError: if the installed libraries cannot build the architecture.
+        ModelError: if the installed libraries cannot build the architecture, so that ``into`` is needed.
         SettingsError: for a device or dtype that cannot be used.
     """
     _check_place(device, dtype)
@@ -67,12 +73,30 @@ def load(
     check_files(folder, config)
     origin, record = _described(folder, config)
     try:
-        model = rebuild(origin, record.plan).model
-        fill(model, read_tensors(folder / WEIGHTS))
+        model = _filled(origin, record.plan, read_tensors(folder / WEIGHTS), into)
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from error
+    except ModelError as error:
+        if origin.library == OWN:
+            raise ModelError(f"{folder}: {error}; {INTO}") from None
+        raise
     model.comcat_record = record  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype).eval()
+
+
+def _filled(origin: Origin, plan: Plan, tensors: dict[str, Tensor], into: nn.Module | None) -> nn.Module:
+    """The structure of a saved model, built or made of ``into``, with its weights."""
+    if into is None:
+        model = rebuild(origin, plan).model
+        fill(model, tensors)
+        return model
+    handle = rebuild_into(bare(into), plan)
+    try:
+        fill(handle.model, tensors)
+    except BaseException:
+        handle.revert()
+        raise
+    return handle.model
 
 
 @outside_inference_mode
@@ -215,7 +239,8 @@ def _foreign(folder: Path, config: Any) -> str:
     """What a folder looks like that comcat did not save."""
     load_it = f"load it by comcat.load_model({str(folder)!r})"
     if isinstance(config, dict) and "model_type" in config:
-        return f"it looks like a transformers folder (model type {config['model_type']!r}): {load_it}"
+        kind = f"a transformers folder (model type {config['model_type']!r})"
+        return f"it looks like {kind}: {load_it}; {NOT_BY_PRETRAINED}"
     if isinstance(config, dict) and "architecture" in config:
         return f"it looks like a local-dir folder of timm (architecture {config['architecture']!r}): {load_it}"
     return f"its {CONFIG} names no comcat_version; it {_holds(folder)}"

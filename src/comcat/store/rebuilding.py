@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..apply import apply_
-from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, listed
+from ..apply import Handle, apply_
+from ..errors import ModelError, PlanError, StoreError, UnknownSite, UnsupportedSite, listed
 from ..hosts import find_sites
-from ..models import Origin
+from ..models import Origin, origin_of
+from ..models.origins import OWN, own_origin
 from ..plan import Plan
+from ..record import Record
 from ..sites import Sites
+
+_log = logging.getLogger(__name__)
+
+INTO = "load it by comcat.load(folder, into=model), where model is a new one as it was before compression"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +47,72 @@ def rebuild(origin: Origin, plan: Plan) -> Rebuilt:
         except (PlanError, UnknownSite, UnsupportedSite) as error:
             raise StoreError(f"the plan does not fit {origin.name}: {error}") from error
     return Rebuilt(model=model.eval(), sites=sites, parameters=parameters)
+
+
+def rebuild_into(model: nn.Module, plan: Plan) -> Handle:
+    """Make of a model that was built elsewhere what ``plan`` says, in place; on an error it stays as it was.
+
+    Raises StoreError if the plan does not fit it.
+    """
+    try:
+        return apply_(model, plan, weights=False)
+    except (PlanError, UnknownSite, UnsupportedSite) as error:
+        raise StoreError(f"the plan does not fit this {type(model).__name__}: {error}") from error
+
+
+def structure_of(model: nn.Module, given: Origin | None, record: Record) -> tuple[Origin, Rebuilt | None]:
+    """The origin from which ``record``'s plan makes a structure that holds the model's weights, and that structure.
+
+    Where nothing that can be built is like the model, its origin is its class alone, without a structure.
+    """
+    noted = None if record.origin is None else Origin.from_dict(record.origin)
+    found: list[str] = []
+    for candidate in [given] if given is not None else _candidates(model, noted, record.plan, found):
+        try:
+            rebuilt = rebuild(candidate, record.plan)
+        except (StoreError, ModelError) as error:
+            found.append(str(error))
+            continue
+        phrases = unlike(model.state_dict(), rebuilt.model.state_dict())
+        if not phrases:
+            return candidate, rebuilt
+        found += phrases
+    if given is not None:
+        raise StoreError(
+            f"this {type(model).__name__} is not what its plan makes of {given.name}, "
+            f"so it could not be loaded again: {listed(found)}"
+        )
+    _check_applied(model, record.plan)
+    origin = own_origin(model)
+    _log.warning("comcat cannot build a %s by itself (%s): %s", origin.name, listed(found[:1]), INTO)
+    return origin, None
+
+
+def _candidates(model: nn.Module, noted: Origin | None, plan: Plan, found: list[str]) -> Iterator[Origin]:
+    """Origins that may be the model's. Why one cannot be told is added to ``found``.
+
+    What is known of it is brought up to date with the model's classes and picture size.
+    """
+    try:
+        yield origin_of(model, changed=[name.partition(":")[0] for name in plan.sites], noted=noted)
+    except ModelError as error:
+        found.append(str(error))
+    if noted is not None and noted.library != OWN:
+        yield noted
+
+
+def _check_applied(model: nn.Module, plan: Plan) -> None:
+    """Raise where a model still is what it was before its plan."""
+    try:
+        sites = find_sites(model)
+    except ModelError:  # nothing is left that could shrink
+        return
+    for name, entry in plan.sites.items():
+        if name in sites and entry.keep < entry.full == sites[name].full:
+            raise StoreError(
+                f"this {type(model).__name__} is not what its plan makes of it: {name} stands as it was before. "
+                "A model whose compression was taken back cannot be saved as compressed"
+            )
 
 
 def unlike(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

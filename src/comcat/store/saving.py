@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..errors import ModelError, SettingsError, StoreError, listed
+from ..errors import ModelError, SettingsError, StoreError
 from ..files import write_tensors
-from ..models import Origin, class_names_of, origin_of, preprocess_of
-from ..models.origins import remembered_origin, unwrapped
+from ..models import Origin, class_names_of, preprocess_of
+from ..models.origins import OWN
 from ..plan import Plan
 from ..record import Record
+from ..wrappers import bare
 from .card import model_card
 from .folder import (
     CARD,
@@ -35,7 +36,7 @@ from .folder import (
     write_config,
 )
 from .precision import in_precision, precision_for
-from .rebuilding import Rebuilt, rebuild, unlike
+from .rebuilding import Rebuilt, structure_of
 from .stock import write_stock
 
 if TYPE_CHECKING:
@@ -74,22 +75,26 @@ def save(
         plan, record: what was done to the model, if :func:`comcat.apply_` did it; :func:`comcat.compress` leaves it on
             the model. Of the two, give one.
 
+    A model that neither timm nor transformers can build (of another library, of your own, with parts exchanged by
+    hand) is saved as well, with a warning: :func:`comcat.load` then needs ``into=``.
+
     Raises:
         StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's
             or cannot be written, a stock export is not possible, or values are too large for ``dtype``.
-        ModelError: if its origin cannot be told.
     """
     target = Path(folder).expanduser()
-    model = _bare(model)
+    model = bare(model)
     record = _record(model, plan, record)
     check_replaceable(target, overwrite)  # before any work
-    origin, rebuilt = _origin(model, origin, record)
+    origin, rebuilt = structure_of(model, origin, record)
     record = _completed(model, record, origin)
+    if stock and rebuilt is None:
+        raise StoreError(f"no stock export: neither timm nor transformers can build this {origin.name}")
     plan_text, precision = _plan_text(record.plan), precision_for(model, dtype)
     _config(model, origin, record, rebuilt)  # what JSON cannot hold is told before anything is written
     with replacing(target, overwrite=overwrite) as new:
         extra = {}
-        if stock:
+        if stock and rebuilt is not None:
             extra = {"stock": write_stock(model, origin, record, rebuilt.sites, new, precision)}
         else:
             write_tensors(new / WEIGHTS, in_precision(model.state_dict(), precision))
@@ -109,10 +114,10 @@ def save(
 
 
 def check_savable(model: nn.Module) -> None:
-    """Raise what :func:`save` would raise because nothing says how to build the model again, before any work on it."""
-    model = _bare(model)
+    """Raise what :func:`save` would raise because of the model's origin, before any work on it."""
+    model = bare(model)
     record = getattr(model, "comcat_record", None)
-    _origin(model, None, Record(plan=Plan(sites={})) if record is None else record)
+    structure_of(model, None, Record(plan=Plan(sites={})) if record is None else record)
 
 
 def _with_size(record: Record, report: ReportData | None, weights: Path) -> tuple[Record, ReportData | None]:
@@ -125,14 +130,6 @@ def _with_size(record: Record, report: ReportData | None, weights: Path) -> tupl
         between = {**report.between, **size} if "size_bytes" in report.between else report.between
         report = replace(report, after={**report.after, **size}, between=between)
     return record, report
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``torch.compile`` and data parallelism."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    while (inner := model.module if isinstance(model, parallel) else unwrapped(model)) is not model:
-        model = inner
-    return model
 
 
 def _record(model: nn.Module, plan: Plan | None, record: Record | None) -> Record:
@@ -149,47 +146,20 @@ def _record(model: nn.Module, plan: Plan | None, record: Record | None) -> Recor
     return record
 
 
-def _origin(model: nn.Module, given: Origin | None, record: Record) -> tuple[Origin, Rebuilt]:
-    """The origin from which ``record``'s plan makes a structure that holds the model's weights, and that structure."""
-    noted = None if record.origin is None else Origin.from_dict(record.origin)
-    candidates = [o for o in (given, noted) if o is not None][:1]
-    if given is None and (noted is None or remembered_origin(model) is not None):
-        try:  # what the model remembers is brought up to date with its classes and picture size; the record is not
-            candidates.insert(0, origin_of(model, changed=[name.partition(":")[0] for name in record.plan.sites]))
-        except ModelError:
-            if noted is None:
-                raise
-    state = model.state_dict()
-    found: list[str] = []
-    for candidate in candidates:
-        try:
-            rebuilt = rebuild(candidate, record.plan)
-        except (StoreError, ModelError) as error:
-            found = found or [str(error)]
-            continue
-        phrases = unlike(state, rebuilt.model.state_dict())
-        if not phrases:
-            return candidate, rebuilt
-        found = found or phrases
-    raise StoreError(
-        f"this {type(model).__name__} is not what its plan makes of {candidates[0].name}, "
-        f"so it could not be loaded again: {listed(found)}. "
-        "If it was changed by other means, or its compression was taken back, it cannot be saved as compressed"
-    )
-
-
 def _completed(model: nn.Module, record: Record, origin: Origin) -> Record:
     """The record with what the model still says of its pictures and classes."""
+    changed = record.origin is not None and record.origin.get("arguments") != origin.to_dict()["arguments"]
     preprocess, names = record.preprocess, record.class_names
     try:
-        preprocess = preprocess_of(model).to_dict() if preprocess is None else preprocess
-        names = class_names_of(model) if names is None else names
+        preprocess = preprocess_of(model).to_dict() if preprocess is None or changed else preprocess
+        names = class_names_of(model) if names is None or changed else names
     except (ModelError, SettingsError):
         pass  # unknown
     return replace(record, origin=origin.to_dict(), preprocess=preprocess, class_names=names)
 
 
-def _config(model: nn.Module, origin: Origin, record: Record, rebuilt: Rebuilt) -> dict[str, Any]:
+def _config(model: nn.Module, origin: Origin, record: Record, rebuilt: Rebuilt | None) -> dict[str, Any]:
+    before = record.results.before.get("parameters") if rebuilt is None else rebuilt.parameters
     statistic = record.plan.made_by.get("statistic", record.settings.get("statistic"))
     config = {
         "comcat_version": __version__,
@@ -199,7 +169,7 @@ def _config(model: nn.Module, origin: Origin, record: Record, rebuilt: Rebuilt) 
         "settings": record.settings,
         "statistic": statistic,
         "results": record.results.to_dict(),
-        "parameters": {"before": rebuilt.parameters, "after": sum(p.numel() for p in model.parameters())},
+        "parameters": {"before": before, "after": sum(p.numel() for p in model.parameters())},
         "preprocess": record.preprocess,
         "class_names": record.class_names,
         "libraries": _versions(origin.library),
@@ -216,7 +186,7 @@ def _plan_text(plan: Plan) -> str:
 
 def _versions(library: str) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for name in ("torch", "safetensors", library):
+    for name in ("torch", "safetensors", *([] if library == OWN else [library])):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
