@@ -117,7 +117,8 @@ def nominal_size(model: nn.Module) -> tuple[int, int] | None:
 def changeable_arguments(model: nn.Module) -> dict[str, Any]:
     """What timm lets users change in place (``reset_classifier``, ``set_input_size``), as it is now."""
     live = {k: getattr(model, k) for k in ("num_classes", "in_chans") if isinstance(getattr(model, k, None), int)}
-    head = model.get_classifier() if callable(getattr(model, "get_classifier", None)) else None
+    classifier: Any = getattr(model, "get_classifier", None)
+    head = classifier() if callable(classifier) else None
     if isinstance(head, nn.Linear):
         live["num_classes"] = head.out_features  # it may have been exchanged by hand
     for path in ("head.global_pool", "head.pool_type", "global_pool"):  # a head that pools knows better

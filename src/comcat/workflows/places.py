@@ -67,11 +67,6 @@ def called(model: nn.Module | str | os.PathLike[str], given: str | None = None) 
     return name_of(model) if isinstance(model, nn.Module) else os.fspath(model)
 
 
-def title_of(name: str) -> str:
-    """A model's name for a title: of a folder, the last part of its path."""
-    return Path(name).resolve().name if Path(name).expanduser().is_dir() else name
-
-
 def opened(source: Source) -> Pictures:
     """The pictures themselves, or those of a place."""
     return source if isinstance(source, Pictures) else open_pictures(source)

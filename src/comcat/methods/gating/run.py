@@ -17,6 +17,7 @@ from ...data import Preprocess as Preprocessing
 from ...errors import SettingsError
 from ...factors import Weights
 from ...forms.gates import fold_, gate_
+from ...hosts import find_sites
 from ...plan import Plan
 from ...record import Record
 from ...runs.checkpoints import Checkpoints
@@ -191,7 +192,8 @@ def _cut(model: nn.Module, training: GatedTraining, teacher: str | None) -> Prun
     small.comcat_record = replace(record, results=record.results.tuned(result))
     ground = training.ground
     prepared = Prepared(
-        sites=sites, statistic=Weights(), factorizations=cut, total=ground.total, made_for=ground.made_for,
+        sites=sites, whole=find_sites(model), statistic=Weights(), factorizations=cut, total=ground.total,
+        made_for=ground.made_for,
         cost=ground.cost, example=_blank(model, training.setup.preprocess),
     )  # fmt: skip
     return Pruned(model=small, done=Compressed(handle=handle, plan=plan, prepared=prepared, notes=handle.notes))
