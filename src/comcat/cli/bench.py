@@ -163,17 +163,25 @@ def _example(timed: dict[str, Timed], command: Bench) -> Any:
     return images if source is None else images.to(next(source.parameters()))
 
 
+def _stored(model: Any) -> int:
+    """Bytes of the file that a model came from, or of the one that it would be saved to."""
+    from ..measure import size_on_disk
+    from ..models.stored import precision_of, source_bytes
+
+    return source_bytes(model) or size_on_disk(model, dtype=precision_of(model))
+
+
 def _row(timed: Timed, timing: Any, example: Any) -> dict[str, Any]:
     """The numbers of one model; what a file does not tell is None."""
     from ..deployment.export import size_of
-    from ..measure import count_macs, count_parameters, peak_memory, size_on_disk
+    from ..measure import count_macs, count_parameters, peak_memory
 
     path = getattr(timed.module, "path", None)
     source, module = timed.source, timed.module
     return {
         "parameters": None if source is None else count_parameters(source),
         "macs": None if source is None else count_macs(source, example[:1]),
-        "size_bytes": size_on_disk(module) if path is None else size_of(path),
+        "size_bytes": _stored(module) if path is None else size_of(path),
         "peak_memory_bytes": peak_memory(module, example) if path is None else None,
         "latency_s": timing.median_s,
         "low_s": timing.low_s,
