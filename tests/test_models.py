@@ -258,11 +258,13 @@ def test_a_changed_activation_is_seen():
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_a_head_exchanged_by_hand_is_named_with_the_way_out(library):
+def test_a_head_exchanged_by_hand_is_told_or_named_with_the_way_out(library):
     model = tiny() if library == "timm" else tiny_hf("ViTForImageClassification")
     name = "head" if library == "timm" else "classifier"
     setattr(model, name, nn.Linear(48, 9))
-    with pytest.raises(ModelError, match=rf"{name}\.weight is \(9, 48\) here.*origin=Origin"):
+    assert dict(origin_of(model).build().named_parameters())[f"{name}.weight"].shape == (9, 48)  # one layer is told
+    setattr(model, name, nn.Sequential(nn.Linear(48, 9)))
+    with pytest.raises(ModelError, match=rf"{name}\..*weight is only in.*origin=Origin"):
         origin_of(model)
     given = Origin(library=library, name="x")
     attach_origin(model, given)
@@ -307,7 +309,7 @@ def test_a_model_of_another_library_is_refused():
     [
         ({"library": "timm"}, "lacks name"),
         ({"library": "timm", "name": "x", "argument": {}}, "no 'argument'.*did you mean 'arguments'"),
-        ({"library": "tim", "name": "x"}, "'tim', expected 'timm' or 'transformers'"),
+        ({"library": "tim", "name": "x"}, "'tim', expected 'timm', 'transformers' or 'own'"),
         ({"library": "timm", "name": 3}, "name is 3, expected text"),
         ({"library": "timm", "name": "x", "arguments": []}, "arguments is \\[\\]"),
         ({"library": "timm", "name": "x", "arguments": {"act": nn.GELU}}, "arguments.act is .*JSON"),

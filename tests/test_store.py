@@ -417,8 +417,8 @@ def test_files_of_others_and_links_survive(saved, tmp_path):
 def quick(saved, monkeypatch):
     """Saves that skip the comparison with a model built again, which takes no part in writing."""
     model, _ = saved
-    found = saving._origin(model, None, model.comcat_record)
-    monkeypatch.setattr(saving, "_origin", lambda *args: found)
+    found = saving.structure_of(model, None, model.comcat_record)
+    monkeypatch.setattr(saving, "structure_of", lambda *args: found)
     return copy.deepcopy(model)
 
 
