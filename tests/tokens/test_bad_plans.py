@@ -81,7 +81,7 @@ def test_a_plan_for_another_grid_runs_the_same_share(form: str) -> None:
     plan, large = plan_of(tiny_vit(), form), tiny_vit(img_size=64)
     x, seen = torch.randn(2, 3, 64, 64), []
     comcat.apply_(large, plan)
-    large.blocks[0].mlp.register_forward_hook(lambda m, i, o: seen.append(i[0].shape[1]))
+    large.get_submodule("blocks.0.mlp").register_forward_hook(lambda m, i, o: seen.append(i[0].shape[1]))
     assert large(x).isfinite().all()
     assert seen == [1 + (24 if form == "similar" else 32)]  # of 64: 6 of 16, or pairs
 
@@ -99,7 +99,7 @@ def test_a_grid_that_nothing_tells_is_an_error_of_the_call() -> None:
 @pytest.mark.parametrize("form", ["similar", "grid", "drop"])
 def test_pictures_of_fewer_tokens_than_the_plan_merges(form: str) -> None:
     model = tiny_vit(dynamic_img_size=True)
-    comcat.apply_(model, plan_of(model, form, **({"by": "random"} if form == "drop" else {})))
+    comcat.apply_(model, plan_of(model, "drop", by="random") if form == "drop" else plan_of(model, form))
     for size in ((8, 8), (8, 16), (16, 8)):  # one token, two tokens
         assert model(torch.randn(2, 3, *size)).isfinite().all()
 
