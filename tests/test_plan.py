@@ -16,7 +16,7 @@ from .models import pictures, tiny_vit
 
 
 def units_and_ranks() -> Plan:
-    return comcat.allocate(tiny_vit(), reduce=0.3)
+    return comcat.allocate(tiny_vit(), reduce=0.3, multiple=1)
 
 
 def test_a_plan_survives_json_pickle_and_copies():
