@@ -66,32 +66,39 @@ class Graph(nn.Module):
             images = images.permute(0, 3, 1, 2).float() * self.factor - self.shift
         if self.half_precision:
             images = images.half()
-        if self.width is None:
+        with _WholeAttention(self.width):
             said = named(entry(self.model)(images))
-        else:
-            with _OneWidth(self.width):
-                said = named(entry(self.model)(images))
         return tuple(t.float() if t.is_floating_point() else t for t in said.values())
 
 
-class _OneWidth(TorchFunctionMode):
-    """Attention whose q, k and v are filled up with zeros to one width, the next multiple of a number."""
+class _WholeAttention(TorchFunctionMode):
+    """Attention as the operator of ONNX Runtime and the fusion of TensorRT want it.
 
-    def __init__(self, multiple: int) -> None:
+    A mask that is one for all queries, such as (batch, 1, 1, keys), gets a row for each of them. Given ``multiple``,
+    q, k and v are filled up with zeros to one width, the next multiple of it.
+    """
+
+    def __init__(self, multiple: int | None) -> None:
         super().__init__()
         self.multiple = multiple
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         if function is not F.scaled_dot_product_attention or len(args) < 3:
             return function(*args, **kwargs)
         q, k, v, *rest = args
+        if rest:
+            kwargs["attn_mask"], rest = rest[0], rest[1:]
+        mask = kwargs.pop("attn_mask", None)
+        if mask is not None and mask.shape[-2] == 1:
+            mask = mask.expand(*mask.shape[:-2], q.shape[-2], k.shape[-2])
         scale = kwargs.pop("scale", None)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        widest = max(q.shape[-1], v.shape[-1])
-        width = -(-widest // self.multiple) * self.multiple
-        q, k, v_wide = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
-        return function(q, k, v_wide, *rest, scale=scale, **kwargs)[..., : v.shape[-1]]
+        width, own = max(q.shape[-1], v.shape[-1]), v.shape[-1]
+        if self.multiple is not None:
+            width = -(-width // self.multiple) * self.multiple
+            q, k, v = (F.pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
+        return function(q, k, v, mask, *rest, scale=scale, **kwargs)[..., :own]
 
 
 def named(output: Any) -> dict[str, Tensor]:
