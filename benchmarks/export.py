@@ -3,8 +3,9 @@
 ``parity``: architectures with random weights, and the saliency and nuclei models with real ones, dense and compressed
 with ranks, units, tokens and all of them; goal: an error of at most 1e-4 in fp32 on 256 real pictures. ``speed``: the
 speed-up of the compressed model inside ONNX Runtime and OpenVINO beside that in PyTorch, all in one interleaved run on
-the same threads; goal: at least 0.95 of it. ``int8``: the compressed saliency model in ONNX Runtime; goal: IoU at least
-0.92 against its own fp32, and a file of at most 0.27 of its size. ``--tiny`` runs all of it in a minute, to try the script.
+the same threads; goal: at least 0.95 of it. ``int8``: the compressed saliency model in ONNX Runtime; goal: IoU at
+least 0.92 against its own fp32, and a file of at most 0.27 of its size. ``--tiny`` runs all of it in a
+minute, to try the script.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ def test_blocks_on_fewer_tokens(tmp_path):
     """Their mask is one row for all queries, which ONNX Runtime's operator does not take as it is."""
     model, images = tiny_vit(), pictures(12)
     small = comcat.compress(model, calibration=images, forms="tokens", budget="macs", reduce=0.1)
-    assert any(entry.form == "merge" for entry in small.comcat_record.plan.sites.values()), "the case shows nothing"
+    assert any(entry.form == "similar" for entry in small.comcat_record.plan.sites.values()), "the case shows nothing"
     done = comcat.export(small, out=tmp_path / "m.onnx", data=images)
     assert done.comparison.relative_error < 1e-5 and operators(done.path)["Attention"] == 2
 
