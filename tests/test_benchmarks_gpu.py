@@ -16,8 +16,6 @@ from .models import tiny_vit
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 OURS = ("common", "real_weights", "adapter_cost", "peers", "gpu", "gpu_pack", "real", "card")
 
-pytestmark = pytest.mark.slow  # every part of the script, on a CPU: minutes
-
 
 @pytest.fixture
 def gpu(monkeypatch):
