@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -109,6 +111,17 @@ def test_openvino_in_int8_quantises_products_with_weights_alone(small, tmp_path)
     ]
     assert fed and set(fed) == {"MatMul"}
     assert 1e-4 < done.comparison.relative_error < 0.2
+
+
+def test_ctrl_c_is_heard_after_openvino_has_gone(small, tmp_path):
+    """Plugins that came and went left the main thread a stack for signals that was gone, and the next one killed it."""
+    comcat.export(small, to="openvino", out=tmp_path / "small", precision="int8")
+    program = comcat.open_exported(tmp_path / "small")
+    program(pictures()[0])
+    del program
+    gc.collect()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_torch_in_int8_holds_int8_and_loads_by_itself(small, tmp_path):

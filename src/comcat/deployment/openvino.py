@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class OpenVino:
             import nncf
             import openvino
 
-            model = openvino.Core().read_model(plain / MODEL)
+            model = runtime().read_model(plain / MODEL)
             others = [op.get_friendly_name() for op in model.get_ordered_ops() if not _is_product_with_weights(op)]
             quantised = nncf.quantize(
                 model,
@@ -67,12 +68,10 @@ class OpenVino:
 
     def open(self, path: Path, threads: int) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         need("a folder of OpenVINO", "openvino")
-        import openvino
-
         # Where the processor can, OpenVINO would compute in bfloat16 unasked.
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         try:
-            model = openvino.Core().compile_model(str(path / MODEL), "CPU", options)
+            model = runtime().compile_model(str(path / MODEL), "CPU", options)
         except Exception as error:
             raise StoreError(f"{path} cannot be loaded by {version_of('openvino')}: {reason(error)}") from error
         names = [output.get_any_name() for output in model.outputs]
@@ -85,6 +84,21 @@ class OpenVino:
 
     def described(self, path: Path) -> dict[str, Any]:
         return {}
+
+
+@cache
+def runtime() -> Any:
+    """The one OpenVINO runtime of this process, with its plugin for CPUs loaded.
+
+    On processors with AMX that plugin gives the main thread a stack for signals, and takes it away when it goes. Of
+    several that do not go in the reverse of their order, one leaves a stack that is no longer there: the next Ctrl-C
+    would end the process.
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")
+    return core
 
 
 def _is_product_with_weights(op: Any) -> bool:
