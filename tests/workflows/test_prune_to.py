@@ -18,7 +18,9 @@ TYPED = [word for name, value in FAST.items() for word in (f"--{name.replace('_'
 
 
 def test_a_pruned_model_is_saved_and_reported_on(model, places, tmp_path):
-    done = comcat.prune_to(tmp_path / "pruned", model, places[0], evaluation=places[1], reduce=0.4, bench=False, **FAST)
+    done = comcat.prune_to(
+        tmp_path / "pruned", model, places[0], evaluation=places[1], reduce=0.4, name="/models/mine", **FAST
+    )
     small = comcat.load(done.folder)
     results = small.comcat_record.results
     saved = 1 - comcat.count_parameters(small) / comcat.count_parameters(model)
@@ -26,6 +28,9 @@ def test_a_pruned_model_is_saved_and_reported_on(model, places, tmp_path):
     assert results.before["parameters"] == comcat.count_parameters(model)
     assert results.after["top1"] is not None and results.agreement["count"] == 15
     assert results.judged_on and results.tuning["curve"]
+    assert done.report.title == "mine, pruned" and done.report.model == "/models/mine"
+    assert done.report.judged_on == results.judged_on
+    assert done.report.before["latency_s"] > 0 and results.after["latency_s"] > 0
     page = (done.folder / "report.html").read_text()
     assert "Tuning" in page and "blocks.0.mlp" in page
     assert [p.name for p in tmp_path.iterdir()] == ["pruned"], "checkpoints are gone once the model is there"

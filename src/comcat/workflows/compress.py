@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data import Batches, Pictures, Preprocess, batches
 from ..errors import SettingsError
-from ..measure import Evaluation, Timing, benchmark, evaluate
+from ..measure import Evaluation, evaluate
 from ..methods.compress import Compressed, compress_
 from ..methods.request import check_reach, check_request
 from ..methods.search import search_
@@ -23,7 +23,6 @@ from ..methods.settings import CompressSettings
 from ..methods.splits import Division, divide
 from ..models import preprocess_of
 from ..plan import Plan
-from ..record import Record
 from ..report import ReportData
 from ..report.collect import collect
 from ..runs.claims import claimed
@@ -36,6 +35,7 @@ from ..tuning.leaks import check_sources
 from ..tuning.settings import TuneSettings
 from ..tuning.setup import set_up
 from ..tuning.tune import tune_
+from .measuring import noted, timings
 from .places import (
     Finished,
     Source,
@@ -98,7 +98,7 @@ def compress_to(
         job = _opened(model, data, evaluation, plan, chosen, name=called(model, name), work=out, progress=progress)
         small, done, compressed = _carry_out(job)
         report = _report(job, small, done, compressed, command)
-        record = _noted(small, report, job.division)
+        record = noted(small, report, job.division)
         save(small, out, report=report, stock=chosen.stock)
         shutil.rmtree(job.work, ignore_errors=True)
     return Finished(model=small, record=record, folder=out, report=report, notes=report.notes)
@@ -216,28 +216,9 @@ def _report(job: _Job, small: Any, done: Compressed, compressed: Evaluation | No
     """Measure before and after, and gather what the report shows."""
     found = job.judge(job.before), job.judge(small, against=job.before)
     tuned = said_of_tuning(small.comcat_record.results.tuning)
-    timings = _timings(job, small, done.prepared.example) if job.settings.bench else None
+    timed = timings(job.before, small, job.preprocess, job.settings.batch_size) if job.settings.bench else None
     return collect(
         job.before, small, done, model=job.name, command=command, judged_on=job.division.judged_on,
         settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
-        timings=timings, notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
+        timings=timed, notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
     )  # fmt: skip
-
-
-def _timings(job: _Job, small: nn.Module, example: Tensor | None) -> dict[str, Timing] | None:
-    if example is None:
-        return None
-    size, generator = job.settings.batch_size, torch.Generator().manual_seed(0)
-    images = torch.randn(size, *example.shape[1:], generator=generator).to(next(small.parameters()))
-    return benchmark({"before": job.before, "after": small}, images, repeats=10)
-
-
-def _noted(small: Any, report: ReportData, division: Division) -> Record:
-    """The model's record, with what was measured put into it."""
-    record = small.comcat_record
-    results = replace(
-        record.results, before=report.before, after=report.after, judged_on=division.judged_on,
-        agreement=report.agreement, predicted_loss=report.predicted_loss, measured_loss=report.measured_loss,
-    )  # fmt: skip
-    small.comcat_record = replace(record, results=results)
-    return small.comcat_record

@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data import batches
-from ..measure import Timing, benchmark, evaluate
+from ..measure import evaluate
 from ..methods.gating import PruneSettings, prune_
 from ..methods.gating.run import Pruned
 from ..methods.splits import Division, divide
 from ..models import preprocess_of
-from ..report import ReportData
+from ..report import ReportData, wording
 from ..report.collect import collect
 from ..runs.claims import claimed
 from ..runs.processes import Processes
@@ -26,6 +25,7 @@ from ..settings import from_keywords
 from ..store import save
 from ..store.saving import check_savable
 from ..tuning.leaks import check_sources
+from .measuring import noted, timings
 from .places import Finished, Source, called, check_out, model_of, pictures_for, said_of_skipped
 
 
@@ -96,7 +96,7 @@ def prune_to(
                 asked |= pruned.model.comcat_record.settings  # type: ignore[union-attr, operator]
                 report = _report(model, pruned, division, name, command, asked, bench=bench, progress=progress)
                 report = replace(report, notes=(*notes, *report.notes))
-                _note(pruned.model, report, division)
+                noted(pruned.model, report, division)
                 save(pruned.model, out, report=report)
                 shutil.rmtree(work, ignore_errors=True)
     record: Any = pruned.model.comcat_record
@@ -118,24 +118,9 @@ def _report(
     size, preprocess, small = min(32, asked["batch_size"]), preprocess_of(before), pruned.model.eval()
     judged = batches(division.judged, preprocess, batch_size=size)
     found = evaluate(before, judged, progress=progress), evaluate(small, judged, against=before, progress=progress)
-    timings = _timings(before, small, size) if bench else None
+    timed = timings(before, small, preprocess, size) if bench else None
     return collect(
-        before, small, pruned.done, title=f"{name}, pruned", model=name, command=command,
-        settings={k: v for k, v in asked.items() if v is not None}, evaluations=found, timings=timings,
+        before, small, pruned.done, title=f"{wording.short_name(name)}, pruned", model=name, command=command,
+        settings={k: v for k, v in asked.items() if v is not None}, judged_on=division.judged_on, evaluations=found,
+        timings=timed,
     )  # fmt: skip
-
-
-def _timings(before: nn.Module, small: nn.Module, size: int) -> dict[str, Timing]:
-    p, home = preprocess_of(before), next(before.parameters())
-    images = torch.randn(size, p.channels, *p.size, generator=torch.Generator().manual_seed(0)).to(home)
-    return benchmark({"before": before, "after": small}, images, repeats=10)
-
-
-def _note(small: Any, report: ReportData, division: Division) -> None:
-    """Put what was measured into the model's record."""
-    record = small.comcat_record
-    results = replace(
-        record.results, before=report.before, after=report.after, judged_on=division.judged_on,
-        agreement=report.agreement,
-    )  # fmt: skip
-    small.comcat_record = replace(record, results=results)
