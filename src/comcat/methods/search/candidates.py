@@ -49,28 +49,32 @@ def candidates_of(
         cost: of a site at a rank, or as it is (None).
         grid: ``"near"``: ``size`` ranks in equal ratios from a quarter of the rank in ``near`` to four times it, and
             the site as it is; ``"even"``: in equal steps up to the largest that saves, and the site as it is;
-            ``"paper"``: the sets of COMCAT's code, by the width of the site.
-        totals: instead, ranks summed over the heads of a layer, as the paper states them. multiple: ranks are multiples
-            of it, or the smallest there is.
+            ``"paper"``: the sets of COMCAT's code, by the width of the site: rounded down per head, and at low rank
+            even where that costs more than the site does.
+        totals: instead, ranks summed over the heads of a layer, as the paper states them and rounded down as its code
+            does; one beyond the full rank is the site as it is. multiple: ranks are multiples of it, or the smallest
+            there is.
     """
     if size < 1:
         raise SettingsError(f"got a grid of {size} ranks, expected at least 1")
+    as_said = bool(totals) or grid == "paper"
     found = {}
     for name, site in sites.items():
         dense = cost(site, None)
-        saving = [r for r in range(1, site.full_rank + 1) if cost(site, r) < dense]
-        allowed = [r for r in saving if r % multiple == 0] or saving[:1]
-        if totals or grid == "paper":
-            wanted = [total / getattr(site, "heads", 1) for total in totals or _paper(site)]
+        usable = [r for r in range(1, site.full_rank + 1) if cost(site, r) < dense or (as_said and r < site.full_rank)]
+        most = usable[-1] if usable else 0
+        if as_said:
+            wanted: list[float] = [max(1, total // getattr(site, "heads", 1)) for total in totals or _paper(site)]
         elif grid == "near":
             assert near is not None
-            centre = min(near.get(name, saving[-1]), saving[-1])
+            centre = min(near.get(name, most), most)
             wanted = [centre * 4 ** (2 * i / max(size - 1, 1) - 1) for i in range(size)]
         else:
-            wanted = [saving[-1] * (i + 1) / size for i in range(size)]
-        ranks = sorted({_nearest(allowed, rank) for rank in wanted if rank <= saving[-1]})
+            wanted = [most * (i + 1) / size for i in range(size)]
+        allowed = [r for r in usable if r % multiple == 0] or usable[:1]
+        ranks = sorted({_nearest(allowed, rank) for rank in wanted if rank <= most})
         costs = [cost(site, r) for r in ranks]
-        whole = not (totals or grid == "paper") or max(wanted) > saving[-1]  # the paper's sets as they are
+        whole = not as_said or max(wanted) > most
         if whole and site.full_rank not in ranks:
             ranks, costs = [*ranks, site.full_rank], [*costs, min(dense, cost(site, site.full_rank))]
         found[name] = Candidates(site, tuple(ranks), tuple(costs))

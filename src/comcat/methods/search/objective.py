@@ -17,15 +17,19 @@ class Objective:
 
     Args:
         labeller: whose predictions stand in for labels; None where there are labels.
-        goal: ε, what the model may cost.
+        goal: what the whole model may cost. fixed: the part of it that is no site's.
     """
 
-    def __init__(self, settings: SearchOptions, processes: Processes, labeller: nn.Module | None, goal: float) -> None:
-        self.settings, self.processes, self.labeller, self.goal = settings, processes, labeller, goal
+    def __init__(
+        self, settings: SearchOptions, processes: Processes, labeller: nn.Module | None, *, goal: float, fixed: float
+    ) -> None:
+        self.settings, self.processes, self.labeller = settings, processes, labeller
+        self.outside = fixed if settings.penalised == "sites" else 0.0
+        self.goal = goal - self.outside
 
     def penalty(self, cost: Tensor) -> Tensor:
-        """``(cost / ε)^β``, ε the budget."""
-        ratio = cost / self.goal
+        """``(cost / ε)^β`` by what the whole model costs, (). Over the sites alone ε is what is left for them."""
+        ratio = (cost - self.outside) / self.goal
         return (ratio.clamp(min=1.0) if self.settings.penalty == "above" else ratio) ** self.settings.beta
 
     def cross_entropy(self, model: nn.Module, batch: Batch, count: float) -> Tensor:

@@ -157,7 +157,9 @@ class Search(Run):
                 )
         self.prepared = self._measured(progress)
         self.space = space_of(self.model, self.prepared, self.settings)
-        self.objective = Objective(self.settings, self.processes, self.labeller, self.space.goal)
+        self.objective = Objective(
+            self.settings, self.processes, self.labeller, goal=self.space.goal, fixed=self.space.fixed
+        )
         self.feeds = {phase: self._feed(phase) for phase in self.parts}
 
     def begin(self) -> None:

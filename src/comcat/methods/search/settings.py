@@ -20,6 +20,8 @@ class SearchOptions:
     """Exponent β of the cost in Eq. 6."""
     penalty: Literal["always", "above"] = "always"
     """Whether the cost weighs always, as in Eq. 6, or only above the budget."""
+    penalised: Literal["sites", "model"] = "sites"
+    """What the cost is of: the sites alone, as in Eq. 6, or the whole model, whose fixed part weakens β."""
     grid: Grid = "near"
     """Candidates: a quarter to four times the closed form's rank, equal steps up to what saves, or the paper code's."""
     grid_size: int = 9

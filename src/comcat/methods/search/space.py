@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,10 +16,13 @@ from ..allocate import allocate
 from ..ladders import entry_of, searchable
 from ..prepare import Prepared
 from .candidates import Candidates, candidates_of, predicted_losses, settle
-from .settings import SearchSettings
+from .settings import Grid, SearchSettings
 
 Choice = Mapping[str, int]
 """A candidate for every site, by its position."""
+
+EVEN_SIZES = (*range(2, 32), *range(32, 129, 4), *range(144, 513, 16))
+"""Numbers of even steps to propose where the candidates asked for are too large, from few to many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,7 @@ class Space:
         return {
             name: entry_of(c.site, c.ranks[choice[name]])
             for name, c in self.candidates.items()
-            if c.costs[choice[name]] < self.dense[name]
+            if c.ranks[choice[name]] < c.site.full_rank or c.costs[choice[name]] < self.dense[name]
         }
 
     def predicted_loss(self, choice: Choice) -> float:
@@ -87,18 +91,20 @@ def space_of(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> 
     near = (
         _closed_form(model, prepared, sites, settings) if settings.grid == "near" and not settings.candidates else None
     )
-    candidates = candidates_of(
-        sites, cost, grid=settings.grid, size=settings.grid_size, near=near, totals=settings.candidates,
-        multiple=settings.multiple,
-    )  # fmt: skip
+
+    def made(grid: Grid, size: int, totals: tuple[int, ...] = ()) -> dict[str, Candidates]:
+        return candidates_of(
+            sites, cost, grid=grid, size=size, near=near, totals=totals, multiple=settings.multiple
+        )  # fmt: skip
+
+    candidates = made(settings.grid, settings.grid_size, settings.candidates)
     dense = {name: cost(site, None) for name, site in sites.items()}
     fixed, goal = prepared.total - sum(dense.values()), (1 - settings.reduce) * prepared.total
-    least = fixed + sum(min(c.costs) for c in candidates.values())
+    least = fixed + _least(candidates)
     if least > goal:
-        raise BudgetError(
-            f"got reduce={settings.reduce:g}, but the smallest candidates save at most "
-            f"{1 - least / prepared.total:.4g} of the model's {settings.budget}"
-        )
+        steps = bisect_left(EVEN_SIZES, True, key=lambda n: fixed + _least(made("even", n)) <= goal)
+        enough = EVEN_SIZES[steps] if steps < len(EVEN_SIZES) else None
+        raise BudgetError(_too_large(settings, 1 - least / prepared.total, enough))
     return Space(
         sites=sites,
         candidates=candidates,
@@ -108,6 +114,28 @@ def space_of(model: nn.Module, prepared: Prepared, settings: SearchSettings) -> 
         total=prepared.total,
         goal=goal,
     )
+
+
+def _least(candidates: Mapping[str, Candidates]) -> float:
+    return sum(min(c.costs) for c in candidates.values())
+
+
+def _too_large(settings: SearchSettings, saved: float, enough: int | None) -> str:
+    """Why no choice fits the budget, and which setting makes it possible.
+
+    Args:
+        saved: by the smallest candidates. enough: how many even steps save what was asked for, if any number does.
+    """
+    said = (
+        f"got reduce={settings.reduce:g}, but the smallest candidates save at most {saved:.4g} "
+        f"of the model's {settings.budget}"
+    )
+    if enough is not None:
+        without = " without candidates" if settings.candidates else ""
+        return f"{said}; expected smaller ones, as grid='even' with grid_size={enough} has{without}"
+    if settings.multiple > 1:
+        return f"{said}; expected a smaller multiple than {settings.multiple}, or less to save"
+    return f"{said}, and no grid has smaller ones that save enough; expected less to save"
 
 
 def _closed_form(model: nn.Module, prepared: Prepared, sites: Sites, settings: SearchSettings) -> dict[str, int]:
