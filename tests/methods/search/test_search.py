@@ -155,6 +155,18 @@ def test_an_impossible_budget_names_the_setting_that_makes_it_possible(pictures:
         start(pictures, **{**settings, "reduce": 0.99})
 
 
+def test_weight_decay_of_the_probabilities_is_heeded(pictures: Pictures) -> None:
+    """AdamW takes lr · decay of every α away before its step, which is the same for both at the first."""
+    moved = []
+    for decay in (0.0, 2.0):
+        made = start(pictures, rank_weight_decay=decay, rank_lr=0.1)
+        before = {n: p.detach().clone() for n, p in made.mixture.relaxation.logits()}
+        made.step(0, LossWatch())
+        moved.append({n: p.detach() - before[n] for n, p in made.mixture.relaxation.logits()})
+    for name, start_ in before.items():
+        assert torch.allclose(moved[0][name] - moved[1][name], 0.2 * start_, atol=1e-5), name
+
+
 def test_probabilities_and_weights_learn_from_different_pictures(pictures: Pictures) -> None:
     made = start(pictures)
     ranks, weights = ({s.key for s in made.parts[phase]} for phase in ("ranks", "weights"))

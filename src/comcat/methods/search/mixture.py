@@ -42,7 +42,8 @@ class Mixture:
         self.relaxation = relax_(self.model, self.sites, self.space.ranks(), statistic, known)
 
     def _new_rank_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam([p for _, p in self.relaxation.logits()], lr=self.settings.rank_lr)
+        s, alphas = self.settings, [p for _, p in self.relaxation.logits()]
+        return torch.optim.AdamW(alphas, lr=s.rank_lr, weight_decay=s.rank_weight_decay)
 
     def _new_weight_optimizer(self) -> torch.optim.Optimizer:
         weights = [p for _, p in self.relaxation.weights()]

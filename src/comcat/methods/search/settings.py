@@ -39,7 +39,9 @@ class SearchOptions:
     batch_size: int = 64
     """Pictures a step, over all processes."""
     rank_lr: float = 0.05
-    """Adam's learning rate for α."""
+    """AdamW's learning rate for α."""
+    rank_weight_decay: float = 0.0
+    """AdamW's weight decay for α; the paper's code has 5e-4."""
     weight_lr: float = 2e-5
     """AdamW's learning rate for the weights."""
     weight_decay: float = 0.005
@@ -64,7 +66,7 @@ class SearchOptions:
         expect(self, "rounds", "rank_steps", "batch_size", "grid_size", "checkpoint_every", "keep", least=1)
         expect(self, "candidates", least=1)
         expect(self, "rank_lr", "temperature", "final_temperature", above=0)
-        expect(self, "weight_steps", "beta", "weight_lr", "weight_decay", "workers", least=0)
+        expect(self, "weight_steps", "beta", "weight_lr", "weight_decay", "rank_weight_decay", "workers", least=0)
         expect(self, "held_out", above=0, below=1)
 
 
