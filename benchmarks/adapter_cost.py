@@ -8,7 +8,8 @@ LoRA's at equal bytes. Inference at most 1.05× the plain model's, fused 1.02×.
 
 All methods take turns on one pipeline, round after round; a ratio is of one round, and its median and quartiles are
 reported. On a CPU pictures are small (``--side 64``: 8×8 latents). On a GPU: ``--device cuda --side 512 --dtype
-bfloat16``, and with ``--model sdxl --side 1024``.
+bfloat16``, and with ``--model sdxl --side 1024``. ``--model flux2-klein`` measures the transformer's training step
+alone (``benchmarks/card/flux2.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, parser, quartiles, synchronize, table, write
+from common import interleaved, parser, quartiles, ratio_of_rounds, synchronize, table, write
 from peers import (
     ATTENTION,
     EncodingSource,
@@ -35,6 +36,7 @@ from peers import (
     comcat_plain,
     custom_diffusion,
     dreambooth,
+    equal_rank,
     lora,
     peak_of_step,
 )
@@ -152,26 +154,14 @@ def stored(pipe: Any) -> dict[str, dict[str, float]]:
     return found
 
 
-def equal_rank(family: Family, modules: list[str] | str, size: int) -> int:
-    """The LoRA rank whose parameters come closest to ``size``."""
-    import re
-
-    per_rank = 0
-    for name, module in family.denoiser.named_modules():
-        chosen = re.fullmatch(modules, name) if isinstance(modules, str) else any(name.endswith(m) for m in modules)
-        if chosen and isinstance(module, torch.nn.Linear):
-            per_rank += module.in_features + module.out_features
-    return max(1, round(size / per_rank))
-
-
 def contenders(family: Family, sizes: dict[str, dict[str, float]]) -> dict[str, tuple[Callable[..., Method], str]]:
     """Name → how it is set up, and how its steps are fed: cached, or as published."""
     crossing = r".*\.attn2\.to_(q|k|v|out\.0)"
     cross, both = (int(sizes[w]["parameters"]) for w in ("cross", "all"))
     ranks = {
-        "cross": equal_rank(family, crossing, cross),
-        "small": equal_rank(family, ATTENTION, cross),
-        "all": equal_rank(family, ATTENTION, both),
+        "cross": equal_rank(family.denoiser, crossing, cross),
+        "small": equal_rank(family.denoiser, ATTENTION, cross),
+        "all": equal_rank(family.denoiser, ATTENTION, both),
     }
     return {
         "comcat": (comcat_plain, "cached"),
@@ -286,31 +276,40 @@ def inference(pipe: Any, a: argparse.Namespace) -> dict[str, list[float]]:
     return seconds
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
-    """Of times in the same round: median and quartiles."""
-    found = sorted(x / y for x, y in zip(one, other, strict=True))
-    if len(found) == 1:
-        return {"median": found[0], "low": found[0], "high": found[0]}
-    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
-    return {"median": middle, "low": low, "high": high}
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p = parser(__doc__)
-    p.add_argument("--model", default="sd14", choices=list(UNETS))
+    p.add_argument("--model", default="sd14", choices=[*UNETS, "flux2-klein"])
     p.add_argument("--side", type=int, default=64, help="pixels")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     p.add_argument("--rounds", type=int, default=7)
     p.add_argument("--repeats", type=int, default=2, help="steps (calls) of each method in a round; the fastest counts")
     p.add_argument("--only", nargs="*", help="of the training methods, those whose names contain one of these")
+    p.add_argument("--rank", type=int, default=2, help="of ours; flux2-klein alone")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="flux2-klein alone")
     p.add_argument("--threads", type=int)
     p.add_argument("--smoke", action="store_true", help="tiny shapes, to see that everything runs")
     p.add_argument("--name", default=None)
     a = p.parse_args(arguments)
-    if a.smoke and a.model != "sd14":
-        p.error("--smoke is for sd14")
+    if a.smoke and a.model == "sdxl":
+        p.error("--smoke is for sd14 and flux2-klein")
     if a.threads:
         torch.set_num_threads(a.threads)
+    result = of_transformer(a) if a.model == "flux2-klein" else of_pipeline(a)
+    if not all(math.isfinite(r["seconds"]) for r in result["training"].values()):
+        raise SystemExit("a time is no number")
+    if not a.no_write:
+        write(a.name or f"adapter-cost-{a.model}-{a.side}", result)
+    return result
+
+
+def of_transformer(a: argparse.Namespace) -> dict[str, Any]:
+    from card.flux2 import cost
+
+    return cost(a)
+
+
+def of_pipeline(a: argparse.Namespace) -> dict[str, Any]:
+    """All that is measured of Stable Diffusion."""
     pipe = build(a)
     sizes = stored(pipe)
     for where, size in sizes.items():
@@ -319,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     best = {name: [min(turn) for turn in found["seconds"]] for name, found in steps.items()}
     rows: dict[str, Any] = {}
     for name, found in steps.items():
-        against = {ours: ratio(best[ours], best[name]) for ours in best if ours.startswith("comcat")}
+        against = {ours: ratio_of_rounds(best[ours], best[name]) for ours in best if ours.startswith("comcat")}
         rows[name] = {
             "seconds": statistics.median(best[name]), "peak_bytes": found["peak_bytes"],
             "parameters": found["parameters"],
@@ -336,21 +335,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         shown,
     )
     seconds = inference(pipe, a)
-    calls = {s: {"seconds": statistics.median(v), "of_plain": ratio(v, seconds["plain"])} for s, v in seconds.items()}
+    calls = {
+        s: {"seconds": statistics.median(v), "of_plain": ratio_of_rounds(v, seconds["plain"])}
+        for s, v in seconds.items()
+    }
     print()
     table(
         ["inference", "seconds", "of plain"],
         [[s, c["seconds"], quartiles(c["of_plain"], 3)] for s, c in calls.items()],
     )  # fmt: skip
-    result = {
+    return {
         "model": a.model, "side": a.side, "dtype": a.dtype, "rounds": a.rounds, "repeats": a.repeats, "smoke": a.smoke,
         "stored": sizes, "training": rows, "inference": calls,
     }  # fmt: skip
-    if not all(math.isfinite(r["seconds"]) for r in rows.values()):
-        raise SystemExit("a time is no number")
-    if not a.no_write:
-        write(a.name or f"adapter-cost-{a.model}-{a.side}", result)
-    return result
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import argparse
 import json
 import re
 import shlex
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,15 @@ def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:
 def quartiles(value: dict[str, float], digits: int = 2) -> str:
     """A median and quartiles as a table shows them."""
     return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
+
+
+def ratio_of_rounds(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
+    """Of times in the same round: median and quartiles."""
+    found = sorted(x / y for x, y in zip(one, other, strict=True))
+    if len(found) == 1:
+        return {"median": found[0], "low": found[0], "high": found[0]}
+    low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+    return {"median": middle, "low": low, "high": high}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -176,6 +176,13 @@ def adapter(model: str, a: argparse.Namespace) -> dict[str, Any]:
     return cost("sd14" if a.tiny else model, a.device, tiny=a.tiny)
 
 
+def transformer(side: int, a: argparse.Namespace) -> dict[str, Any]:
+    """An adapter's training step in FLUX.2 [klein]'s transformer alone."""
+    from card.adapter import klein
+
+    return klein(side, a.device, tiny=a.tiny)
+
+
 SMALL, BASE = ("deit_small_patch16_224", 0.5), ("deit_base_patch16_224", 0.61)
 PARTS: dict[str, Part] = {
     "speed-small": Part(run=partial(speed, *SMALL, ("eager",), "speed-small"), seconds=60),
@@ -185,6 +192,8 @@ PARTS: dict[str, Part] = {
     "accuracy": Part(run=accuracy, seconds=120),
     "adapter-sd14": Part(run=partial(adapter, "sd14"), seconds=90),
     "adapter-sdxl": Part(run=partial(adapter, "sdxl"), seconds=120),
+    "adapter-klein-512": Part(run=partial(transformer, 512), seconds=90),
+    "adapter-klein-1024": Part(run=partial(transformer, 1024), seconds=120),
 }
 
 if __name__ == "__main__":

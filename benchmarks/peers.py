@@ -9,6 +9,7 @@ so that what is timed is the method.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -139,6 +140,16 @@ def _peft(family: Family, seed: int, config: Any, mark: str) -> Method:
     method = Method(_asking({f"unet.{n}": p for n, p in denoiser.named_parameters() if mark in n}))
     method.undo.callback(denoiser.unload_lora)
     return method
+
+
+def equal_rank(denoiser: torch.nn.Module, modules: list[str] | str, size: int) -> int:
+    """The LoRA rank whose parameters come closest to ``size``."""
+    per_rank = 0
+    for name, module in denoiser.named_modules():
+        chosen = re.fullmatch(modules, name) if isinstance(modules, str) else any(name.endswith(m) for m in modules)
+        if chosen and isinstance(module, torch.nn.Linear):
+            per_rank += module.in_features + module.out_features
+    return max(1, round(size / per_rank))
 
 
 METHODS: dict[str, Callable[..., Method]] = {

@@ -170,6 +170,26 @@ def test_adapters_are_asked_for_at_their_own_size(part, model, side, gpu, tmp_pa
     assert (tiny.model, tiny.smoke) == ("sd14", True) and real.no_write and tiny.no_write
 
 
+@pytest.mark.parametrize("side", [512, 1024])
+def test_transformers_are_asked_for_at_their_own_size(side, gpu, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    import adapter_cost
+
+    asked = []
+
+    def measured(a):
+        asked.append(a)
+        raise ComcatError("that is all")
+
+    monkeypatch.setattr(adapter_cost, "of_transformer", measured)
+    part = f"adapter-klein-{side}"
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--one", part]) == 1
+    assert gpu.main(given(tmp_path, tmp_path, "--one", part)) == 1
+    real, tiny = asked
+    assert (real.model, real.side, real.dtype, real.smoke) == ("flux2-klein", side, "bfloat16", False)
+    assert tiny.smoke and real.no_write and tiny.no_write
+
+
 def test_packed_pictures_are_what_was_packed(gpu, packed):
     from card.packed import Packed, PackedError
     from real.data import as_bytes, opened, squares

@@ -10,6 +10,15 @@ SDXL_ONLY = ("comcat", "LoRA", "Custom")
 """DreamBooth would train all of SDXL's 2.6 billion weights."""
 
 
+def klein(side: int, device: str, *, tiny: bool) -> dict[str, Any]:
+    """The result of FLUX.2 [klein]'s transformer, on pictures of a side in pixels; in bfloat16."""
+    words = ["--model", "flux2-klein", "--device", device, "--no-write"]
+    if tiny:
+        return adapter_cost.main([*words, "--smoke", "--side", "64", "--rounds", "1", "--repeats", "1"])
+    rounds = ["--rounds", "5", "--repeats", "2"]
+    return adapter_cost.main([*words, "--side", str(side), "--dtype", "bfloat16", *rounds])
+
+
 def cost(model: str, device: str, *, tiny: bool) -> dict[str, Any]:
     """The result of one pipeline at its own size: 512 pixels for SD 1.4, 1024 for SDXL; in bfloat16."""
     words = ["--model", model, "--device", device, "--no-write"]

@@ -17,7 +17,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield tmp_path
-    for name in ("common", "peers", "customization", "adapter_cost"):
+    for name in ("common", "peers", "customization", "adapter_cost", "card.flux2", "card"):
         sys.modules.pop(name, None)
 
 
@@ -107,6 +107,39 @@ def test_adapter_cost(scripts, capsys):
     assert result["inference"].keys() == {"plain", "adapter", "fused"}
     written = json.loads(next((scripts / "results").rglob("adapter-cost-sd14-64.json")).read_text())
     assert written["smoke"] and written["training"].keys() == result["training"].keys()
+
+
+def test_cost_of_a_transformer_alone(scripts, capsys):
+    import adapter_cost
+
+    words = ["--model", "flux2-klein", "--smoke", "--side", "64", "--device", "cpu", "--rounds", "1", "--repeats", "1"]
+    result = adapter_cost.main(words)
+    rows = result["training"]
+    ours, *others = rows.values()
+    assert next(iter(rows)) == "comcat" and len(others) == 3 and all("LoRA" in name for name in list(rows)[1:])
+    assert 0.5 < others[0]["parameters"] / ours["parameters"] < 2 and ours["peak_bytes"] > 0
+    assert all(row["trained_in"] == "float32" and row["seconds"] > 0 for row in rows.values())
+    assert result["inference"].keys() == {"plain", "adapter"} and result["shape_from"] == "tiny shapes"
+    written = json.loads(next((scripts / "results").rglob("adapter-cost-flux2-klein-64.json")).read_text())
+    assert written["smoke"] and written["shape"]["num_single_layers"] == 2
+    assert "bytes as comcat" in capsys.readouterr().out
+
+
+def test_the_true_shape_of_klein(scripts):
+    """By counting alone: the published weights are 3.9 billion, and LoRA at equal bytes is what it says."""
+    import card.flux2
+    import peers
+    from diffusers import Flux2Transformer2DModel
+
+    import comcat.diffusion as cd
+
+    with torch.device("meta"):
+        model = Flux2Transformer2DModel(**card.flux2.SHAPE)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(3.88e9, rel=0.01)
+    adapter = cd.attach(model, rank=2)
+    size = sum(p.numel() for p in adapter.parameters())
+    rank = peers.equal_rank(model, card.flux2.AROUND_ATTENTION, size)
+    assert peers.equal_rank(model, card.flux2.AROUND_ATTENTION, 3 * size) > rank > 1
 
 
 def test_goals_of_size_are_met_by_the_true_shapes(scripts):
