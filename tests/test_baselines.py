@@ -24,9 +24,9 @@ from comcat.methods.baselines import (
     matrix_plan,
     mha_sites,
     near_equal,
-    product_plan,
     tensor_train_plan,
     tucker_plan,
+    uniform_plan,
 )
 from comcat.modules.lowrank import LowRankLinear
 from comcat.modules.tensor import (
@@ -372,7 +372,7 @@ def test_tables_carry_the_statistic_to_apply_with() -> None:
     assert BASELINES["unilateral"].statistic == Unilateral()
 
 
-@pytest.mark.parametrize("propose", [product_plan, tucker_plan, tensor_train_plan])
+@pytest.mark.parametrize("propose", [uniform_plan, tucker_plan, tensor_train_plan])
 def test_heads_stay_where_no_sites_are_given(propose, model: Transformer, sites: Sites) -> None:
     assert propose(model, None, 0.2).sites and "head" not in propose(model, None, 0.2).sites
     assert "head" in propose(model, sites, 0.2).sites  # asked for
@@ -432,7 +432,7 @@ def test_every_step_of_a_ladder_is_a_shape_that_fits() -> None:
 
 
 def test_budgets_and_settings_that_cannot_be_are_refused(model: Transformer, sites: Sites) -> None:
-    for propose in (matrix_plan, product_plan, tucker_plan, tensor_train_plan):
+    for propose in (matrix_plan, uniform_plan, tucker_plan, tensor_train_plan):
         with pytest.raises(BudgetError, match="at most 0"):
             propose(model, sites, 0.9999)
         with pytest.raises(SettingsError, match="share between 0 and 1"):

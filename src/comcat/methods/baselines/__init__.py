@@ -22,7 +22,7 @@ from ...factors import PaperCode, Statistic, Unilateral, Weights
 from ...plan import Plan
 from ...sites import Sites
 from .layerwise import Kind, Layerwise, layerwise
-from .matrices import matrix_plan, product_plan, units_plan
+from .matrices import matrix_plan, uniform_plan
 from .parts import ffn_sites, found_sites, hidden_sites, mha_sites, some
 from .pruning import Scored, scored_units
 from .tensors import near_equal, tensor_train_plan, tucker_plan
@@ -38,10 +38,9 @@ __all__ = [
     "matrix_plan",
     "mha_sites",
     "near_equal",
-    "product_plan",
     "tensor_train_plan",
     "tucker_plan",
-    "units_plan",
+    "uniform_plan",
 ]
 
 _PARTS: Mapping[str, tuple[Callable[[Sites], Sites], str]] = {
@@ -97,26 +96,26 @@ def _layerwise(kind: Kind, how: str) -> dict[str, Baseline]:
     """A layerwise method for both parts of a model."""
     measure: Any = partial(layerwise, kind)
     attention = Baseline(about=f"each attention matrix {how}", part="mha", propose=matrix_plan, measure=measure)
-    feed_forward = Baseline(about=f"each feed-forward matrix {how}", part="ffn", propose=product_plan, measure=measure)
+    feed_forward = Baseline(about=f"each feed-forward matrix {how}", part="ffn", propose=uniform_plan, measure=measure)
     return {f"matrix-{kind}": attention, kind: feed_forward}
 
 
 BASELINES: dict[str, Baseline] = {
     "matrix": Baseline(about="SVD of each attention matrix", part="mha", propose=matrix_plan),
-    "product": Baseline(about="SVD of each head's product", part="mha", propose=product_plan),
+    "product": Baseline(about="SVD of each head's product", part="mha", propose=uniform_plan),
     "paper-code": Baseline(
         about="SVD of each head's product, biases zeroed",
         part="mha",
-        propose=partial(product_plan, statistic=PaperCode()),
+        propose=partial(uniform_plan, statistic=PaperCode()),
         statistic=PaperCode(),
     ),
     "unilateral": Baseline(
         about="SVD of W_K and W_O of each head",
         part="mha",
-        propose=partial(product_plan, statistic=Unilateral()),
+        propose=partial(uniform_plan, statistic=Unilateral()),
         statistic=Unilateral(),
     ),
-    "svd": Baseline(about="SVD of each feed-forward matrix", part="ffn", propose=product_plan),
+    "svd": Baseline(about="SVD of each feed-forward matrix", part="ffn", propose=uniform_plan),
     **_layerwise("fwsvd", "by the Fisher information of its rows"),
     **_layerwise("svd-llm", "whitened by its input"),
     **_layerwise("feature-pca", "by the principal components of its output"),
@@ -130,25 +129,25 @@ BASELINES: dict[str, Baseline] = {
     "magnitude": Baseline(
         about="hidden units of small weights cut",
         part="units",
-        propose=partial(units_plan, statistic=Scored("magnitude")),
+        propose=partial(uniform_plan, form="units", statistic=Scored("magnitude")),
         statistic=Scored("magnitude"),
     ),
     "magnitude-refit": Baseline(
         about="hidden units of small weights cut, the rest refitted",
         part="units",
-        propose=units_plan,
+        propose=partial(uniform_plan, form="units"),
         measure=partial(scored_units, "magnitude", refit=True),
     ),
     "taylor": Baseline(
         about="hidden units of small first-order effect on the loss cut",
         part="units",
-        propose=units_plan,
+        propose=partial(uniform_plan, form="units"),
         measure=partial(scored_units, "taylor"),
     ),
     "taylor-refit": Baseline(
         about="hidden units of small first-order effect on the loss cut, the rest refitted",
         part="units",
-        propose=units_plan,
+        propose=partial(uniform_plan, form="units"),
         measure=partial(scored_units, "taylor", refit=True),
     ),
 }

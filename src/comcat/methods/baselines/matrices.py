@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Literal
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from ...forms import largest
 from ...plan import Plan, SitePlan
 from ...sites import Site, Sites
 from ..allocate import allocate, of_forms
-from .parts import check_budget, found_sites, hidden_sites, mha_sites, same_share_plan, some
+from .parts import check_budget, found_sites, mha_sites, same_share_plan, some
 
 
 def matrix_plan(
@@ -42,49 +43,36 @@ def matrix_plan(
     return same_share_plan(model, "matrix", chosen, ladder, reduce, total, **told)
 
 
-def product_plan(
+def uniform_plan(
     model: nn.Module,
     sites: Sites | None,
     reduce: float,
     total: float | None = None,
     *,
+    form: Literal["ranks", "units"] = "ranks",
     statistic: Statistic | None = None,
 ) -> Plan:
-    """The same share of every product (Table 1, "head-level") and linear layer (Table 4, "SVD") among the sites given.
+    """The same share of every site of one form among the sites given.
+
+    - ``"ranks"``: products (Table 1, "head-level") and linear layers (Table 4, "SVD").
+    - ``"units"``: the hidden units of feed-forwards. The statistic says which of them go; see
+      :mod:`comcat.methods.baselines.pruning`.
 
     Apply the plan with the same statistic.
 
     Raises:
         BudgetError: if the budget cannot be met; the message says the most that can be saved.
     """
-    chosen = some(of_forms(found_sites(model, sites), ("ranks",)), "site that can shrink")
+    name, what = _UNIFORM[form]
+    chosen = some(of_forms(found_sites(model, sites), (form,)), what)
     check_budget(reduce, total)
     whole = sum(s.parameters() for s in chosen.values()) if total is None else total
-    plan = allocate(
-        model, statistic, reduce=reduce, rule="uniform", forms="ranks", sites=chosen, total=whole, multiple=1
-    )
-    return replace(plan, made_by={"baseline": "product", **plan.made_by})
+    plan = allocate(model, statistic, reduce=reduce, rule="uniform", forms=form, sites=chosen, total=whole, multiple=1)
+    return replace(plan, made_by={"baseline": name, **plan.made_by})
 
 
-def units_plan(
-    model: nn.Module,
-    sites: Sites | None,
-    reduce: float,
-    total: float | None = None,
-    *,
-    statistic: Statistic | None = None,
-) -> Plan:
-    """The same share of the hidden units of every feed-forward among the sites given.
-
-    Apply the plan with the same statistic, which says which units go; see :mod:`comcat.methods.baselines.pruning`.
-
-    Raises:
-        BudgetError: if the budget cannot be met; the message says the most that can be saved.
-    """
-    chosen = some(hidden_sites(found_sites(model, sites)), "feed-forward whose hidden units can be chosen")
-    check_budget(reduce, total)
-    whole = sum(s.parameters() for s in chosen.values()) if total is None else total
-    plan = allocate(
-        model, statistic, reduce=reduce, rule="uniform", forms="units", sites=chosen, total=whole, multiple=1
-    )
-    return replace(plan, made_by={"baseline": "units", **plan.made_by})
+_UNIFORM = {
+    "ranks": ("product", "site that can shrink"),
+    "units": ("units", "feed-forward whose hidden units can be chosen"),
+}
+"""Form → what the plan calls the baseline, and what is missing where there is no such site."""
