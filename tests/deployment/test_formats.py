@@ -49,7 +49,7 @@ def test_a_program_runs_where_comcat_is_not(small, tmp_path):
     done = comcat.export(small, to="torch", out=tmp_path / "small.pt2", data=pictures(2))
     torch.save(torch.ones(1, 3, 32, 32), tmp_path / "x.pt")
     code = (
-        "import sys, torch; p = torch.export.load('small.pt2').module()(torch.load('x.pt'))[0]; "
+        "import sys, torch; p = torch.export.load('small.pt2').module()(torch.load('x.pt', weights_only=True))[0]; "
         "assert not any(n.partition('.')[0] in ('comcat', 'timm') for n in sys.modules); print(p.tolist())"
     )
     said = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout

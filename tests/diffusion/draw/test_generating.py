@@ -65,7 +65,7 @@ def test_what_is_there_is_kept(tmp_path, pipe, monkeypatch):
 
     asked = []
     batch = module._batch
-    monkeypatch.setattr(module, "_batch", lambda p, todo, s: asked.extend(todo) or batch(p, todo, s))
+    monkeypatch.setattr(module, "_batch", lambda p, pictures, s: asked.extend(pictures) or batch(p, pictures, s))
     again = generate_to(out, pipe, ["a cat", "a dog"], count=3, batch_size=1, **HOW)
     assert asked == [("a cat", 1), ("a dog", 0)] and again.kept == 4
     for path, before in bytes_before.items():

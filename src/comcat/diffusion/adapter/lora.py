@@ -98,17 +98,17 @@ def export_lora(
     adapter = _checked(pipe, name, path, rank, keys)
     places = list(located(components_of(pipe), adapter.record))
     left_out = {f"{p.path}:{one}": why for p in places for one in _PRODUCTS if (why := _why_not(p, one, adapter))}
-    todo = [(p, one) for p in places for one in adapter.terms[p.path].products if f"{p.path}:{one}" not in left_out]
-    if not todo:
+    chosen = [(p, one) for p in places for one in adapter.terms[p.path].products if f"{p.path}:{one}" not in left_out]
+    if not chosen:
         raise UnsupportedSite(f"{name!r} cannot become a LoRA: {listed([f'{s}: {w}' for s, w in left_out.items()])}")
     asked = list(dict.fromkeys([*(p for p in (adapter.record.prompt, *prompts) if p), ""]))
-    trial = drawn(pipe, adapter, [p for p, _ in todo], asked, steps=steps, size=size, seed=seed)
+    trial = drawn(pipe, adapter, [p for p, _ in chosen], asked, steps=steps, size=size, seed=seed)
     errors = dict.fromkeys(left_out, 1.0)
     updates: dict[str, tuple[Tensor, Tensor]] = {}
-    for place, product in todo:
+    for place, product in chosen:
         found, errors[f"{place.path}:{product}"] = _update(place, adapter.terms[place.path], product, rank, trial)
         updates |= {f"{place.path}.{at}": update for at, update in found.items()}
-    again = drawn(pipe, adapter, [p for p, _ in todo], asked, steps=steps, size=size, seed=seed + len(asked))
+    again = drawn(pipe, adapter, [p for p, _ in chosen], asked, steps=steps, size=size, seed=seed + len(asked))
     difference, of_change = again.difference(updates)  # in other noise than the Grams are of
     if difference > bound and not force:
         raise SettingsError(

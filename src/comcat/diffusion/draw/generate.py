@@ -60,30 +60,30 @@ def generate(
     check_sampling(pipe, how.steps)
     _check_fits(pipe, how)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    todo = [(p, n) for p in prompts for n in range(how.count)] if wanted is None else list(wanted)
-    bar = tqdm(total=len(todo), desc="pictures", unit="picture", disable=not progress)
+    pictures = [(p, n) for p in prompts for n in range(how.count)] if wanted is None else list(wanted)
+    bar = tqdm(total=len(pictures), desc="pictures", unit="picture", disable=not progress)
     with bar, quiet(pipe):
-        for first in range(0, len(todo), how.batch_size):
-            for generated in _batch(pipe, todo[first : first + how.batch_size], how):
+        for first in range(0, len(pictures), how.batch_size):
+            for generated in _batch(pipe, pictures[first : first + how.batch_size], how):
                 bar.update()
                 yield generated
 
 
-def _batch(pipe: Any, todo: list[tuple[str, int]], settings: GenerateSettings) -> Iterator[Generated]:
+def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSettings) -> Iterator[Generated]:
     # Noise is drawn on the CPU, where it is the same for every device.
-    generators = [torch.Generator().manual_seed(derive_seed(settings.seed, "picture", *of)) for of in todo]
+    generators = [torch.Generator().manual_seed(derive_seed(settings.seed, "picture", *of)) for of in pictures]
     options = {
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
-        "negative_prompt": None if settings.negative is None else [settings.negative] * len(todo),
+        "negative_prompt": None if settings.negative is None else [settings.negative] * len(pictures),
         "height": settings.size,
         "width": settings.size,
     }
     given = {name: value for name, value in options.items() if value is not None}
-    with shortage_explained(f"generating {len(todo)} pictures at once", _what_would_fit(pipe, settings)):
-        output = pipe([prompt for prompt, _ in todo], generator=generators, **given)
-    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(todo)
-    for image, (prompt, number), flagged in zip(output.images, todo, flags, strict=True):
+    with shortage_explained(f"generating {len(pictures)} pictures at once", _what_would_fit(pipe, settings)):
+        output = pipe([prompt for prompt, _ in pictures], generator=generators, **given)
+    flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
+    for image, (prompt, number), flagged in zip(output.images, pictures, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
 
 
