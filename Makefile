@@ -9,7 +9,7 @@ READY := $(VENV)/.comcat-ready
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/python -m uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow demo gpu lint format lock clean
+.PHONY: help setup test test-slow demo gpu results lint format lock clean
 
 help:
 	@echo 'make setup      create .venv with the pinned dependencies and comcat (PYTHON=python3.12 picks the interpreter)'
@@ -17,6 +17,7 @@ help:
 	@echo 'make test-slow  the slow and the GPU tests'
 	@echo 'make demo       compress a model trained on built-in digits, end to end'
 	@echo 'make gpu        measure speed, accuracy and memory on a CUDA card, in at most eight minutes'
+	@echo 'make results    write docs/results.md from the committed results, and check every figure of the other pages'
 	@echo 'make lint       all checks but the tests'
 	@echo 'make format     let ruff format and mend the code'
 	@echo 'make lock       write requirements.txt anew from pyproject.toml (UPGRADE=1 takes the newest releases)'
@@ -59,6 +60,10 @@ demo: setup
 
 gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+results: setup
+	$(BIN)/python benchmarks/summarise.py
+	$(BIN)/python benchmarks/claims.py
 
 lint: setup
 	$(BIN)/ruff check .

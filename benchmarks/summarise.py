@@ -31,14 +31,19 @@ Quartiles stand beside times wherever the rounds were kept.
 
 
 def main() -> None:
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")
+
+
+def page() -> str:
+    """The whole page, from the results that are committed."""
     found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/*.json"))]
     sections = [INTRO]
     for title, prefix, render in SECTIONS:
         texts = [render(r) for r in found if r["benchmark"].startswith(prefix)]
         if texts:
             sections.append(f"## {title}\n\n" + "\n\n".join(texts) + "\n")
-    PAGE.write_text("\n".join(sections))
-    print(f"wrote {PAGE}")
+    return "\n".join(sections)
 
 
 def of_rounds(values: list[float]) -> str:

@@ -1,0 +1,83 @@
+"""What README, docs and CHANGELOG say in figures stands in the committed results, and the page of results is theirs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str) -> ModuleType:
+    """A script of the benchmarks as a module, leaving no trace in ``sys``."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+        for module in set(sys.modules) - before:
+            if str(getattr(sys.modules[module], "__file__", "")).startswith(str(BENCHMARKS)):
+                del sys.modules[module]
+
+
+claims = script("claims")
+ENTRIES = claims.claims()
+
+
+def test_the_page_of_results_is_written_from_the_results() -> None:
+    summarise = script("summarise")
+    assert summarise.PAGE.read_text() == summarise.page(), "run `make results`"
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['page']}: {e['says'][:40]}")
+def test_a_figure_is_what_a_committed_result_rounds_to(entry: dict) -> None:
+    assert entry["says"] in claims.words_of(entry["page"]), "the page no longer says so"
+    assert set(entry) <= {"page", "says", "figures", "settings", "exempt"}
+    if "exempt" in entry:
+        assert "figures" not in entry and entry["exempt"] in ("setting", "withdrawn", "requirement", "of others")
+        return
+    assert entry["figures"]
+    for figure in entry["figures"]:
+        assert claims.holds(figure), f"{figure['shown']} is {claims.value_of(figure):g} in {figure['result']}"
+    left = claims.unexplained(entry)
+    assert not any(c.isdigit() for c in left), f"a number that nothing explains: {left}"
+
+
+@pytest.mark.parametrize("page", [p for p in claims.PAGES if p not in claims.GENERATED])
+def test_no_figure_stands_without_a_result(page: str) -> None:
+    assert claims.unclaimed(page) == [], "give it an entry in benchmarks/claims.json, or take it out"
+
+
+def test_a_figure_that_drifts_is_found(tmp_path, monkeypatch) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "r.json").write_text(
+        json.dumps({"dense": 70.0, "rows": [{"m": "a", "v": 68.24}, {"m": "b", "v": 35.0}]})
+    )
+    monkeypatch.setattr(claims, "HERE", tmp_path)
+    figure = {"shown": "68.2", "result": "r.json", "at": ["rows", {"m": "a"}, "v"]}
+    assert claims.holds(figure) and not claims.holds({**figure, "shown": "68.3"})
+    assert not claims.holds({**figure, "shown": "68.25"})
+    assert claims.holds({**figure, "shown": "−1.8", "less": ["dense"]})
+    assert claims.holds({**figure, "shown": "half", "number": 0.5, "at": ["rows", {"m": "b"}, "v"], "over": ["dense"]})
+    both = {**figure, "at": ["rows", "*", "v"]}
+    assert claims.holds({**both, "shown": "35", "take": "min"}) and claims.holds({**both, "shown": "68", "take": "max"})
+    with pytest.raises(LookupError, match="names 2 values"):
+        claims.holds(both)
+
+
+def test_figures_are_seen_in_prose(tmp_path, monkeypatch) -> None:
+    text = """It keeps 76.5 and
+72 % of `--keep 0.7` at half the time, 1.9× as fast, four points more; §3.2, 14 × 14 tokens, DINOv2.
+
+    code 50 %
+"""
+    (tmp_path / "README.md").write_text(text)
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(claims, "claims", lambda: [{"page": "README.md", "says": "four points more"}])
+    found = [words.partition(">>")[2].partition("<<")[0] for words in claims.unclaimed("README.md")]
+    assert found == ["76.5 and 72 %", "1.9×"]
