@@ -4,11 +4,12 @@
     python benchmarks/gpu.py --parts speed-small    # some of it
     python benchmarks/gpu.py --device cpu --tiny    # that everything runs
 
-Speed of DeiT-small −50 % and DeiT-base −61 % (``benchmarks/card/speed.py``), accuracy on real weights
-(``benchmarks/card/accuracy.py``), the cost of an adapter's training step (``benchmarks/card/adapter.py``). Each part
-runs in a process of its own and is stopped at its time limit. Its result is written as soon as it is done, and then
-it is not run again: remove the file to have it anew. What a part had when it was stopped is kept as
-``<part>.partial.json``. The exit status is 1 where a part failed or was not begun.
+Speed of DeiT-small −50 % and DeiT-base −61 %, and of DeiT-tiny and DeiT-small with fewer tokens
+(``benchmarks/card/speed.py``), predicted and measured time under a budget of time (``benchmarks/card/latency.py``),
+accuracy on real weights (``benchmarks/card/accuracy.py``), the cost of an adapter's training step
+(``benchmarks/card/adapter.py``). Each part runs in a process of its own and is stopped at its time limit. Its result is
+written as soon as it is done, and then it is not run again: remove the file to have it anew. What a part had when it
+was stopped is kept as ``<part>.partial.json``. The exit status is 1 where a part failed or was not begun.
 
 Real weights and pictures are read from ``.gpu/``, which ``python benchmarks/gpu_pack.py`` makes where there is a
 network.
@@ -127,14 +128,16 @@ def partial_path(a: argparse.Namespace, name: str) -> Path:
     return a.out / f"{name}.partial.json"
 
 
-def speed(model: str, reduce: float, modes: tuple[str, ...], name: str, a: argparse.Namespace) -> dict[str, Any]:
+def speed(
+    model: str, reduce: float, modes: tuple[str, ...], name: str, a: argparse.Namespace, *, keep: float = 1.0
+) -> dict[str, Any]:
     """Time of one model in some modes, at batch 256 and 1."""
     from card.speed import Subject, Timer, kept_plans, made_plans
 
     arguments = {"img_size": 32, "embed_dim": 64, "depth": 2, "num_heads": 2} if a.tiny else {}
     subject = Subject(
-        model=model, reduce=0.2 if a.tiny else reduce, multiple=4 if a.tiny else 16, size=32 if a.tiny else 224,
-        pictures=4 if a.tiny else 64, arguments=arguments,
+        model=model, reduce=0.2 if a.tiny else reduce, keep=keep, multiple=4 if a.tiny else 16,
+        size=32 if a.tiny else 224, pictures=4 if a.tiny else 64, arguments=arguments,
     )  # fmt: skip
     start = time.perf_counter()
     earlier = a.out / f"{name.removesuffix('-compiled')}.json"
@@ -152,6 +155,13 @@ def speed(model: str, reduce: float, modes: tuple[str, ...], name: str, a: argpa
     if a.device.startswith("cuda") and "eager" in modes:
         cells.append(("graph", 1))
     return {**about, "rows": timer.rows(subject, plans, cells)}
+
+
+def latency(a: argparse.Namespace) -> dict[str, Any]:
+    """Predicted and measured time of plans under a budget of time."""
+    from card.latency import rows
+
+    return rows(a.device, tiny=a.tiny, done=lambda result: write_part(a, "latency", result, whole=False))
 
 
 def accuracy(a: argparse.Namespace) -> dict[str, Any]:
@@ -184,9 +194,13 @@ def transformer(side: int, a: argparse.Namespace) -> dict[str, Any]:
 
 
 SMALL, BASE = ("deit_small_patch16_224", 0.5), ("deit_base_patch16_224", 0.61)
+FEWER_SMALL, FEWER_TINY = ("deit_small_patch16_224", 0.3), ("deit_tiny_patch16_224", 0.3)
 PARTS: dict[str, Part] = {
     "speed-small": Part(run=partial(speed, *SMALL, ("eager",), "speed-small"), seconds=60),
     "speed-base": Part(run=partial(speed, *BASE, ("eager",), "speed-base"), seconds=90),
+    "tokens-small": Part(run=partial(speed, *FEWER_SMALL, ("eager",), "tokens-small", keep=0.7), seconds=70),
+    "tokens-tiny": Part(run=partial(speed, *FEWER_TINY, ("eager",), "tokens-tiny", keep=0.7), seconds=60),
+    "latency": Part(run=latency, seconds=110),
     "speed-small-compiled": Part(run=partial(speed, *SMALL, ("compiled",), "speed-small-compiled"), seconds=110),
     "speed-base-compiled": Part(run=partial(speed, *BASE, ("compiled",), "speed-base-compiled"), seconds=120),
     "accuracy": Part(run=accuracy, seconds=120),

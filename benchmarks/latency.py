@@ -28,11 +28,15 @@ from comcat.methods.merging.merge import blank_tokens
 from comcat.methods.request import blank_spectrum
 
 DINO = {"model": "vit_small_patch14_dinov2", "img_size": 224}
-MODELS = {
+TINY = {
+    "model": "vit_tiny_patch16_224", "img_size": 32, "patch_size": 4, "embed_dim": 384, "depth": 2, "num_heads": 6,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
     "deit_tiny": {"model": "deit_tiny_patch16_224"},
     "deit_small": {"model": "deit_small_patch16_224"},
     "deit_base": {"model": "deit_base_patch16_224"},
     "dinov2_small": DINO,
+    "tiny": TINY,
 }
 PLANS = (
     ("deit_tiny", "float32", 1, 0.3, "ranks,units"), ("deit_tiny", "float32", 16, 0.5, "ranks,units,tokens"),
@@ -46,7 +50,7 @@ PLANS = (
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--models", nargs="*", default=list(MODELS))
+    p.add_argument("--models", nargs="*", default=sorted({plan[0] for plan in PLANS}))
     p.add_argument("--dtypes", nargs="*", help="only plans of these types, or with --batches all models at them")
     p.add_argument("--batches", type=int, nargs="*", help="instead of the 12 plans: every model at these batches")
     p.add_argument("--name", default="latency")
@@ -70,16 +74,18 @@ def main() -> None:
         write(a.name, {"rows": rows, "mean_error": sum(errors) / len(errors), "worst_error": max(errors)})
 
 
-def row(name: str, dtype: str, batch: int, reduce: float, forms: str, *, device: str) -> dict[str, Any]:
-    """One plan: chosen by the parts' times, then measured whole."""
+def row(
+    name: str, dtype: str, batch: int, reduce: float, forms: str, *, device: str, cache: Path | None = None
+) -> dict[str, Any]:
+    """One plan: chosen by the parts' times, then measured whole. ``cache`` is a folder of parts timed before."""
     settings = dict(MODELS[name])
     model = vit(settings.pop("model"), device, **settings).to(getattr(torch, dtype))
-    example = random_pictures(1, 1, device=device)[0].to(getattr(torch, dtype))
+    example = random_pictures(1, 1, settings.get("img_size", 224), device)[0].to(getattr(torch, dtype))
     sites = shrinkable(comcat.find_sites(model))
     ladders = blank_tokens(model, example) if "tokens" in forms else []
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as fresh:
         latency = measure_latency(
-            model, sites, example, tokens=[t.site for t in ladders], batch=batch, cache=Path(cache)
+            model, sites, example, tokens=[t.site for t in ladders], batch=batch, cache=cache or Path(fresh)
         )  # fmt: skip
     spectra = {n: blank_spectrum(site) for n, site in sites.items()}
     plan = allocate(

@@ -14,7 +14,7 @@ from comcat.errors import ComcatError
 from .models import tiny_vit
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-OURS = ("common", "real_weights", "adapter_cost", "peers", "gpu", "gpu_pack", "real", "card")
+OURS = ("common", "latency", "real_weights", "adapter_cost", "peers", "gpu", "gpu_pack", "real", "card")
 
 
 @pytest.fixture
@@ -101,6 +101,25 @@ def test_structures_have_no_chance_bits(gpu):
     for name in ("ranks", "ranks + units"):
         for p, q in zip(once[name].parameters(), again[name].parameters(), strict=True):
             assert torch.equal(p, q) and p.dtype == torch.bfloat16 and p.isfinite().all()
+
+
+def test_fewer_tokens_are_timed_alone_and_with_everything(gpu, tmp_path):
+    assert gpu.main(given(tmp_path, tmp_path, "--one", "tokens-small")) == 0
+    result = read(tmp_path, "tokens-small")
+    macs = {r["plan"]: r["mac_ratio"] for r in result["rows"]}
+    assert set(macs) == {"ranks", "ranks + units", "tokens", "ranks + units + tokens"} == set(result["plans"])
+    assert macs["ranks + units + tokens"] > max(macs["ranks + units"], macs["tokens"]) > 1
+    assert set(result["plans"]["tokens"]["sites"]) < set(result["plans"]["ranks + units + tokens"]["sites"])
+
+
+def test_latency_tells_what_it_predicted_and_what_was_refused(gpu, tmp_path):
+    assert gpu.main(given(tmp_path, tmp_path, "--one", "latency")) == 0
+    result = read(tmp_path, "latency")
+    met, refused = result["rows"]
+    assert met["error"] == pytest.approx(met["predicted"] / met["measured"] - 1) and met["dense_ms"] > 0
+    assert result["worst_error"] == abs(met["error"])
+    assert "got reduce=0.99" in refused["refused"] and "error" not in refused
+    assert not list(tmp_path.glob("*.partial.json"))
 
 
 def test_accuracy(gpu, packed, tmp_path):

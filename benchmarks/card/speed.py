@@ -1,4 +1,4 @@
-"""Time of a DeiT dense, with ranks alone, and with ranks and units, in bfloat16; random weights.
+"""Time of a DeiT dense, with ranks alone, with ranks and units, and on fewer tokens, in bfloat16; random weights.
 
 Sizes are chosen from the loss on random pictures, in multiples of ``multiple``. What is timed has the structure of the
 plan and new random weights. All models take turns in one run; a speed-up is the median of the rounds' ratios, with
@@ -20,7 +20,7 @@ import torch
 from common import random_pictures, vit
 from torch import Tensor, nn
 
-from comcat import Plan, apply_
+from comcat import Plan, apply_, merge
 from comcat.measure import benchmark, count_macs, count_parameters, ratio
 from comcat.methods.compress import propose
 from comcat.methods.prepare import prepare
@@ -31,10 +31,11 @@ PLANS = {"ranks": "ranks", "ranks + units": "ranks,units"}
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is timed: a timm model and how far it shrinks."""
+    """What is timed: a timm model, how far it shrinks, and the share of the tokens its blocks run on."""
 
     model: str
     reduce: float
+    keep: float = 1.0
     multiple: int = 16
     size: int = 224
     pictures: int = 64
@@ -42,12 +43,21 @@ class Subject:
 
 
 def made_plans(subject: Subject, device: str) -> dict[str, Plan]:
-    """A plan for each row of :data:`PLANS`; calibrated and decomposed once, on the device."""
+    """A plan for each row of :data:`PLANS`; calibrated and decomposed once, on the device.
+
+    Where a share of the tokens is kept, one more with tokens alone, and one with everything. There tokens fall in a
+    straight line, since nothing is to be measured on random weights.
+    """
     dense = vit(subject.model, device, **subject.arguments)
     batches = random_pictures(subject.pictures, 16, subject.size, device)
     settings = CompressSettings(reduce=subject.reduce, multiple=subject.multiple, pictures=subject.pictures)
     prepared = prepare(dense, batches, settings)
-    return {name: propose(dense, prepared, replace(settings, forms=forms)) for name, forms in PLANS.items()}
+    plans = {name: propose(dense, prepared, replace(settings, forms=forms)) for name, forms in PLANS.items()}
+    if subject.keep < 1:
+        tokens = merge(dense, example=batches[0][:1], keep=subject.keep)
+        both = Plan(sites={**plans["ranks + units"].sites, **tokens.sites})
+        plans |= {"tokens": tokens, "ranks + units + tokens": both}
+    return plans
 
 
 def kept_plans(path: Path, subject: Subject) -> dict[str, Plan] | None:
