@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from .anatomy import Attention as Attention
 from .anatomy import Projection as Projection
@@ -239,10 +239,11 @@ AnySite = Site | TokenSite
 
 @dataclass(frozen=True)
 class Refusal:
-    """Something that looks like a site but cannot shrink, and why."""
+    """Something that looks like a site but cannot shrink, and why; whether nothing inside it can either."""
 
     name: str
     reason: str
+    closes: bool = False
 
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
@@ -319,13 +320,6 @@ class Host(Protocol):
 
     def recognise(self, model: nn.Module, path: str, module: nn.Module) -> Attention | Refusal:
         """The anatomy of an attention module that resembles one, or why it is none."""
-        ...
-
-    def probe(self, module: nn.Module, attention: Attention, x: Tensor, *, grid: bool = True) -> Tensor:
-        """Call an attention module on tokens (batch, tokens, in_features) alone and return its output tensor.
-
-        With ``grid``, a module that wants (batch, height, width, in_features) gets that.
-        """
         ...
 
     def observe(self, module: nn.Module) -> Undo:

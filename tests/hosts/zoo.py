@@ -25,6 +25,7 @@ class Case:
     Attributes:
         attentions: how many attention modules have sites. mount: how they are replaced, in one word or several.
         qk, vo: words of the reason why the product does not exist, or None where it does.
+        qk_of: attention that has a QK product although others have not.
         refused: words of the reason by the path of each module that is refused as a whole.
     """
 
@@ -34,6 +35,7 @@ class Case:
     attentions: int = 2
     mount: str = "whole"
     qk: str | None = None
+    qk_of: tuple[str, ...] = ()
     vo: str | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
@@ -187,8 +189,8 @@ TIMM = [
     Case(name="timm-dinov2-registers", build=timm_model("vit_small_patch14_reg4_dinov2", **VIT)),
     Case(name="timm-dinov2-swiglu", build=timm_model("vit_giant_patch14_dinov2", **VIT)),
     Case(name="timm-clip", build=timm_model("vit_base_patch32_clip_224", **VIT, num_classes=7)),
-    Case(name="timm-siglip", build=timm_model("vit_base_patch16_siglip_224", **VIT),
-        refused={"attn_pool": "no known shape"}),
+    Case(name="timm-siglip", build=timm_model("vit_base_patch16_siglip_224", **VIT), attentions=3,
+        mount="whole padded"),
     Case(name="timm-vit-scale-norm", build=timm_model("vit_tiny_patch16_224", **VIT, num_classes=7,
         scale_attn_norm=True), vo="a norm sits between"),
     Case(name="timm-vit-gated", build=gated_vit, vo="a gate sits between"),
@@ -219,14 +221,12 @@ TIMM = [
         window_size=4, num_classes=7),
          refused={f"stages.{i}.blocks.0.1.attn": "more of W_Q and W_K than their product" for i in range(2)}),
     Case(name="timm-xcit", build=timm_model("xcit_nano_12_p16_224", img_size=32, embed_dim=16, depth=2, num_heads=2,
-        num_classes=7), attentions=0,
-         refused={**{f"blocks.{i}.attn": "more of W_Q" for i in range(2)},
-             **{f"cls_attn_blocks.{i}.attn": "no known shape" for i in range(2)}}),
+        num_classes=7), mount="padded", refused={f"blocks.{i}.attn": "more of W_Q" for i in range(2)}),
     Case(name="timm-mvitv2", build=mvit, attentions=0,
         refused={f"stages.{i}.blocks.0.attn": "no known shape" for i in range(2)}),
     Case(name="timm-hiera", build=timm_model("hiera_tiny_224", img_size=64, embed_dim=8, num_heads=1,
-        stages=(1, 1, 1, 1), num_classes=7), image=64, attentions=0,
-         refused={f"blocks.{i}.attn": "no known shape" for i in range(4)}),
+        stages=(1, 1, 1, 1), num_classes=7), image=64, attentions=4, mount="padded", qk_of=("blocks.0.attn",),
+        qk="more of W_Q"),
     Case(name="timm-differential", build=timm_model("vit_dlittle_patch16_reg1_gap_256", img_size=32, patch_size=8,
         embed_dim=16, depth=2, num_heads=2, num_classes=7),
          attentions=0, refused={f"blocks.{i}.attn": "more of W_Q" for i in range(2)}),
@@ -299,8 +299,8 @@ TRANSFORMERS = [
 HAND = [
     Case(name="hand-plain", build=lambda: HandModel(HandAttention(16, 2, 6), HandAttention(16, 2, 6))),
     Case(name="hand-torch", build=lambda: HandModel(TorchBlock(16, 2), TorchBlock(16, 2)), mount="crossed"),
-    Case(name="hand-head-by-head", build=lambda: HandModel(ChannelFirst(16, 2)), attentions=0,
-        refused={"blocks.0.attend": "no known shape"}),
+    Case(name="hand-head-by-head", build=lambda: HandModel(ChannelFirst(16, 2)), attentions=1,
+        mount="padded"),
 ]  # fmt: skip
 
 CASES = {case.name: case for case in TIMM + TRANSFORMERS + HAND}

@@ -11,42 +11,17 @@ from torch import nn
 from ..errors import ModelError
 from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
 from ..wrappers import bare
+from .attention import AttentionHost
 from .blocks import check_blocks
 from .classes import classes_of
 from .feedforward import find_feedforwards
 from .multihead import MultiheadHost
 from .ordinary import check_ordinary, not_replaceable
 from .symmetry import structure
-from .timm import TimmHost
-from .transformers import TransformersHost
 
 __all__ = ["HOSTS", "check_blocks", "find_sites", "host_of"]
 
-HOSTS: tuple[Host, ...] = (MultiheadHost(), TimmHost(), TransformersHost())
-
-_ATTENTION_CHILDREN = {
-    "qkv",
-    "q",
-    "k",
-    "v",
-    "kv",
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_qkv",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "qkv_proj",
-    "in_proj",
-    "query",
-    "key",
-    "value",
-    "wq",
-    "wk",
-    "wv",
-    "query_key_value",
-}
+HOSTS: tuple[Host, ...] = (MultiheadHost(), AttentionHost())
 
 
 def host_of(attention: Attention) -> Host:
@@ -67,64 +42,121 @@ def find_sites(model: nn.Module) -> Sites:
     """
     model = bare(model)
     check_ordinary(model)
-    found: dict[str, Site] = {}
-    refused: list[Refusal] = []
-    closed: list[str] = []  # paths whose insides are spoken for
-    known: dict[tuple, tuple[str, Attention | Refusal]] = {}
-    uses, classes = _uses(model), classes_of(model)
-    linears: dict[str, nn.Linear] = {}
+    finder = _Finder(model)
     for path, module in model.named_modules():
-        if any(c in ("", path) or path.startswith(f"{c}.") for c in closed):
-            continue
+        finder.look_at(path, module)
+    finder.look_at_feedforwards()
+    finder.refuse_what_was_not_seen()
+    if not finder.found and not finder.refused:
+        raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
+    return Sites(_in_order(model, finder.found), tuple(finder.refused))
+
+
+class _Finder:
+    """What was found in a model so far."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.found: dict[str, Site] = {}
+        self.refused: list[Refusal] = []
+        self.closed: list[str] = []  # paths whose insides are spoken for
+        self.attentions: dict[str, int] = {}  # paths of attention whose other layers may shrink, and its channels
+        self.known: dict[tuple, tuple[str, Attention | Refusal]] = {}
+        self.uses, self.classes = _uses(model), classes_of(model)
+        self.linears: dict[str, nn.Linear] = {}
+
+    def look_at(self, path: str, module: nn.Module) -> None:
+        if any(c in ("", path) or path.startswith(f"{c}.") for c in self.closed):
+            return
         if getattr(module, "comcat_module", False):
-            closed.append(path)
-            refused.append(Refusal(path, "already compressed"))
-            continue
-        anatomy = _recognise(model, path, module, known)
+            self.closed.append(path)
+            self.refuse(path, "already compressed")
+            return
+        anatomy = None if self.attention_around(path) else _recognise(self.model, path, module, self.known)
         if path == "" and (isinstance(anatomy, Attention) or isinstance(module, nn.Linear)):
             raise ModelError(
                 f"got a bare {type(module).__name__}, expected a model that holds it: "
                 "a replacement needs a place to be put"
             )
         if isinstance(anatomy, Refusal):
-            closed += _spoken_for(path, module)
-            refused.append(anatomy)
-        elif anatomy is not None:
-            closed.append(path)
-            parts = (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out)
-            if shared := [p for p in parts if _shared(model.get_submodule(p), uses)]:
-                refused.append(Refusal(path, f"{shared[0]} is shared with another part of the model"))
-                continue
-            for site, reason in _attention_sites(model, anatomy):
-                if reason is None:
-                    found[site.name] = site
-                else:
-                    refused.append(Refusal(site.name, reason))
-        elif isinstance(module, nn.Linear) and (reason := not_replaceable(module)) is not None:
-            closed.append(path)
-            refused.append(Refusal(path, reason))
-        elif type(module) is nn.Linear:
-            site = _linear_site(path, module, classes)
-            linears[path] = module
-            if _shared(module, uses):
-                refused.append(Refusal(path, "shared between several parts of the model"))
-            elif site.break_even < 1:
-                refused.append(Refusal(path, "so small that factors always cost more"))
+            self.refused.append(anatomy)
+            if anatomy.closes:
+                self.closed.append(path)
             else:
-                found[path] = site
+                self.attentions[path] = 0
+        elif anatomy is not None:
+            self.take_attention(anatomy)
+        elif isinstance(module, nn.Linear):
+            self.take_linear(path, module)
         elif callable(getattr(module, "get_bias", None)):
-            closed.append(path)
+            self.closed.append(path)
             if next(module.children(), None) is not None:
-                refused.append(Refusal(path, "computes a position bias: no tokens of a picture flow through it"))
-    tied = frozenset(path for path, module in linears.items() if _shared(module, uses))
-    for hidden in find_feedforwards(model, linears, tied, structure):
-        if isinstance(hidden, Refusal):
-            refused.append(hidden)
+                self.refuse(path, "computes a position bias: no tokens of a picture flow through it")
+
+    def refuse(self, name: str, reason: str) -> None:
+        self.refused.append(Refusal(name, reason))
+
+    def attention_around(self, path: str) -> str | None:
+        """The path of the attention that a module lies in, if any."""
+        return next((a for a in self.attentions if a and path.startswith(f"{a}.")), None)
+
+    def take_attention(self, anatomy: Attention) -> None:
+        parts = (anatomy.q.path, anatomy.k.path, anatomy.v.path, anatomy.out)
+        if anatomy.mount in ("whole", "crossed"):
+            self.closed.append(anatomy.path)
         else:
-            found[hidden.name] = hidden
-    if not found and not refused:
-        raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
-    return Sites(_in_order(model, found), tuple(refused))
+            self.closed += parts
+            self.attentions[anatomy.path] = anatomy.in_features
+        if shared := [p for p in parts if _shared(self.model.get_submodule(p), self.uses)]:
+            self.refuse(anatomy.path, f"{shared[0]} is shared with another part of the model")
+            return
+        for site, reason in _attention_sites(self.model, anatomy):
+            if reason is None:
+                self.found[site.name] = site
+            else:
+                self.refuse(site.name, reason)
+
+    def take_linear(self, path: str, module: nn.Linear) -> None:
+        around = self.attention_around(path)
+        channels = 0 if around is None else self.attentions[around]
+        if channels and channels not in (module.in_features, module.out_features):
+            return  # it computes a position bias, or another part of the attention: no tokens flow through it
+        if (reason := not_replaceable(module)) is not None:
+            self.closed.append(path)
+            self.refuse(path, reason)
+        elif type(module) is nn.Linear:
+            site = _linear_site(path, module, self.classes)
+            if around is None or path.rpartition(".")[0] != around:
+                self.linears[path] = module
+            if _shared(module, self.uses):
+                self.refuse(path, "shared between several parts of the model")
+            elif site.break_even < 1:
+                self.refuse(path, "so small that factors always cost more")
+            else:
+                self.found[path] = site
+
+    def look_at_feedforwards(self) -> None:
+        tied = frozenset(path for path, module in self.linears.items() if _shared(module, self.uses))
+        for hidden in find_feedforwards(self.model, self.linears, tied, structure):
+            if isinstance(hidden, Refusal):
+                self.refused.append(hidden)
+            else:
+                self.found[hidden.name] = hidden
+
+    def refuse_what_was_not_seen(self) -> None:
+        """List what calls itself attention, has weights, and is neither a site nor refused."""
+        spoken = [r.name.partition(":")[0] for r in self.refused]
+        spoken += [s.path for s in self.found.values() if isinstance(s, ProductSite)]
+        for path, module in self.model.named_modules():
+            name = type(module).__name__
+            if path and "attention" in name.lower() and next(module.parameters(), None) is not None:
+                if not any(_within(path, s) or _within(s, path) for s in spoken):
+                    self.refuse(path, f"attention of no known shape: {name}")
+                    spoken.append(path)
+
+
+def _within(path: str, other: str) -> bool:
+    return path == other or path.startswith(f"{other}.")
 
 
 def _in_order(model: nn.Module, found: dict[str, Site]) -> dict[str, Site]:
@@ -147,36 +179,13 @@ def _recognise(
         if host.resembles(module):
             for name, child in module.named_modules():
                 if isinstance(child, nn.Linear) and (reason := not_replaceable(child)) is not None:
-                    return Refusal(path, f"{name}: {reason}")
+                    return Refusal(path, f"{name}: {reason}", closes=True)
             key = structure(module)
             if key not in known:
                 known[key] = path, host.recognise(model, path, module)
             first, anatomy = known[key]
             return _moved(anatomy, first, path)
-    children = {n for n, m in module.named_children() if isinstance(m, nn.Linear) or _is_foreign(n, m)}
-    if children & _ATTENTION_CHILDREN and any(
-        hasattr(module, n) for n in ("num_heads", "num_attention_heads", "heads", "n_heads")
-    ):
-        return Refusal(path, f"attention of no known shape: {type(module).__name__} with {', '.join(sorted(children))}")
     return None
-
-
-def _is_foreign(name: str, module: nn.Module) -> bool:
-    """A projection of attention, by its name, that is no linear layer, as a convolution; what was compressed is not."""
-    return name in _ATTENTION_CHILDREN and not getattr(module, "comcat_module", False)
-
-
-def _spoken_for(path: str, module: nn.Module) -> list[str]:
-    """What a refused attention closes: all of one that a host knows, else its own projections (a pooling head's MLP
-    can shrink).
-    """
-    if any(h.resembles(module) for h in HOSTS):
-        return [path]
-    return [_join(path, n) for n, m in module.named_children() if isinstance(m, nn.Linear) or n in _ATTENTION_CHILDREN]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _moved(anatomy: Attention | Refusal, old: str, new: str) -> Attention | Refusal:

@@ -50,12 +50,6 @@ class MultiheadHost:
             keeps_key_bias=bool(module.add_zero_attn or module.bias_k is not None),
         )
 
-    def probe(self, module: nn.Module, attention: Attention, x: Tensor, *, grid: bool = True) -> Tensor:
-        module_: Any = module
-        x = x if module_.batch_first else x.transpose(0, 1)
-        y = module(x, x, x, need_weights=False)[0]
-        return y if module_.batch_first else y.transpose(0, 1)
-
     def observe(self, module: nn.Module) -> Undo:
         """Let it compute with a layer each for the rows of its packed weights, until undone."""
         module._modules |= {p.called: _Rows(module, p) for p in _projections("", module)}

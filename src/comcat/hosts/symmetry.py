@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Attention, Host, Projection, part
+from ..sites import Attention, Projection, part
 from .mounting import drop_hooks
 
 TOLERANCE = 1e-5
@@ -29,19 +29,19 @@ A broken symmetry moves the output by its own size; some hosts take the softmax 
 """
 
 
+_OTHER_DROPOUTS = ("proj", "path", "resid", "out", "ffn", "mlp")
+"""Words in the names of dropouts that act on something else."""
+
 Bias = Callable[[nn.Module], Tensor | None]
 
 
 @dataclass(frozen=True)
 class Symmetry:
-    """What the probe found: which products exist, whether values pass with weights that sum to one, and whether the
-    output is plain softmax attention.
-    """
+    """What the probe found: which products exist, and whether values pass with weights that sum to one."""
 
     qk: bool
     vo: bool
     rows_sum_to_one: bool
-    plain: bool
 
 
 @dataclass(frozen=True)
@@ -54,79 +54,65 @@ class Trial:
     mask: Tensor | None
 
 
-def probe(
-    host: Host,
-    module: nn.Module,
-    attention: Attention,
-    tokens: int,
-    bias: Bias | None = None,
-    trials: Sequence[Trial] = (Trial({}, None),),
-) -> Symmetry:
-    """Probe one attention module. ``attention``'s paths are read relative to ``module``.
+class NotItsOwn(Exception):
+    """A copy of a module does not compute with its own weights, so that a trial on it proves nothing."""
 
-    Args:
-        tokens: how many tokens to feed (a window's area where a position bias fixes it).
-        bias: returns the additive bias that a module itself puts on its logits, for the comparison with plain
-            attention.
-        trials: the ways of calling the module in which it must match plain attention to count as such.
+
+@torch.no_grad()
+def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.Module], Tensor]]) -> Symmetry:
+    """Probe a random copy of an attention module in every way of calling it. Paths are read relative to it.
+
+    Raises:
+        NotItsOwn: where a change of one factor alone changes nothing.
     """
-    generator = torch.Generator().manual_seed(0)
-    copied = random_copy(module, generator)
-    with torch.no_grad():
-        x = torch.randn(2, tokens, attention.in_features, generator=generator, dtype=torch.float64)
-        plain = _matches_plain_attention(copied, attention, x, bias, trials)
-        before = host.probe(copied, attention, x)
-        rotate = torch.randn(
-            attention.heads, attention.width, attention.width, generator=generator, dtype=torch.float64
+    a, generator = attention, torch.Generator().manual_seed(1)
+    before = [call(copied) for call in calls]
+    rotate = torch.randn(a.heads, a.width, a.width, generator=generator, dtype=torch.float64)
+    rotate = rotate / a.width**0.5 + torch.eye(a.width, dtype=torch.float64)
+    inverse_t = torch.linalg.inv(rotate).mT
+    shift = torch.randn(a.heads * a.width, generator=generator, dtype=torch.float64)
+
+    def unchanged(other: nn.Module, expected: Sequence[Tensor] = before) -> bool:
+        after = (call(other) for call in calls)
+        return all(
+            bool((y - e).abs().max() <= TOLERANCE * (1 + e.abs().max())) for y, e in zip(after, expected, strict=True)
         )
-        rotate = rotate / attention.width**0.5 + torch.eye(attention.width, dtype=torch.float64)
-        inverse_t = torch.linalg.inv(rotate).mT
 
-        def unchanged(after: Tensor, expected: Tensor = before) -> bool:
-            return bool((after - expected).abs().max() <= TOLERANCE * (1 + expected.abs().max()))
+    qk_copy = copy.deepcopy(copied)
+    _transform_rows(qk_copy, a.q, a.heads, rotate)
+    if unchanged(qk_copy):
+        raise NotItsOwn
+    _transform_rows(qk_copy, a.k, a.heads, inverse_t)
+    qk = unchanged(qk_copy)
+    if qk and _shift_bias(qk_copy, a.k, shift):
+        qk = unchanged(qk_copy)
 
-        def answers_for_itself(other: nn.Module) -> None:
-            """One factor alone must change the output: a forward that is bound to another object's weights shows every
-            symmetry.
-            """
-            if unchanged(host.probe(other, attention, x)):
-                raise RuntimeError("a copy of it does not compute with its own weights")
-
-        qk_copy = copy.deepcopy(copied)
-        _transform_rows(qk_copy, attention.q, attention.heads, rotate)
-        answers_for_itself(qk_copy)
-        _transform_rows(qk_copy, attention.k, attention.heads, inverse_t)
-        qk = unchanged(host.probe(qk_copy, attention, x))
-        shift = torch.randn(attention.heads * attention.width, generator=generator, dtype=torch.float64)
-        if qk and _shift_bias(qk_copy, attention.k, shift):
-            qk = unchanged(host.probe(qk_copy, attention, x))
-
-        vo_copy = copy.deepcopy(copied)
-        _transform_rows(vo_copy, attention.v, attention.heads, rotate)
-        answers_for_itself(vo_copy)
-        out = part(vo_copy, attention.out)
-        w = out.weight.unflatten(1, (attention.heads, attention.width))  # (out, heads, width)
-        out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1))
-        vo = unchanged(host.probe(vo_copy, attention, x))
-        sums = False
-        if vo:
-            if _shift_bias(copied, attention.v, shift):
-                moved = host.probe(copied, attention, x)
-                sums = unchanged(moved, before + shift @ part(copied, attention.out).weight.mT)
-            else:  # no value bias to shift and none to fold
-                sums = True
-    return Symmetry(qk, vo, sums, plain)
+    vo_copy = copy.deepcopy(copied)
+    _transform_rows(vo_copy, a.v, a.heads, rotate)
+    if unchanged(vo_copy):
+        raise NotItsOwn
+    out = part(vo_copy, a.out)
+    w = out.weight.unflatten(1, (a.heads, a.width))  # (out, heads, width)
+    out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1))
+    vo = unchanged(vo_copy)
+    sums = vo
+    if vo and _shift_bias(copied, a.v, shift):  # without a value bias there is none to fold
+        moved = shift @ part(copied, a.out).weight.mT
+        sums = before[0].shape[-1] == len(moved) and unchanged(copied, [e + moved for e in before])
+        _shift_bias(copied, a.v, -shift)
+    return Symmetry(qk, vo, sums)
 
 
-def read_past(host: Host, module: nn.Module, attention: Attention, tokens: int) -> str | None:
+@torch.no_grad()
+def read_past(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.Module], Tensor]]) -> str | None:
     """The first projection that a forward does not call, if any: then it computes with weights that it reads itself."""
-    generator = torch.Generator().manual_seed(0)
-    copied, called = random_copy(module, generator), set[str]()
+    called: set[str] = set()
     paths = dict.fromkeys((attention.q.path, attention.k.path, attention.v.path, attention.out))
-    for path in paths:
-        copied.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: called.add(path))
-    with torch.no_grad():
-        host.probe(copied, attention, torch.randn(2, tokens, attention.in_features, dtype=torch.float64))
+    handles = [part(copied, path).register_forward_hook(lambda m, i, o, path=path: called.add(path)) for path in paths]
+    for call in calls:
+        call(copied)
+    for handle in handles:
+        handle.remove()
     return next((path for path in paths if path not in called), None)
 
 
@@ -177,9 +163,8 @@ def _shift_bias(module: nn.Module, projection: Projection, shift: Tensor) -> boo
     return True
 
 
-def _matches_plain_attention(
-    module: nn.Module, a: Attention, x: Tensor, bias: Bias | None, trials: Sequence[Trial]
-) -> bool:
+@torch.no_grad()
+def is_plain(module: nn.Module, a: Attention, x: Tensor, bias: Bias | None, trials: Sequence[Trial]) -> bool:
     """Whether the module returns one tensor, that of plain softmax attention under the mask of every trial."""
 
     def project(p: Projection) -> Tensor:
@@ -207,15 +192,9 @@ def _matches_plain_attention(
 
 
 def attention_dropout(module: nn.Module) -> float:
-    """The dropout on attention weights, by the names that libraries give it: a module with ``p`` or a number."""
-    for name in ("attn_drop", "attention_dropout", "dropout"):
-        found = getattr(module, name, None)
-        p = getattr(found, "p", found)
-        if isinstance(p, float):
-            return p
-    return 0.0
-
-
-def trial_failed(error: Exception) -> str:
-    line = (str(error).strip().splitlines() or [""])[0][:120]
-    return f"a trial call on tokens alone failed ({type(error).__name__}: {line})"
+    """The largest dropout of a module that may act on attention weights: a module with ``p`` or a number."""
+    children = [(n, getattr(m, "p", None)) for n, m in module.named_children()]
+    found = [
+        p for n, p in (*children, *vars(module).items()) if "drop" in n and not any(o in n for o in _OTHER_DROPOUTS)
+    ]
+    return max((p for p in found if isinstance(p, float)), default=0.0)

@@ -1,0 +1,188 @@
+"""One small model a family of timm and transformers: what ``families.py`` looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A family, the name of its small model, and how it is built and called."""
+
+    library: str
+    name: str
+    model: str
+    build: Callable[[], nn.Module]
+    image: int = 32
+    more: Callable[[nn.Module], dict[str, Any]] | None = None
+
+    def inputs(self, model: nn.Module) -> Any:
+        """Two random pictures, with what else the model takes."""
+        generator = torch.Generator().manual_seed(0)
+        pictures = torch.randn(2, 3, self.image, self.image, generator=generator)
+        return pictures if self.more is None else {"pixel_values": pictures, **self.more(model)}
+
+
+def _timm(name: str, model: str, image: int = 224, **settings: Any) -> Family:
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(model, **{"num_classes": 7, **settings})
+
+    return Family(library="timm", name=name, model=model, build=build, image=image)
+
+
+_VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+_WINDOWS: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4)}
+TIMM = (
+    _timm("vit", "vit_tiny_patch16_224", 32, **_VIT),
+    _timm("vit, parallel scaling (xp)", "vit_medium_patch16_reg4_gap_256", 32, **_VIT),
+    _timm("deit", "deit_tiny_distilled_patch16_224", 32, **_VIT),
+    _timm("deit3", "deit3_small_patch16_224", 32, **_VIT),
+    _timm("dinov2", "vit_small_patch14_dinov2", 32, **_VIT),
+    _timm("dinov3", "vit_small_patch16_dinov3", 32, **_VIT),
+    _timm("siglip", "vit_base_patch16_siglip_224", 32, **_VIT),
+    _timm("clip", "vit_base_patch32_clip_224", 32, **_VIT),
+    _timm("beit", "beit_base_patch16_224", 32, **_VIT),
+    _timm("eva02", "eva02_tiny_patch14_224", 32, **_VIT),
+    _timm("relpos", "vit_relpos_base_patch16_clsgap_224", 32, **_VIT),
+    _timm("samvit", "samvit_base_patch16", 32, **_VIT, window_size=3, global_attn_indexes=(1,), neck_chans=8),
+    _timm("swin", "swin_tiny_patch4_window7_224", 64, **_WINDOWS),
+    _timm("swinv2", "swinv2_tiny_window8_256", 64, **_WINDOWS),
+    _timm("swinv2_cr", "swinv2_cr_tiny_224", 64, **_WINDOWS),
+    _timm("cait", "cait_xxs24_224", 32, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4),
+    _timm("coat", "coat_lite_tiny", 64, img_size=64),
+    _timm("convit", "convit_tiny", 32, img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=4,
+        local_up_to_layer=1),
+    _timm("crossvit", "crossvit_tiny_240", 240),
+    _timm("davit", "davit_tiny", 64, depths=(1, 1), embed_dims=(24, 48), num_heads=(2, 4), window_size=4),
+    _timm("edgenext", "edgenext_xx_small", 64),
+    _timm("efficientformer", "efficientformer_l1", 224),
+    _timm("efficientformerv2", "efficientformerv2_s0", 224),
+    _timm("efficientvit_mit", "efficientvit_b0", 64),
+    _timm("efficientvit_msra", "efficientvit_m0", 224),
+    _timm("fastvit", "fastvit_sa12", 64),
+    _timm("gcvit", "gcvit_xxtiny", 224),
+    _timm("hiera", "hiera_tiny_224", 64, img_size=64, embed_dim=24, num_heads=1, stages=(1, 1, 1, 1)),
+    _timm("sam2_hiera", "sam2_hiera_tiny", 64, img_size=64),
+    _timm("iformer", "iformer_t", 64),
+    _timm("levit", "levit_128s", 224),
+    _timm("levit_conv", "levit_conv_128s", 224),
+    _timm("maxvit", "maxvit_rmlp_pico_rw_256", 64, img_size=64),
+    _timm("maxxvit", "maxxvit_rmlp_nano_rw_256", 64, img_size=64),
+    _timm("coatnet", "coatnet_nano_rw_224", 64, img_size=64),
+    _timm("caformer", "caformer_s18", 64),
+    _timm("mobilevit", "mobilevit_xxs", 64),
+    _timm("mobilevitv2", "mobilevitv2_050", 64),
+    _timm("mvitv2", "mvitv2_tiny", 64, img_size=64),
+    _timm("nest", "nest_tiny", 224),
+    _timm("nextvit", "nextvit_small", 64),
+    _timm("pit", "pit_ti_224", 224),
+    _timm("pvt_v2", "pvt_v2_b0", 64),
+    _timm("tiny_vit", "tiny_vit_5m_224", 224),
+    _timm("tnt", "tnt_s_legacy_patch16_224", 224),
+    _timm("twins", "twins_svt_small", 224),
+    _timm("visformer", "visformer_tiny", 224),
+    _timm("volo", "volo_d1_224", 224),
+    _timm("xcit", "xcit_nano_12_p16_224", 32, img_size=32, embed_dim=32, depth=2, num_heads=2),
+    _timm("vitamin", "vitamin_small_224", 224),
+    _timm("shvit", "shvit_s1", 64),
+    _timm("swiftformer", "swiftformer_xs", 64),
+    _timm("mobilenetv4", "mobilenetv4_hybrid_medium", 64),
+    _timm("botnet", "botnet26t_256", 64, img_size=64),
+    _timm("naflexvit", "naflexvit_base_patch16_gap", 32, embed_dim=48, depth=2, num_heads=3),
+)  # fmt: skip
+
+
+def _hf(name: str, model: str, config: str, image: int = 32, more: Any = None, **settings: Any) -> Family:
+    def build() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+    return Family(library="transformers", name=name, model=model, build=build, image=image, more=more)
+
+
+_HF: dict[str, Any] = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 32,
+    "patch_size": 8,
+}  # fmt: skip
+_HF_SWIN: dict[str, Any] = {
+    "image_size": 64, "patch_size": 4, "window_size": 4, "embed_dim": 24, "depths": (1, 2), "num_heads": (2, 4),
+}  # fmt: skip
+_TEXT: dict[str, Any] = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96, "vocab_size": 99,
+    "max_position_embeddings": 16, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
+}  # fmt: skip
+_STAGES: dict[str, Any] = {"hidden_sizes": (16, 32), "depths": (1, 2), "num_attention_heads": (1, 2)}
+
+
+def _words(model: nn.Module) -> dict[str, Any]:
+    tokens = torch.tensor([[5, 6, 7, 1], [8, 9, 3, 1]])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+TRANSFORMERS = (
+    _hf("vit", "ViTForImageClassification", "ViTConfig", **_HF),
+    _hf("deit", "DeiTModel", "DeiTConfig", **_HF),
+    _hf("dinov2", "Dinov2Model", "Dinov2Config", **_HF),
+    _hf("dinov2_with_registers", "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", **_HF),
+    _hf("dinov3_vit", "DINOv3ViTModel", "DINOv3ViTConfig", **_HF),
+    _hf("ijepa", "IJepaModel", "IJepaConfig", **_HF),
+    _hf("vit_mae", "ViTMAEModel", "ViTMAEConfig", **_HF),
+    _hf("vit_msn", "ViTMSNModel", "ViTMSNConfig", **_HF),
+    _hf("beit", "BeitModel", "BeitConfig", **_HF, use_relative_position_bias=True),
+    _hf("data2vec_vision", "Data2VecVisionModel", "Data2VecVisionConfig", **_HF, use_relative_position_bias=True),
+    _hf("clip_vision", "CLIPVisionModel", "CLIPVisionConfig", **_HF),
+    _hf("clip", "CLIPModel", "CLIPConfig", more=_words, vision_config=_HF, text_config=_TEXT, projection_dim=16),
+    _hf("siglip", "SiglipVisionModel", "SiglipVisionConfig", **_HF),
+    _hf("chinese_clip", "ChineseCLIPVisionModel", "ChineseCLIPVisionConfig", **_HF),
+    _hf("blip", "BlipVisionModel", "BlipVisionConfig", **_HF),
+    _hf("blip_2", "Blip2VisionModel", "Blip2VisionConfig", **_HF),
+    _hf("instructblip", "InstructBlipVisionModel", "InstructBlipVisionConfig", **_HF),
+    _hf("flava", "FlavaImageModel", "FlavaImageConfig", **_HF),
+    _hf("groupvit", "GroupViTVisionModel", "GroupViTVisionConfig", **{**_HF, "hidden_size": 48, "depths": [1, 1, 1],
+        "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 0]}),
+    _hf("internvl_vision", "InternVLVisionModel", "InternVLVisionConfig", **{**_HF, "image_size": [32, 32],
+        "patch_size": [8, 8]}),
+    _hf("aimv2", "Aimv2VisionModel", "Aimv2VisionConfig", **_HF),
+    _hf("owlvit", "OwlViTVisionModel", "OwlViTVisionConfig", **_HF),
+    _hf("owlv2", "Owlv2VisionModel", "Owlv2VisionConfig", **_HF),
+    _hf("altclip", "AltCLIPVisionModel", "AltCLIPVisionConfig", **_HF),
+    _hf("clipseg", "CLIPSegVisionModel", "CLIPSegVisionConfig", **_HF),
+    _hf("yolos", "YolosModel", "YolosConfig", **{**_HF, "image_size": (32, 32)}),
+    _hf("swin", "SwinModel", "SwinConfig", 64, **_HF_SWIN),
+    _hf("swinv2", "Swinv2Model", "Swinv2Config", 64, **_HF_SWIN),
+    _hf("donut", "DonutSwinModel", "DonutSwinConfig", 64, **_HF_SWIN),
+    _hf("segformer", "SegformerModel", "SegformerConfig", 64, num_encoder_blocks=2, depths=[1, 1], sr_ratios=[4, 1],
+        hidden_sizes=[16, 32], num_attention_heads=[1, 2], patch_sizes=[7, 3], strides=[4, 2], mlp_ratios=[4, 4]),
+    _hf("pvt", "PvtModel", "PvtConfig", 64, image_size=64, hidden_sizes=[16, 32, 32, 32], depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 2]),
+    _hf("pvt_v2", "PvtV2Model", "PvtV2Config", 64, image_size=64, hidden_sizes=[16, 32, 32, 32], depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 2]),
+    _hf("glpn", "GLPNModel", "GLPNConfig", 64, hidden_sizes=[16, 32, 32, 32], depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 2]),
+    _hf("mobilevit", "MobileViTModel", "MobileViTConfig", 64, image_size=64, hidden_sizes=[24, 32, 48]),
+    _hf("mobilevitv2", "MobileViTV2Model", "MobileViTV2Config", 64, image_size=64, width_multiplier=0.5),
+    _hf("cvt", "CvtModel", "CvtConfig", 64, embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 1, 1]),
+    _hf("levit", "LevitModel", "LevitConfig", 64, image_size=64, hidden_sizes=[32, 48, 64], depths=[1, 1, 1],
+        num_attention_heads=[2, 3, 4], key_dim=[8, 8, 8]),
+    _hf("dpt", "DPTModel", "DPTConfig", **_HF, is_hybrid=False),
+    _hf("sam", "SamVisionModel", "SamVisionConfig", hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+        image_size=32, patch_size=8, mlp_dim=96, output_channels=8, window_size=3, global_attn_indexes=[1]),
+    _hf("hiera", "HieraModel", "HieraConfig", 64, image_size=[64, 64], embed_dim=24, depths=[1, 1], num_heads=[1, 2],
+        query_stride=[2, 2], num_query_pool=1),
+    _hf("vitdet", "VitDetModel", "VitDetConfig", hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
+        image_size=32, pretrain_image_size=32, patch_size=8, mlp_ratio=2),
+    _hf("vilt", "ViltModel", "ViltConfig", more=_words, **{**_HF, "vocab_size": 99, "max_position_embeddings": 16}),
+    _hf("pixtral", "PixtralVisionModel", "PixtralVisionConfig", hidden_size=48, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8),
+    _hf("idefics3", "Idefics3VisionTransformer", "Idefics3VisionConfig", **_HF),
+    _hf("siglip2", "SiglipModel", "SiglipConfig", more=_words, vision_config=_HF, text_config={**_TEXT,
+        "projection_size": 48}),
+)  # fmt: skip

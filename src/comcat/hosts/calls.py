@@ -1,0 +1,156 @@
+"""How an attention that comcat has never seen is called on random tokens: by the names in its signature.
+
+**To add an argument, add a line to** ``ARGUMENTS``: what its name looks like, and what may be given for it. An
+attention has a product where it has one in every call that works, so what is optional is given and left out.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROTARY = re.compile("rot|rope|freqs|position_embeddings")
+"""Optional arguments that may stand between W_Q and W_K; where none can be given, nothing is proven of QK."""
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What an attention reads: channels of queries' and of keys' inputs, and tokens on a grid.
+
+    ``width`` is a head's.
+    """
+
+    queries: int
+    keys: int
+    width: int
+    height: int
+    across: int
+
+    @property
+    def tokens(self) -> int:
+        return self.height * self.across
+
+    def rows(self, channels: int, seed: int, count: int | None = None) -> Tensor:
+        """Random tokens, (2, tokens, channels), the same for the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(2, count or self.tokens, channels, generator=generator, dtype=torch.float64)
+
+
+def _rotary(r: Reads) -> list[Any]:
+    """Angles that differ by token and turn no channel of V into another's place."""
+    angle = torch.linspace(0, 3, r.tokens * r.width, dtype=torch.float64).view(r.tokens, r.width)
+    both = (angle.cos(), angle.sin())
+    return [both, tuple(t[None] for t in both), torch.cat(both, -1), angle[:, : r.width // 2], r.rows(r.queries, 7)]
+
+
+ARGUMENTS: tuple[tuple[str, Callable[[Reads], list[Any]]], ...] = (
+    ("^h$|^height$|^q_h$", lambda r: [r.height]),
+    ("^w$|^width$|^q_w$", lambda r: [r.across]),
+    ("cu_seqlens|cu_window", lambda r: [torch.tensor([0, r.tokens], dtype=torch.int32)]),
+    ("grid_thw|grid_hw", lambda r: [torch.tensor([[1, r.height, r.across]])]),
+    ("max_seqlen", lambda r: [r.tokens]),
+    ("size|shape|resolution", lambda r: [(r.height, r.across), [r.height, r.across]]),
+    ("mask|bias|past|cache", lambda r: [None]),
+    ("^output_|^use_|^is_|^return_", lambda r: [False]),
+    ("^cos$", lambda r: [_rotary(r)[0][0]]),
+    ("^sin$", lambda r: [_rotary(r)[0][1]]),
+    ("rot|rope|freqs|^position_embeddings$|^pos_emb", _rotary),
+    ("pos|object_queries", lambda r: [r.rows(r.queries, 5), r.rows(r.keys, 5)]),
+    ("encoder|key|value|context|memory|^kv$|^y$|cross|source|current",
+        lambda r: [r.rows(r.keys, 3, 7), r.rows(r.keys, 3)]),
+    ("query|^q$|^x_q$|latent|q_global", lambda r: [r.rows(r.queries, 4)]),
+)  # fmt: skip
+
+Call = Callable[[nn.Module], Tensor]
+
+
+class Uncallable(Exception):
+    """No call with tokens works."""
+
+
+def calls_of(module: nn.Module, reads: Sequence[Reads]) -> tuple[list[Call], bool]:
+    """Ways to call a module that work, and whether one is missing that could stand between W_Q and W_K.
+
+    Args:
+        module: in evaluation mode, float64, on the CPU. reads: what it may read, tried in this order.
+
+    Raises:
+        Uncallable: where no call works.
+    """
+    names = inspect.signature(module.forward).parameters
+    plain = [p for p in names.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.POSITIONAL_ONLY)]
+    required = [p.name for p in plain[1:] if p.default is p.empty]
+    optional = [p.name for p in plain[1:] if p.default is not p.empty]
+    for r in reads:
+        for layout in ("tokens", "strip", "grid", "flat"):
+            for given in _choices(required, r):
+                call = _call(r, layout, given)
+                if _works(call, module):
+                    return _with_optional(module, r, layout, given, optional, call)
+        for name in optional:  # one that says it is optional and cannot do without
+            for value in _values(name, r):
+                call = _call(r, "tokens", {name: value})
+                if value is not None and _works(call, module):
+                    return _with_optional(module, r, "tokens", {name: value}, optional, call)
+    raise Uncallable
+
+
+def _with_optional(
+    module: nn.Module, r: Reads, layout: str, given: Mapping[str, Any], optional: Sequence[str], call: Call
+) -> tuple[list[Call], bool]:
+    found, missing = [call], False
+    for name in optional:
+        if name in given or "mask" in name:
+            continue
+        values = [v for v in _values(name, r) if isinstance(v, (Tensor, tuple))]
+        more = [_call(r, layout, {**given, name: value}) for value in values]
+        working = next((c for c in more if _works(c, module)), None)
+        if working is not None:
+            found.append(working)
+        elif ROTARY.search(name):
+            missing = True
+    return found, missing
+
+
+def _values(name: str, r: Reads) -> list[Any]:
+    return next((make(r) for pattern, make in ARGUMENTS if re.search(pattern, name.lower())), [None])
+
+
+def _choices(names: Sequence[str], r: Reads) -> list[dict[str, Any]]:
+    """Values for all required arguments: the first of each, then the others of each in turn."""
+    values = {name: _values(name, r) for name in names}
+    first = {name: found[0] for name, found in values.items()}
+    return [first, *({**first, name: v} for name, found in values.items() for v in found[1:])]
+
+
+def _call(r: Reads, layout: str, given: Mapping[str, Any]) -> Call:
+    def call(module: nn.Module) -> Tensor:
+        x = r.rows(r.queries, 0)
+        if layout == "strip":
+            x = x[:, None]  # (batch, 1, tokens, channels)
+        elif layout == "grid":
+            x = x.unflatten(1, (r.height, r.across))
+        elif layout == "flat":
+            x = x[0]
+        y = module(x, **given)
+        while isinstance(y, (tuple, list)):
+            y = y[0]
+        if not isinstance(y, Tensor):
+            raise TypeError("no tensor comes out")
+        return y
+
+    return call
+
+
+def _works(call: Call, module: nn.Module) -> bool:
+    try:
+        with torch.no_grad():
+            return bool(call(module).isfinite().all())
+    except Exception:  # whatever a stranger's forward makes of these arguments
+        return False

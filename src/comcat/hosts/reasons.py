@@ -1,0 +1,51 @@
+"""Why a product does not exist, as far as a module's parts say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .calls import ROTARY
+from .symmetry import norm_and_gate
+
+_NORMS = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "qk_norm", "query_norm", "key_norm")
+
+
+def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
+    """What stands between W_Q and W_K."""
+    for name, module in holder.named_children():
+        if any(
+            word in name for word in ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "qk_norm")
+        ):
+            if not isinstance(module, nn.Identity):
+                return f"{name} sits between W_Q and W_K"
+    if getattr(holder, "rope", None) is not None or any(ROTARY.search(name) for name in parameters):
+        return "rotary position embeddings sit between W_Q and W_K"
+    if getattr(holder, "logit_scale", None) is not None:
+        return "cosine attention normalises q and k"
+    if getattr(holder, "rel_pos_h", None) is not None:
+        return "relative positions are computed from q"
+    return "its output depends on more of W_Q and W_K than their product"
+
+
+def vo_reason(module: nn.Module) -> str:
+    """What stands between W_V and W_O."""
+    norm, gate = norm_and_gate(module)
+    if norm is not None:
+        return "a norm sits between W_V and W_O"
+    if gate is not None:
+        return "a gate sits between W_V and W_O"
+    return "its output depends on more of W_V and W_O than their product"
+
+
+def foreign_dropout(module: nn.Module) -> bool:
+    """Whether there is a dropout in use besides ``attn_drop`` and ``proj_drop``, which the low-rank attention has."""
+    modules = {
+        n: m.p
+        for n, m in module.named_children()
+        if isinstance(getattr(m, "p", None), float) and "drop" in type(m).__name__.lower()
+    }
+    numbers = {n: getattr(module, n, 0.0) for n in ("attention_dropout", "dropout")}
+    found = {n: p for n, p in {**numbers, **modules}.items() if isinstance(p, float) and p > 0}
+    return not found.keys() <= {"attn_drop", "proj_drop"}
