@@ -25,6 +25,7 @@ import comcat
 from comcat.apply import apply_
 from comcat.hosts import find_sites
 from comcat.measure import model_output
+from comcat.methods.costs import share_that_can_shrink
 from comcat.plan import Plan, SitePlan
 from comcat.sites import ProductSite, Sites
 
@@ -101,16 +102,14 @@ def comcat_size(model: nn.Module) -> int:
 def found(model: nn.Module, sites: Sites) -> dict[str, Any]:
     """How many products and units were found, the share of parameters that can shrink, and reasons of what cannot."""
     attention = {s.path for s in sites.values() if isinstance(s, ProductSite)}
-    whole = [r for r in sites.refused if "attention" in r.reason]
-    layers = {m for s in sites.values() for m in s.modules}
-    held = {id(p): p.numel() for path in layers for p in model.get_submodule(path).parameters(recurse=False)}
+    whole = [r for r in sites.refused if "no known shape" in r.reason]
     reasons: dict[str, int] = {}
     for r in sites.refused:
         reasons[r.reason] = reasons.get(r.reason, 0) + 1
     return {
         "attention": len(attention), "qk": len(sites.only("qk")), "vo": len(sites.only("vo")),
         "units": len(sites.only("units")), "linear": len(sites.only("linear")), "refused": len(whole),
-        "share": sum(held.values()) / comcat_size(model), "reasons": reasons,
+        "share": share_that_can_shrink(model, sites), "reasons": reasons,
     }  # fmt: skip
 
 

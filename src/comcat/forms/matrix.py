@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..errors import PlanError
 from ..hosts import host_of
 from ..linalg import factorize
 from ..modules.lowrank import ConcatLinear, LowRankLinear
@@ -41,7 +42,12 @@ class Matrix:
     kinds = frozenset({"qk", "vo", "linear"})
 
     def check(self, planned: Planned) -> None:
-        """Nothing but the rank, which every form has."""
+        """Raises PlanError where the matrices are not in layers of their own, or interleaved in one."""
+        site = planned.site
+        if isinstance(site, ProductSite):
+            a = site.attention
+            if a.mount == "crossed" or any(p.heads > 1 or p.seen is not None for p in (a.q, a.k, a.v)):
+                raise PlanError(f"{site.name}: form 'matrix' expects matrices in blocks of a layer, got packed ones")
 
     def parameters(self, site: ProductSite | LinearSite, entry: SitePlan) -> float:
         return entry.keep * self._per_rank(site) + site.biases

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+LAYOUTS = ("tokens", "strip", "grid", "one more", "flat")
+"""How tokens may lie: (batch, tokens, channels), a grid of one row, a grid, a token before those of the grid, no batch."""
+
 ROTARY = re.compile("rot|rope|freqs|position_embeddings")
 """Optional arguments that may stand between W_Q and W_K; where none can be given, nothing is proven of QK."""
 
@@ -88,7 +91,7 @@ def calls_of(module: nn.Module, reads: Sequence[Reads]) -> tuple[list[Call], boo
     required = [p.name for p in plain[1:] if p.default is p.empty]
     optional = [p.name for p in plain[1:] if p.default is not p.empty]
     for r in reads:
-        for layout in ("tokens", "strip", "grid", "flat"):
+        for layout in LAYOUTS:
             for given in _choices(required, r):
                 call = _call(r, layout, given)
                 if _works(call, module):
@@ -131,7 +134,7 @@ def _choices(names: Sequence[str], r: Reads) -> list[dict[str, Any]]:
 
 def _call(r: Reads, layout: str, given: Mapping[str, Any]) -> Call:
     def call(module: nn.Module) -> Tensor:
-        x = r.rows(r.queries, 0)
+        x = r.rows(r.queries, 0, r.tokens + 1 if layout == "one more" else None)
         if layout == "strip":
             x = x[:, None]  # (batch, 1, tokens, channels)
         elif layout == "grid":

@@ -18,8 +18,8 @@ from ..sites import Projection
 FUSED = ("qkv", "to_qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "c_attn", "qkv_layer")
 """One layer that makes queries, keys and values."""
 
-PAIRS = (("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"), ("query", "key_value"), ("wq", "wkv"))
-"""One layer for queries, one for keys and values."""
+PAIRS = (("qk", "v"), ("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"), ("query", "key_value"), ("wq", "wkv"))
+"""One layer for queries, one for keys and values; or one for queries and keys, one for values."""
 
 TRIPLES = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
@@ -131,13 +131,12 @@ def _places(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
 
 def _width_of_values(holder: nn.Module, names: tuple[str, ...], out: nn.Module) -> int | None:
     """Channels of all heads' values, if the layers could be an attention with this output."""
-    width = rows_in(out)
-    last = rows_out(below(holder, names[-1]))
+    width, made = rows_in(out), [rows_out(below(holder, name)) for name in names]
     if len(names) == 3:
-        return last
+        return width if width in (made[0], made[2]) else None  # grouped queries have fewer keys and values
     if len(names) == 2:
-        return last // 2
-    return width if last >= 3 * width else last // 3  # other rows may lie in the same layer
+        return width if made[1] in (width, 2 * width) else None
+    return width if made[0] > width else None  # other rows may lie in the same layer
 
 
 def _numbers_of_heads(holder: nn.Module, module: nn.Module, width: int) -> list[int]:
@@ -163,12 +162,15 @@ def _layouts(
         q, k, v = (Projection(path, 0, rows_out(below(holder, n))) for path, n in zip(paths, names, strict=True))
         yield q, k, v
         return
+    if names == ("qk", "v"):
+        yield Projection(paths[0], 0, width), Projection(paths[0], width, 2 * width), Projection(paths[1], 0, width)
+        return
     fused, share = below(holder, names[-1]), 3 if len(names) == 1 else 2
     one = width // heads
     total = rows_out(fused)
     apart = [f"{inner}.{x}_bias" if inner else f"{x}_bias" for x in "qkv"]
     own_biases = share == 3 and getattr(holder, "q_bias", None) is not None
-    for start in dict.fromkeys((0, total - share * width)):
+    for start in dict.fromkeys((0, total - share * width)) if total >= share * width else ():
         found = [
             Projection(paths[-1], start + i * width, start + (i + 1) * width, apart[i] if own_biases else None)
             for i in range(share)

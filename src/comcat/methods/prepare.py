@@ -17,7 +17,7 @@ from ..plan import MadeFor, Plan
 from ..sites import Sites, TokenSite
 from ..statistics import Statistics, calibrate, pictures_of
 from .allocate import allocate, describe, of_forms, shrinkable
-from .costs import Cost, Macs, Parameters
+from .costs import Cost, Macs, Parameters, warn_of_little
 from .merging.balance import REFERENCE, balanced
 from .merging.blocks import TokenLadder
 from .merging.merge import measured_tokens
@@ -60,6 +60,7 @@ def prepare(
     """
     whole = find_sites(model)
     if plan is None:
+        warn_of_little(model, whole)
         sites = chosen_sites(whole, settings)
     else:
         check_plan(plan, whole)

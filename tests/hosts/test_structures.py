@@ -1,0 +1,236 @@
+"""Attention written in other ways: each is found by its layers, proven by a trial, and shrinks exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comcat.apply import apply_
+from comcat.hosts import find_sites
+from comcat.plan import Plan, SitePlan
+from comcat.statistics import calibrate
+
+from . import zoo
+from .test_apply import full_plan
+from .zoo import HandModel, relative_error
+
+DIM, HEADS, WIDTH = 16, 2, 8
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (batch, tokens, heads · width), heads one after another."""
+    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Fused(nn.Module):
+    """One layer, and another one behind; a test chooses what they are called."""
+
+    def __init__(self, qkv: str, out: str, heads: str) -> None:
+        super().__init__()
+        self.names = (qkv, out)
+        setattr(self, qkv, nn.Linear(DIM, 3 * DIM))
+        setattr(self, out, nn.Linear(DIM, DIM))
+        setattr(self, heads, HEADS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv, out = (getattr(self, n) for n in self.names)
+        return out(attended(*qkv(x).chunk(3, -1)))
+
+
+class Interleaved(nn.Module):
+    """Each head has its queries, keys and values together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv, self.proj = nn.Linear(DIM, 3 * DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (HEADS, 3 * WIDTH)).chunk(3, -1)
+        return self.proj(attended(q.flatten(-2), k.flatten(-2), v.flatten(-2)))
+
+
+class AfterOthers(nn.Module):
+    """The rows of a feed-forward come first in the same layer, and it adds the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.in_proj = nn.Linear(DIM, 24 + 3 * DIM)
+        self.attn_out_proj, self.mlp_out_proj = nn.Linear(DIM, DIM), nn.Linear(24, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, q, k, v = self.in_proj(x).split([24, DIM, DIM, DIM], -1)
+        return x + self.attn_out_proj(attended(q, k, v)) + self.mlp_out_proj(hidden.relu())
+
+
+class Reduced(nn.Module):
+    """Keys and values of a coarser grid, whose size is handed over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.q, self.kv, self.proj = nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM)
+        self.sr, self.norm = nn.Conv2d(DIM, DIM, 2, 2), nn.LayerNorm(DIM)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        coarse = self.sr(x.mT.unflatten(-1, (height, width))).flatten(2).mT
+        k, v = self.kv(self.norm(coarse)).chunk(2, -1)
+        return self.proj(attended(self.q(x), k, v))
+
+
+class OnAGrid(nn.Module):
+    """Gives :class:`Reduced` the size of its grid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Reduced()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, 4, 4)
+
+
+class Crossed(nn.Module):
+    """Queries of one input, keys and values of another one of other width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = HEADS
+        self.to_q, self.to_k, self.to_v = nn.Linear(DIM, DIM), nn.Linear(6, DIM), nn.Linear(6, DIM)
+        self.to_out = nn.Sequential(nn.Linear(DIM, DIM), nn.Dropout(0.0))
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        k, v = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+        return self.to_out(attended(self.to_q(hidden_states), k, v))
+
+
+class WithContext(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Crossed()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x[:, ::2, :6])
+
+
+class OfWidths(nn.Module):
+    """The width of a head and of all heads are attributes, as in BERT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_attention_heads, self.attention_head_size, self.all_head_size = HEADS, WIDTH, DIM
+        self.query, self.key, self.value = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.dense = nn.Linear(DIM, DIM)
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
+        q, k, v = (
+            layer(hidden_states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        o = F.scaled_dot_product_attention(q, k, v, scale=WIDTH**-0.5).transpose(1, 2)
+        return (self.dense(o.reshape(*o.shape[:2], self.all_head_size)),)
+
+
+def fused(*names: str) -> Callable[[], nn.Module]:
+    return lambda: Fused(*names)
+
+
+STRUCTURES: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "qkv, projection": (fused("qkv", "projection", "num_heads"), "padded"),
+    "to_qkv, to_out": (fused("to_qkv", "to_out", "heads"), "padded"),
+    "c_attn, c_proj": (fused("c_attn", "c_proj", "n_head"), "padded"),
+    "heads not said": (fused("query_key_value", "dense", "something"), "padded"),
+    "interleaved": (Interleaved, "padded"),
+    "after others": (AfterOthers, "padded"),
+    "reduced": (OnAGrid, "padded"),
+    "crossed": (WithContext, "padded"),
+    "of widths": (OfWidths, "parts"),
+}
+
+
+def model_of(name: str) -> nn.Module:
+    return zoo.Case(name=name, build=lambda: HandModel(STRUCTURES[name][0](), STRUCTURES[name][0]())).model()
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_both_products_shrink_and_change_nothing_at_full_rank(name: str) -> None:
+    model, images = model_of(name), torch.randn(2, 3, 32, 32)
+    sites = find_sites(model).only("qk", "vo")
+    assert [s.kind for s in sites.values()] == ["qk", "vo"] * 2
+    assert {s.attention.mount for s in sites.values()} == {STRUCTURES[name][1]}
+    assert {s.heads for s in sites.values()} == {HEADS}
+    with torch.no_grad():
+        before = model(images)
+        for kinds in (("qk", "vo"), ("qk",), ("vo",)):
+            handle = apply_(model, full_plan(sites.only(*kinds)))
+            assert relative_error(model(images), before) < 1e-5
+            handle.revert()
+            assert model(images).equal(before)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_costs_are_those_of_what_is_built(name: str) -> None:
+    model = model_of(name)
+    sites = find_sites(model).only("qk", "vo")
+
+    def size() -> int:
+        return sum(p.numel() for p in model.parameters())
+
+    whole = size()
+    entries = {n: SitePlan(keep=3 if s.kind == "qk" else 2, full=s.full) for n, s in sites.items()}
+    apply_(model, Plan(sites=entries))
+    saved = sum(s.parameters() - s.parameters(entries[n].keep) for n, s in sites.items())
+    assert size() == whole - saved
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_calibration_reaches_all_of_it(name: str) -> None:
+    model, images = model_of(name), torch.randn(4, 3, 32, 32)
+    sites = find_sites(model).only("qk", "vo")
+    for statistic in ("activation", "loss"):
+        found = calibrate(model, [images], statistic=statistic, sites=sites)  # type: ignore[arg-type]
+        assert not found.unreached
+        assert all(torch.isfinite(g).all() for s in sites.values() for g in found.grams(model, s))
+
+
+class Sealed(Fused):
+    def forward(self, x: Tensor, tables: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * tables.scale
+
+
+class SealedAround(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Sealed("qkv", "proj", "num_heads")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, torch.finfo(torch.float32)) if x.numel() < 0 else x
+
+
+def test_what_cannot_be_called_is_said_without_an_exceptions_text_and_its_layers_can_shrink() -> None:
+    sites = find_sites(HandModel(SealedAround()))
+    reason = next(r.reason for r in sites.refused if r.name == "blocks.0.attend.inner")
+    assert reason == "attention of no known shape: comcat does not know how to call Sealed(x, tables)"
+    assert {"blocks.0.attend.inner.qkv", "blocks.0.attend.inner.proj"} <= set(sites)
+
+
+class LinearSelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x.softmax(1) * x)
+
+
+def test_what_calls_itself_attention_is_listed_where_it_is_not_understood() -> None:
+    sites = find_sites(HandModel(LinearSelfAttention()))
+    reasons = {r.name: r.reason for r in sites.refused}
+    assert reasons["blocks.0.attend"] == "attention of no known shape: LinearSelfAttention"
+    assert "blocks.0.attend.mix" in sites
