@@ -14,6 +14,19 @@ def part(model: nn.Module, path: str) -> Any:
     return model.get_submodule(path)
 
 
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a 1×1 convolution, which is a linear layer over positions."""
+    if type(module) is not nn.Conv2d:
+        return False
+    ones = (*module.kernel_size, *module.stride, module.groups)
+    return all(n == 1 for n in ones) and module.padding in ((0, 0), "same", "valid")
+
+
+def channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a layer reads or puts out with channels last; of a convolution, (batch, height, width, channels)."""
+    return x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
+
+
 @dataclass(frozen=True)
 class Projection:
     """Rows of a layer in the host: where W_Q (or W_K, W_V) of all heads lives.

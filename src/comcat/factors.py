@@ -172,7 +172,7 @@ def weight_factors(
         NumericsError: if a weight holds NaN or infinity; the message names the site.
     """
     if isinstance(site, LinearSite):
-        weight = _checked(site, part(model, site.path).get_parameter("weight"))
+        weight = _checked(site, part(model, site.path).get_parameter("weight")).flatten(1)
         return (None, weight) if site.in_features <= site.out_features else (weight.mT, None)
     a = site.attention
     if site.kind == "qk":
@@ -270,7 +270,7 @@ def _truncate_vo(
 ) -> Values:
     a = site.attention
     out_module = part(model, a.out)
-    weight = out_module.get_parameter("weight").double()  # (out, heads · width)
+    weight = out_module.get_parameter("weight").double().flatten(1)  # (out, heads · width)
     v = _per_head(a.v.weight(model).double(), a) @ left  # (heads, in, rank)
     bias = a.v.bias_or_none(model)
     out_bias = weight.new_zeros(a.out_features) if out_module.bias is None else out_module.bias.detach().double()
@@ -312,7 +312,7 @@ def extra_value(model: nn.Module, a: Attention) -> Tensor | None:
 
 def _truncate_linear(model: nn.Module, site: LinearSite, left: Tensor, right: Tensor, statistic: Statistic) -> Linears:
     module = part(model, site.path)
-    weight = module.get_parameter("weight").double()  # (out, in)
+    weight = module.get_parameter("weight").double().flatten(1)  # (out, in)
     if site.in_features <= site.out_features:
         first, last = left.mT, weight @ right
     else:

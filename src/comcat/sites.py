@@ -12,6 +12,8 @@ from torch import nn
 
 from .anatomy import Attention as Attention
 from .anatomy import Projection as Projection
+from .anatomy import channels_last as channels_last
+from .anatomy import is_pointwise as is_pointwise
 from .anatomy import part as part
 from .errors import UnknownSite, UnsupportedSite, nearest
 
@@ -104,9 +106,10 @@ class ProductSite(Factored):
 
 @dataclass(frozen=True)
 class LinearSite(Factored):
-    """One linear layer; ``classifies`` marks one that gives a classifier's logits."""
+    """One linear layer; ``classifies`` marks one that gives a classifier's logits, ``over_maps`` a 1×1 convolution."""
 
     classifies: bool = field(default=False, kw_only=True)
+    over_maps: bool = field(default=False, kw_only=True)
 
     @property
     def owner(self) -> str:

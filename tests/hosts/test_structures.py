@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comcat.apply import apply_
+from comcat.factors import Weights
+from comcat.forms.relax import relax_
 from comcat.hosts import find_sites
 from comcat.plan import Plan, SitePlan
 from comcat.statistics import calibrate
@@ -119,6 +121,44 @@ class WithContext(nn.Module):
         return self.inner(x, x[:, ::2, :6])
 
 
+class OfConvolutions(nn.Module):
+    """Projections are 1×1 convolutions, heads interleaved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv, self.proj = nn.Conv2d(DIM, 3 * DIM, 1), nn.Conv2d(DIM, DIM, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (HEADS, 3 * WIDTH)).mT.chunk(3, -1)
+        o = F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)
+        return self.proj(o.unflatten(-1, x.shape[-2:]))
+
+
+class OnMaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = OfConvolutions()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.mT.unflatten(-1, (4, 4))).flatten(2).mT
+
+
+class OfQueriesAndKeys(nn.Module):
+    """One layer makes queries and keys, and positions have a share in the weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.qk, self.v, self.proj = nn.Linear(DIM, 2 * DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.qk(x).chunk(2, -1)
+        v = self.v(x)
+        near = torch.eye(x.shape[1], dtype=x.dtype) @ v
+        return self.proj(0.7 * attended(q, k, v) + 0.3 * near)
+
+
 class OfWidths(nn.Module):
     """The width of a head and of all heads are attributes, as in BERT."""
 
@@ -151,6 +191,8 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "reduced": (OnAGrid, "padded"),
     "crossed": (WithContext, "padded"),
     "of widths": (OfWidths, "parts"),
+    "of convolutions": (OnMaps, "padded"),
+    "qk, v": (OfQueriesAndKeys, "padded"),
 }
 
 
@@ -197,6 +239,35 @@ def test_calibration_reaches_all_of_it(name: str) -> None:
         found = calibrate(model, [images], statistic=statistic, sites=sites)  # type: ignore[arg-type]
         assert not found.unreached
         assert all(torch.isfinite(g).all() for s in sites.values() for g in found.grams(model, s))
+
+
+def test_a_search_masks_rows_wherever_they_lie() -> None:
+    for name in ("interleaved", "after others", "of convolutions"):
+        model, images = model_of(name), torch.randn(2, 3, 32, 32)
+        sites = find_sites(model).only("qk", "vo", "linear")
+        with torch.no_grad():
+            before = model(images)
+            relaxation = relax_(model, sites, {n: (1, s.full) for n, s in sites.items()}, Weights())
+            relaxation.decide({n: s.full for n, s in sites.items()})
+            assert relative_error(model(images), before) < 1e-5
+            relaxation.decide(dict.fromkeys(sites, 1))
+            assert relative_error(model(images), before) > 1e-2
+            assert relative_error(relaxation.fold()(images), before) < 1e-5
+
+
+def test_convolutions_over_single_points_are_linear_layers() -> None:
+    layers = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, groups=2), nn.Conv2d(8, 5, 1, 2)
+    model, images = nn.Sequential(*layers), torch.randn(2, 6, 8, 8)
+    sites = find_sites(model)
+    assert list(sites) == ["0"] and sites["0"].full == 6
+    with torch.no_grad():
+        before = model(images)
+        handle = apply_(model, full_plan(sites))
+        assert relative_error(model(images), before) < 1e-5 and model[0].weight.shape == (8, 6, 1, 1)
+        handle.revert()
+        statistic = calibrate(model, [images], statistic="activation", sites=sites)
+        apply_(model, Plan(sites={"0": SitePlan(keep=2, full=6)}), statistic, sites=sites)
+        assert 0.01 < relative_error(model(images), before) < 1
 
 
 class Sealed(Fused):

@@ -13,6 +13,7 @@ from comcat.apply import apply_
 from comcat.hosts import find_sites
 from comcat.modules.crossed import LowRankCrossAttention
 from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
+from comcat.modules.maps import OverMaps
 from comcat.modules.padded import PaddedRows
 from comcat.modules.relaxed import RelaxedLinear, SoftRank
 from comcat.modules.tensor import TensorTrainLinear, TuckerLinear
@@ -90,6 +91,17 @@ def of_timm(module: str, name: str, **settings: Any) -> Callable[[], nn.Module]:
         return model[0]
 
     return build
+
+
+class Mapped(nn.Module):
+    """A module of maps, called on tokens."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.layer = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(1, 2)[..., None]).flatten(2).transpose(1, 2)
 
 
 class Apart(nn.Module):
@@ -204,6 +216,7 @@ CASES = [
     Case(name="padded-rows", build=lambda: PaddedRows(WIDTH, ((1, 4, 4), (3, 2, 4)), bias=True), layers=HEADS),
     Case(name="padded-rows-interleaved",
         build=lambda: PaddedRows(WIDTH, ((3, 1, 2), (3, 2, 2)), interleaved=True), layers=HEADS),
+    Case(name="over-maps", build=lambda: Mapped(OverMaps(LowRankLinear(WIDTH, 8, 3))), layers=("first", "last")),
     Case(name="crossed", build=crossed(), layers=CROSSED),
     Case(name="crossed-more-keys", build=crossed(extra=True, zero=True, biases=(True,) * 4), layers=CROSSED),
     Case(name="multihead", build=multihead(), layers=CROSSED),

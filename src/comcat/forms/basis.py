@@ -40,7 +40,7 @@ def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean
     out = part(model, a.out).weight  # (out, heads · width)
     with torch.no_grad():
         turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.width), right)
-        out.copy_(turned.flatten(1))
+        out.copy_(turned.flatten(1).view_as(out))
     return rest
 
 

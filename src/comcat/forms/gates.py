@@ -17,7 +17,7 @@ from ..factors import Spectrum
 from ..hosts import host_of
 from ..linalg import Elimination, Factorization
 from ..modules.gates import Gate
-from ..sites import HiddenSite, ProductSite, Projection, Site, Sites, Undo, part
+from ..sites import HiddenSite, ProductSite, Projection, Site, Sites, Undo, channels_last, part
 
 GATED = ("qk", "vo", "units")
 """Kinds of sites that have channels of their own."""
@@ -110,6 +110,7 @@ def _after(model: nn.Module, parts: Sequence[_Gated]) -> Callable[[nn.Module, tu
     """A forward hook: some channels that the projection puts out are gated."""
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        output = channels_last(module, output)
         for p in parts:
             rows = torch.arange(output.shape[-1], device=output.device)[p.projection.channels]
             channels = output[..., rows]
@@ -120,7 +121,7 @@ def _after(model: nn.Module, parts: Sequence[_Gated]) -> Callable[[nn.Module, tu
                 late = late.to(output.dtype)
                 channels = p.gate(channels + late) - late
             output = output.index_copy(-1, rows, channels)
-        return output
+        return output.movedim(-1, 1) if isinstance(module, nn.Conv2d) else output
 
     return hook
 

@@ -20,7 +20,7 @@ from ..modules.lowrank import LowRankAttention, LowRankLinear, NarrowHeads, Padd
 from ..modules.padded import PaddedRows
 from ..plan import SitePlan
 from ..sites import Attention, LinearSite, ProductSite, Projection, Replacement, Undo, part
-from .protocol import Flow, Material, Planned, factory_of, fill
+from .protocol import Flow, Material, Planned, factory_of, fill, in_place_of
 
 Factored = ProductSite | LinearSite
 
@@ -90,7 +90,7 @@ class _Builder:
             fill(module.first.weight, thin.first)
             fill(module.last.weight, thin.last)
             fill(module.last.bias, thin.bias)
-        return module
+        return in_place_of(dense, module)
 
     def attention(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         build = {"whole": self._whole, "crossed": self._crossed, "parts": self._parts, "padded": self._padded}
@@ -213,7 +213,8 @@ class _Builder:
                 parts[path] = self._rows(a, path, sides, thin)
         if vo is not None:
             out = part(self.model, a.out)
-            parts[a.out] = narrow = NarrowHeads(a.heads, vo.entry.keep, a.width, a.out_features, **factory_of(out))
+            narrow = NarrowHeads(a.heads, vo.entry.keep, a.width, a.out_features, **factory_of(out))
+            parts[a.out] = in_place_of(out, narrow)
             if values is not None:
                 fill(narrow.linear.weight, values.out)
                 fill(narrow.linear.bias, values.out_bias)
@@ -251,7 +252,7 @@ class _Builder:
                 biases.append(weights[-1].new_zeros(len(weights[-1])) if bias is None else bias.flatten().double())
             fill(module.linear.weight, torch.cat(weights))
             fill(module.linear.bias, torch.cat(biases))
-        return module
+        return in_place_of(host, module)
 
 
 def layout(sides: Mapping[str, Projection], rows: int) -> list[tuple[str, Projection]]:
@@ -290,7 +291,7 @@ def _identity_products(model: nn.Module, a: Attention) -> Products:
 def _identity_values(model: nn.Module, a: Attention) -> Values:
     """The values and output projection as they are, biases where they stand."""
     out = part(model, a.out)
-    weight = out.weight.detach()
+    weight = out.weight.detach().flatten(1)
     out_bias = weight.new_zeros(a.out_features) if out.bias is None else out.bias.detach()
     bias = a.v.bias_or_none(model)
     v = a.v.weight(model).detach().view(a.heads, a.width, -1)

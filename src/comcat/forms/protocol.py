@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..factors import Spectrum, Statistic, Weights, decompose_site
+from ..modules.maps import OverMaps
 from ..plan import SitePlan
-from ..sites import Site, Undo
+from ..sites import Site, Undo, is_pointwise
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ def factory_of(module: nn.Module) -> dict[str, Any]:
     """The device and type of a layer, for a layer to be built beside it."""
     weight = module.get_parameter("weight")
     return {"device": weight.device, "dtype": weight.dtype}
+
+
+def in_place_of(layer: nn.Module, module: nn.Module) -> nn.Module:
+    """A module that reads channels last as what stands where a linear layer stood, or a 1×1 convolution."""
+    return OverMaps(module) if is_pointwise(layer) else module
 
 
 def fill(target: Tensor | None, value: Tensor | None) -> None:

@@ -20,8 +20,9 @@ from ..hosts import host_of
 from ..hosts.mounting import exchange
 from ..linalg import Elimination, Factorization
 from ..modules.relaxed import RelaxedLinear, SoftRank
-from ..sites import HiddenSite, LinearSite, Projection, Sites, Undo, part
+from ..sites import HiddenSite, LinearSite, Projection, Sites, Undo, channels_last, part
 from .basis import change_basis
+from .protocol import in_place_of
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,12 @@ def _relax_linear(
             relaxed.last.bias.copy_(thin.bias)
             if mean is not None:
                 relaxed.get_buffer("center").copy_(thin.first @ mean.to(thin.first))
-    back = exchange(model, site.path, relaxed)
+    back = exchange(model, site.path, in_place_of(dense, relaxed))
 
     def fold() -> None:
         back()
         with torch.no_grad():
-            weight.copy_(relaxed.last.weight.double() @ relaxed.first.weight.double())
+            weight.copy_((relaxed.last.weight.double() @ relaxed.first.weight.double()).view_as(weight))
             if dense.bias is None:  # training may have made one useful: keep it
                 dense.bias = nn.Parameter(relaxed.last.bias.detach().clone())
             else:
@@ -202,7 +203,8 @@ def _mask_output(model: nn.Module, parts: Sequence[_Masked]) -> Callable[[nn.Mod
     """A forward hook: ``y → y ⊙ m + rest ⊙ (1 − m)`` on the masked channels of a projection, others as they are."""
 
     def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        gain, shift = output.new_ones(output.shape[-1]), output.new_zeros(output.shape[-1])
+        last = channels_last(module, output)
+        gain, shift = output.new_ones(last.shape[-1]), output.new_zeros(last.shape[-1])
         for p in parts:
             mask = p.soft.mask().to(output.dtype).repeat(p.heads)
             rest = torch.zeros_like(mask) if p.center is None else p.center.to(output.dtype)
@@ -211,6 +213,7 @@ def _mask_output(model: nn.Module, parts: Sequence[_Masked]) -> Callable[[nn.Mod
                 rest = rest if bias is None else rest - bias.to(output.dtype)
             rows = torch.arange(len(gain), device=gain.device)[p.projection.channels]
             gain, shift = gain.index_copy(0, rows, mask), shift.index_copy(0, rows, rest * (1 - mask))
-        return torch.addcmul(shift, output, gain)
+        masked = torch.addcmul(shift, last, gain)
+        return masked if last is output else masked.movedim(-1, 1)
 
     return hook

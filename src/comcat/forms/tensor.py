@@ -24,6 +24,8 @@ class Tensor:
 
     def check(self, planned: Planned) -> None:
         site, entry = planned.site, planned.entry
+        if site.over_maps:
+            raise PlanError(f"{site.name}: form {self.name!r} expects a linear layer, got a convolution")
         try:
             check_shape(self.name, entry.shape, site.in_features, site.out_features)
         except PlanError as error:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ..errors import ModelError
-from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of
+from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of, is_pointwise
 from ..wrappers import bare
 from .attention import AttentionHost
 from .blocks import check_blocks
@@ -17,6 +18,7 @@ from .classes import classes_of
 from .feedforward import find_feedforwards
 from .multihead import MultiheadHost
 from .ordinary import check_ordinary, not_replaceable
+from .structures import rows_in, rows_out
 from .symmetry import structure
 
 __all__ = ["HOSTS", "check_blocks", "find_sites", "host_of"]
@@ -86,7 +88,7 @@ class _Finder:
                 self.attentions[path] = 0
         elif anatomy is not None:
             self.take_attention(anatomy)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) or is_pointwise(module):
             self.take_linear(path, module)
         elif callable(getattr(module, "get_bias", None)):
             self.closed.append(path)
@@ -116,17 +118,17 @@ class _Finder:
             else:
                 self.refuse(site.name, reason)
 
-    def take_linear(self, path: str, module: nn.Linear) -> None:
+    def take_linear(self, path: str, module: Any) -> None:
         around = self.attention_around(path)
         channels = 0 if around is None else self.attentions[around]
-        if channels and channels not in (module.in_features, module.out_features):
+        if channels and channels not in (rows_in(module), rows_out(module)):
             return  # it computes a position bias, or another part of the attention: no tokens flow through it
         if (reason := not_replaceable(module)) is not None:
             self.closed.append(path)
             self.refuse(path, reason)
-        elif type(module) is nn.Linear:
+        elif type(module) in (nn.Linear, nn.Conv2d):
             site = _linear_site(path, module, self.classes)
-            if around is None or path.rpartition(".")[0] != around:
+            if type(module) is nn.Linear and (around is None or path.rpartition(".")[0] != around):
                 self.linears[path] = module
             if _shared(module, self.uses):
                 self.refuse(path, "shared between several parts of the model")
@@ -255,8 +257,8 @@ def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[ProductSi
     yield ProductSite(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
 
 
-def _linear_site(path: str, module: nn.Linear, classes: frozenset[int]) -> LinearSite:
-    m, n = module.in_features, module.out_features
-    classifies = n in classes and block_of(path) == path
+def _linear_site(path: str, module: Any, classes: frozenset[int]) -> LinearSite:
+    m, n = rows_in(module), rows_out(module)
+    classifies, over_maps = n in classes and block_of(path) == path, is_pointwise(module)
     biases = 0 if module.bias is None else n
-    return LinearSite(path, "linear", path, min(m, n), m, n, biases=biases, classifies=classifies)
+    return LinearSite(path, "linear", path, min(m, n), m, n, biases=biases, classifies=classifies, over_maps=over_maps)

@@ -23,7 +23,7 @@ from .biased import BY_SIGNATURE, own_bias, stand_in
 from .calls import Call, Reads, Uncallable, calls_of
 from .mounting import all_of, drop_parameter, exchange, set_attribute
 from .reasons import foreign_dropout, qk_reason, vo_reason
-from .structures import WIDTHS, Structure, below, resembles, structures
+from .structures import WIDTHS, Structure, below, resembles, rows_in, rows_out, structures
 from .symmetry import (
     TOLERANCE,
     NotItsOwn,
@@ -164,8 +164,8 @@ def _attention(module: nn.Module, s: Structure) -> Attention | str:
     holder, out = below(module, s.holder), part(module, s.out)
     if s.k.count != s.q.count or s.v.count != s.q.count or s.q.count % s.heads:
         return "queries, keys and values differ in width (grouped or multi-query attention)"
-    if out.in_features != s.v.count:
-        return f"its output projection reads {out.in_features} channels, expected {s.v.count}"
+    if rows_in(out) != s.v.count:
+        return f"its output projection reads {rows_in(out)} channels, expected {s.v.count}"
     parameters = tuple(inspect.signature(module.forward).parameters)
     scale = getattr(holder, "scale", getattr(holder, "scaling", None))
     return Attention(
@@ -176,7 +176,7 @@ def _attention(module: nn.Module, s: Structure) -> Attention | str:
         heads=s.heads,
         width=s.width,
         in_features=s.q.weight(module).shape[1],
-        out_features=out.out_features,
+        out_features=rows_out(out),
         scale=float(scale) if isinstance(scale, (int, float)) else s.width**-0.5,
         q=s.q,
         k=s.k,
@@ -233,7 +233,10 @@ def _can_stand_in(module: nn.Module, a: Attention) -> bool:
     parameters = tuple(inspect.signature(module.forward).parameters)
     names = {p.path for p in (a.q, a.k, a.v)}
     known = a.out == "proj" and names in ({"qkv"}, {"q_proj", "k_proj", "v_proj"}) and a.q.heads == 1
-    if not known or parameters not in _WHOLE or a.v.stop != part(module, a.v.path).out_features:
+    layers = [part(module, path) for path in (*names, a.out)]
+    if not known or parameters not in _WHOLE or not all(isinstance(layer, nn.Linear) for layer in layers):
+        return False
+    if a.v.stop != part(module, a.v.path).out_features:
         return False
     if len({p.weight(module).shape[1] for p in (a.q, a.k, a.v)}) > 1:
         return False
@@ -252,7 +255,8 @@ def _width_attributes(copied: nn.Module, a: Attention, calls: Sequence[Call]) ->
     With them, heads with one more channel, of zeros, change nothing.
     """
     holder = below(copied, a.q.path.rpartition(".")[0])
-    if len({a.q.path, a.k.path, a.v.path}) < 3:
+    layers = [part(copied, path) for path in dict.fromkeys((a.q.path, a.k.path, a.v.path, a.out))]
+    if len(layers) < 4 or not all(isinstance(layer, nn.Linear) for layer in layers):
         return ()
     numbers = {n: v for n, v in vars(holder).items() if isinstance(v, int) and not isinstance(v, bool)}
     one = tuple(n for n in WIDTHS if numbers.get(n) == a.width)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LAYOUTS = ("tokens", "strip", "grid", "one more", "flat")
-"""How tokens may lie: (batch, tokens, channels), a grid of one row, a grid, a token before those of the grid, no batch."""
+LAYOUTS = ("tokens", "strip", "grid", "one more", "flat", "map")
+"""How tokens may lie: (batch, tokens, channels), a grid of one row, a grid, one more token, no batch, a map."""
 
 ROTARY = re.compile("rot|rope|freqs|position_embeddings")
 """Optional arguments that may stand between W_Q and W_K; where none can be given, nothing is proven of QK."""
@@ -141,12 +141,14 @@ def _call(r: Reads, layout: str, given: Mapping[str, Any]) -> Call:
             x = x.unflatten(1, (r.height, r.across))
         elif layout == "flat":
             x = x[0]
+        elif layout == "map":
+            x = x.mT.unflatten(-1, (r.height, r.across))
         y = module(x, **given)
         while isinstance(y, (tuple, list)):
             y = y[0]
         if not isinstance(y, Tensor):
             raise TypeError("no tensor comes out")
-        return y
+        return y.movedim(1, -1) if layout == "map" and y.ndim == 4 else y
 
     return call
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..sites import Projection
+from ..sites import Projection, is_pointwise
 
 FUSED = ("qkv", "to_qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "c_attn", "qkv_layer")
 """One layer that makes queries, keys and values."""
@@ -85,18 +85,18 @@ def structures(module: nn.Module) -> Iterator[Structure]:
 
 
 def is_layer(module: Any) -> bool:
-    """Whether a module is a linear layer."""
-    return isinstance(module, nn.Linear)
+    """Whether a module is a linear layer, if only over positions."""
+    return isinstance(module, nn.Linear) or is_pointwise(module)
 
 
 def rows_in(layer: Any) -> int:
     """Channels that a layer reads."""
-    return layer.in_features
+    return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def rows_out(layer: Any) -> int:
     """Channels that a layer puts out."""
-    return layer.out_features
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
 def below(module: Any, path: str) -> Any:

@@ -92,12 +92,12 @@ def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.
     if unchanged(vo_copy):
         raise NotItsOwn
     out = part(vo_copy, a.out)
-    w = out.weight.unflatten(1, (a.heads, a.width))  # (out, heads, width)
-    out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1))
+    w = out.weight.flatten(1).unflatten(1, (a.heads, a.width))  # (out, heads, width)
+    out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1).view_as(out.weight))
     vo = unchanged(vo_copy)
     sums = vo
     if vo and _shift_bias(copied, a.v, shift):  # without a value bias there is none to fold
-        moved = shift @ part(copied, a.out).weight.mT
+        moved = shift @ part(copied, a.out).weight.flatten(1).mT
         sums = before[0].shape[-1] == len(moved) and unchanged(copied, [e + moved for e in before])
         _shift_bias(copied, a.v, -shift)
     return Symmetry(qk, vo, sums)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericsError
 from ..hosts import host_of
-from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Site, Sites
+from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Site, Sites, channels_last
 from .moments import Moments
 
 
@@ -57,7 +57,7 @@ class Recorder:
             return output[..., projection.channels]
 
         def keep_q(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            q = rows_of(a.q, output).detach()
+            q = rows_of(a.q, channels_last(module, output)).detach().flatten(1, -2)
             if a.q.bias is not None:
                 q = q + a.q.bias_or_none(model)  # type: ignore[operator]
             tokens = q.shape[:-1].numel() / self.pictures
@@ -67,10 +67,14 @@ class Recorder:
                 self._of(site, "a", a.heads, a.width).add(q, self.pictures)
 
         def keep_k(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self._of(site, "b", a.heads, a.width).add(rows_of(a.k, output), self.pictures, centred="set")
+            k = rows_of(a.k, channels_last(module, output))
+            k = k.flatten(1, -2) if module is not None and isinstance(module, nn.Conv2d) else k
+            self._of(site, "b", a.heads, a.width).add(k, self.pictures, centred="set")
             if self.gradients and output.requires_grad:
                 moments, pictures = self._of(site, "a", a.heads, a.width), self.pictures
-                output.register_hook(lambda g: moments.add(rows_of(a.k, g), pictures, per="picture"))
+                output.register_hook(
+                    lambda g: moments.add(rows_of(a.k, channels_last(module, g)), pictures, per="picture")
+                )
 
         stack.enter_context(_hook(model.get_submodule(a.q.called).register_forward_hook(keep_q)))
         stack.enter_context(_hook(model.get_submodule(a.k.called).register_forward_hook(keep_k)))
@@ -78,14 +82,15 @@ class Recorder:
     def _observe_vo(self, stack: ExitStack, model: nn.Module, site: ProductSite, a: Attention) -> None:
         def keep(module: nn.Module, inputs: tuple) -> tuple:
             o = inputs[0].view_as(inputs[0])  # a tensor of its own, so that its gradient is this layer's alone
-            tokens = o.shape[:-1].numel() / self.pictures
+            rows = channels_last(module, o)
+            tokens = rows.shape[:-1].numel() / self.pictures
             self.rows[site.name] = tokens
-            keys = o.shape[-2] if o.ndim == 3 else o.shape[1:-1].numel()
+            keys = rows.shape[-2] if rows.ndim == 3 else rows.shape[1:-1].numel()
             self.pairs[site.name] = tokens * keys
-            self._of(site, "joint", 1, a.heads * a.width, a.heads).add(o, self.pictures, centred="all")
+            self._of(site, "joint", 1, a.heads * a.width, a.heads).add(rows, self.pictures, centred="all")
             if self.gradients and o.requires_grad:
                 moments, pictures = self._of(site, "b", a.heads, a.width), self.pictures
-                o.register_hook(lambda g: moments.add(g, pictures, per="picture"))
+                o.register_hook(lambda g: moments.add(channels_last(module, g), pictures, per="picture"))
             return (o, *inputs[1:])
 
         stack.enter_context(_hook(model.get_submodule(a.out).register_forward_pre_hook(keep)))
@@ -94,14 +99,14 @@ class Recorder:
         narrow_in, width = site.in_features <= site.out_features, site.full_rank
 
         def keep_input(module: nn.Module, inputs: tuple) -> tuple | None:
-            if inputs[0].shape[:-1].numel() % self.pictures:
+            if channels_last(module, inputs[0]).shape[:-1].numel() % self.pictures:
                 return None  # a table of positions, say: no rows of pictures
             x = inputs[0].view_as(inputs[0])
-            x3 = _as_rows(x, self.pictures)
+            x3 = _as_rows(channels_last(module, x), self.pictures)
             self.rows[site.name] = x3.shape[1]
             if narrow_in:
                 self._of(site, "a", 1, width).add(x3, self.pictures, centred="all")
-                self._on_gradient(x, site, width)
+                self._on_gradient(x, site, width, module=module)
             else:  # the output's moments are kept below; the input's mean is all that is needed of it
                 mean = self._of(site, "mean", site.in_features, 1)
                 mean.sum += x3.detach().sum((0, 1)).double()[:, None]
@@ -109,10 +114,11 @@ class Recorder:
             return (x, *inputs[1:])
 
         def keep_output(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if output.shape[:-1].numel() % self.pictures:
+            rows = channels_last(module, output)
+            if rows.shape[:-1].numel() % self.pictures:
                 return
-            self._of(site, "a", 1, width).add(_as_rows(output, self.pictures), self.pictures, centred="all")
-            self._on_gradient(output, site, width)
+            self._of(site, "a", 1, width).add(_as_rows(rows, self.pictures), self.pictures, centred="all")
+            self._on_gradient(output, site, width, module=module)
 
         module = model.get_submodule(site.path)
         stack.enter_context(_hook(module.register_forward_pre_hook(keep_input)))
@@ -140,10 +146,14 @@ class Recorder:
         if not shared:
             stack.enter_context(_hook(module.register_forward_hook(keep_gradient)))
 
-    def _on_gradient(self, x: Tensor, site: Site, width: int, side: str = "b") -> None:
+    def _on_gradient(self, x: Tensor, site: Site, width: int, side: str = "b", module: nn.Module | None = None) -> None:
+        def keep(g: Tensor) -> None:
+            g = g if module is None else channels_last(module, g)
+            moments.add(_as_rows(g, pictures), pictures, per="picture")
+
         if self.gradients and x.requires_grad:
             moments, pictures = self._of(site, side, 1, width), self.pictures
-            x.register_hook(lambda g: moments.add(_as_rows(g, pictures), pictures, per="picture"))
+            x.register_hook(keep)
 
     def check(self) -> None:
         for (name, _), moments in self.moments.items():
