@@ -39,7 +39,8 @@ def randomised(model: nn.Module) -> nn.Module:
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
             p.copy_(noise * p[0].numel() ** -0.5 if p.ndim > 1 else p + 0.1 * noise)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def flat(output: Any) -> Tensor:

@@ -69,7 +69,7 @@ TIMM = (
     _timm("fastvit", "fastvit_sa12", 64),
     _timm("gcvit", "gcvit_xxtiny", 224),
     _timm("hiera", "hiera_tiny_224", 64, img_size=64, embed_dim=24, num_heads=1, stages=(1, 1, 1, 1)),
-    _timm("sam2_hiera", "sam2_hiera_tiny", 64, img_size=64),
+    _timm("sam2_hiera", "sam2_hiera_tiny", 64),
     _timm("iformer", "iformer_t", 64),
     _timm("levit", "levit_128s", 224),
     _timm("levit_conv", "levit_conv_128s", 224),

@@ -135,7 +135,7 @@ def relax_(
             relaxation.centers[name] = center
         if found is not None and statistic is not None:
             rest = change_basis(model, site, found, statistic.mean(site))
-            if center is not None and rest is not None:
+            if center is not None and rest is not None and site.attention.folds_value_bias:
                 center.copy_(rest)
         projection = a.q if site.kind == "qk" else a.v
         masked.setdefault(projection.called, []).append(_Masked(projection, soft[name], a.heads, center))

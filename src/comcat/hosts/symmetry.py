@@ -29,7 +29,7 @@ A broken symmetry moves the output by its own size; some hosts take the softmax 
 """
 
 
-_OTHER_DROPOUTS = ("proj", "path", "resid", "out", "ffn", "mlp")
+_OTHER_DROPOUTS = ("proj", "path", "resid", "out_drop", "ffn", "mlp")
 """Words in the names of dropouts that act on something else."""
 
 Bias = Callable[[nn.Module], Tensor | None]
@@ -118,7 +118,8 @@ def read_past(copied: nn.Module, attention: Attention, calls: Sequence[Callable[
 
 def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode with random weights in float64, on the CPU, that calls no one's hooks."""
-    copied = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    copied = copy.deepcopy(module).to("cpu", torch.float64)
+    copied.eval()  # apart, since some classes return nothing there
     drop_hooks(copied)
     with torch.no_grad():
         for p in copied.parameters():

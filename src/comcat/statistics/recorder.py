@@ -57,18 +57,20 @@ class Recorder:
             return output[..., projection.channels]
 
         def keep_q(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            q = rows_of(a.q, channels_last(module, output)).detach().flatten(1, -2)
+            q = rows_of(a.q, channels_last(module, output)).detach()
+            q = q.flatten(1, -2) if q.ndim > 3 else q
             if a.q.bias is not None:
                 q = q + a.q.bias_or_none(model)  # type: ignore[operator]
             tokens = q.shape[:-1].numel() / self.pictures
             self.rows[site.name] = tokens
-            self.pairs[site.name] = tokens * q.shape[-2]
+            self.pairs[site.name] = tokens  # for every key, see below
             if not self.gradients:
                 self._of(site, "a", a.heads, a.width).add(q, self.pictures)
 
         def keep_k(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             k = rows_of(a.k, channels_last(module, output))
-            k = k.flatten(1, -2) if module is not None and isinstance(module, nn.Conv2d) else k
+            k = k.flatten(1, -2) if isinstance(module, nn.Conv2d) else k
+            self.pairs[site.name] = self.rows.get(site.name, 0.0) * (k.shape[-2] if k.ndim > 2 else 1)
             self._of(site, "b", a.heads, a.width).add(k, self.pictures, centred="set")
             if self.gradients and output.requires_grad:
                 moments, pictures = self._of(site, "a", a.heads, a.width), self.pictures
