@@ -311,17 +311,39 @@ def test_attention_over_a_grid_of_tokens():
         torch.testing.assert_close(net(grid), before, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_of_convolutions_is_refused_with_its_path():
-    class Attention(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.num_heads, self.qkv, self.proj = 2, torch.nn.Conv2d(8, 24, 1), torch.nn.Conv2d(8, 8, 1)
+class Convolved(torch.nn.Module):
+    """Attention over maps (batch, channels, height, width)."""
 
-    net = torch.nn.ModuleDict({"stage": torch.nn.Sequential(Attention()), "head": torch.nn.Linear(64, 64)})
+    def __init__(self, kernel: int):
+        super().__init__()
+        self.num_heads, self.proj = 2, torch.nn.Conv2d(8, 8, 1)
+        self.qkv = torch.nn.Conv2d(8, 24, kernel, padding=kernel // 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).flatten(2).unflatten(1, (3, 2, 4)).mT.unbind(1)
+        o = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.proj(o.mT.flatten(1, 2).unflatten(-1, x.shape[-2:]))
+
+
+def test_attention_of_convolutions_over_single_points_shrinks_by_all_statistics():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), Convolved(1), torch.nn.Flatten(), torch.nn.Linear(128, 5))
+    shake(net.eval())
+    for statistic in ("weights", "activation", "loss"):
+        small = comcat.compress(net, pictures(), reduce=0.06, statistic=statistic, forms="ranks")
+        assert {"1:qk", "1:vo"} & set(small.comcat_record.plan.sites)
+        with torch.no_grad():
+            assert small(pictures()[0]).shape == net(pictures()[0]).shape
+
+
+def test_attention_of_larger_convolutions_is_refused_with_its_path():
+    class ConvolvedAttention(Convolved):
+        pass
+
+    net = torch.nn.ModuleDict({"stage": torch.nn.Sequential(ConvolvedAttention(3)), "head": torch.nn.Linear(64, 64)})
     sites = comcat.find_sites(net)
-    assert list(sites) == ["head"]
+    assert list(sites) == ["stage.0.proj", "head"]
     assert [(r.name, r.reason) for r in sites.refused] == [
-        ("stage.0", "attention of no known shape: Attention with qkv")
+        ("stage.0", "attention of no known shape: ConvolvedAttention")
     ]
 
 

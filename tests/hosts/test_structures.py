@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 from comcat.apply import apply_
 from comcat.factors import Weights
+from comcat.forms.gates import fold_, gate_
 from comcat.forms.relax import relax_
 from comcat.hosts import find_sites
+from comcat.methods.baselines.layerwise import layerwise
+from comcat.methods.gating.takeover import reader_of, stand_ins
 from comcat.plan import Plan, SitePlan
+from comcat.sites import ProductSite
 from comcat.statistics import calibrate
 
 from . import zoo
@@ -122,23 +127,27 @@ class WithContext(nn.Module):
 
 
 class OfConvolutions(nn.Module):
-    """Projections are 1×1 convolutions, heads interleaved."""
+    """Projections are 1×1 convolutions, heads interleaved or one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, interleaved: bool = True) -> None:
         super().__init__()
-        self.num_heads = HEADS
+        self.num_heads, self.interleaved = HEADS, interleaved
         self.qkv, self.proj = nn.Conv2d(DIM, 3 * DIM, 1), nn.Conv2d(DIM, DIM, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).flatten(2).unflatten(1, (HEADS, 3 * WIDTH)).mT.chunk(3, -1)
+        qkv = self.qkv(x).flatten(2)
+        if self.interleaved:
+            q, k, v = qkv.unflatten(1, (HEADS, 3 * WIDTH)).mT.chunk(3, -1)
+        else:
+            q, k, v = qkv.unflatten(1, (3, HEADS, WIDTH)).mT.unbind(1)
         o = F.scaled_dot_product_attention(q, k, v).mT.flatten(1, 2)
         return self.proj(o.unflatten(-1, x.shape[-2:]))
 
 
 class OnMaps(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, interleaved: bool = True) -> None:
         super().__init__()
-        self.inner = OfConvolutions()
+        self.inner = OfConvolutions(interleaved)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.mT.unflatten(-1, (4, 4))).flatten(2).mT
@@ -192,6 +201,7 @@ STRUCTURES: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "crossed": (WithContext, "padded"),
     "of widths": (OfWidths, "parts"),
     "of convolutions": (OnMaps, "padded"),
+    "convolutions apart": (lambda: OnMaps(interleaved=False), "padded"),
     "qk, v": (OfQueriesAndKeys, "padded"),
 }
 
@@ -253,6 +263,51 @@ def test_a_search_masks_rows_wherever_they_lie() -> None:
             relaxation.decide(dict.fromkeys(sites, 1))
             assert relative_error(model(images), before) > 1e-2
             assert relative_error(relaxation.fold()(images), before) < 1e-5
+
+
+ROWS_ANYWHERE = ("after others", "reduced", "convolutions apart")
+
+
+@pytest.mark.parametrize("name", ROWS_ANYWHERE)
+@pytest.mark.parametrize("kind", ["fwsvd", "svd-llm", "feature-pca"])
+def test_matrices_apart_leave_the_other_rows_of_a_layer_as_they_are(name: str, kind: Any) -> None:
+    model, images = model_of(name), torch.randn(4, 3, 32, 32)
+    sites = find_sites(model).only("qk", "vo", "linear")
+    with torch.no_grad():
+        before = model(images)
+    seen = layerwise(kind, model, sites, [images])
+    entries = {
+        n: SitePlan(keep=min(DIM, s.in_features), full=s.full, form="matrix")
+        if isinstance(s, ProductSite)
+        else SitePlan(keep=s.full, full=s.full)
+        for n, s in sites.items()
+    }
+    with torch.no_grad():
+        apply_(model, Plan(sites=entries), seen, sites=sites)
+        assert relative_error(model(images), before) < 1e-4
+
+
+@pytest.mark.parametrize("name", [*ROWS_ANYWHERE, "of convolutions", "interleaved"])
+def test_gates_fold_into_any_layer_and_its_reader_makes_up_for_them(name: str) -> None:
+    model, images = model_of(name).double(), torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    sites = find_sites(model).only("qk", "vo")
+    gated, rests = copy.deepcopy(model), {n: torch.ones(s.heads * s.full).double() for n, s in sites.items()}
+    gates = gate_(gated, sites, rests)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.opening[:, ::2] = 0.3
+        shut = gated(images)
+        fold_(model, sites, gates)
+        assert relative_error(model(images), shut) < 1e-9
+    marked = {n: gate.opening == 0.3 for n, gate in gates.items()}
+    found = stand_ins(gated, sites.only("vo"), gates, marked, [images])
+    assert set(found) == set(sites.only("vo"))
+    for site_name, stand_in in found.items():
+        reader = reader_of(gated, sites[site_name])
+        assert reader is not None
+        opening = gates[site_name].opening.detach().flatten()
+        stand_in.take_over_(reader, opening, torch.where(opening == 0.3, 0.0, opening), None)
+        assert reader.weight.isfinite().all() and stand_in.weights.isfinite().all()
 
 
 def test_convolutions_over_single_points_are_linear_layers() -> None:

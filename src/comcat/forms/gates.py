@@ -148,7 +148,7 @@ def fold_(model: nn.Module, sites: Sites, gates: Mapping[str, Gate]) -> None:
 
 def _fold_reader(reader: nn.Linear, gate: Gate, *, scale: bool) -> None:
     """What closed channels leave goes to the bias of the layer that reads them; with ``scale`` g to its columns."""
-    weight, g = reader.weight, gate.opening.detach().flatten().to(reader.weight)
+    weight, g = reader.weight.flatten(1), gate.opening.detach().flatten().to(reader.weight)
     if gate.rest is not None:
         assert reader.bias is not None
         reader.bias.add_(weight @ (gate.rest.to(weight) * (1 - g)))

@@ -17,8 +17,8 @@ from ..modules.lowrank import ConcatLinear, LowRankLinear
 from ..modules.tensor import matrix_factors
 from ..plan import SitePlan
 from ..sites import LinearSite, ProductSite, Replacement, Undo, part
-from .product import Product
-from .protocol import Flow, Material, Planned, fill
+from .product import Product, layout
+from .protocol import Flow, Material, Planned, fill, in_place_of
 
 
 @runtime_checkable
@@ -65,17 +65,20 @@ class Matrix:
         if isinstance(site, LinearSite):
             return Product().apply(model, planned, material)
         a, ranks = site.attention, {side: p.entry.keep for p in planned for side in p.site.kind}  # of q, k, v, o
-        layers: dict[str, list[nn.Module]] = {}
+        parts: dict[str, nn.Module] = {}
         seen = material.statistic if isinstance(material.statistic, LayerStatistic) and material.fill else None
-        for side, projection in (("q", a.q), ("k", a.k), ("v", a.v)):
-            bias = None if projection.bias is not None else projection.bias_or_none(model)
-            by = seen.layer(projection.path, projection.start) if seen and side in ranks else None
-            made = _matrix(projection.weight(model), bias, ranks.get(side), material.fill, by)
-            layers.setdefault(projection.path, []).append(made)
-        parts = {path: found[0] if len(found) == 1 else ConcatLinear(found) for path, found in layers.items()}
+        for path in dict.fromkeys(p.path for p in (a.q, a.k, a.v)):
+            sides = {side: p for side, p in zip("qkv", (a.q, a.k, a.v), strict=True) if p.path == path}
+            made: list[nn.Module] = []
+            for side, rows in layout(sides, part(model, path).weight.shape[0]):
+                bias = None if rows.bias is not None else rows.bias_or_none(model)
+                by = seen.layer(path, rows.start) if seen and side in ranks else None
+                made.append(_matrix(rows.weight(model), bias, ranks.get(side), material.fill, by))
+            parts[path] = in_place_of(part(model, path), made[0] if len(made) == 1 else ConcatLinear(made))
         out = part(model, a.out)
         by = seen.layer(a.out, 0) if seen and "o" in ranks else None
-        parts[a.out] = _matrix(out.get_parameter("weight"), out.bias, ranks.get("o"), material.fill, by)
+        narrow = _matrix(out.get_parameter("weight").flatten(1), out.bias, ranks.get("o"), material.fill, by)
+        parts[a.out] = in_place_of(out, narrow)
         return host_of(a).mount(model, a, Replacement(parts=parts))
 
 

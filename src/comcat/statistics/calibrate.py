@@ -19,7 +19,7 @@ from ..grad_mode import outside_inference_mode
 from ..hosts import find_sites
 from ..hosts.classes import classes_of
 from ..measure.running import call, evaluating
-from ..sites import Sites
+from ..sites import Sites, channels_last
 from ..wrappers import bare
 from .examples import Example, examples_of
 from .losses import sampled_loss
@@ -98,7 +98,8 @@ def watch_gradients(
         def keep(module: nn.Module, inputs: tuple) -> tuple:
             h = inputs[0].view_as(inputs[0])
             if h.requires_grad:
-                h.register_hook(lambda gradient: add(name, h.detach(), gradient, pictures))
+                rows = channels_last(module, h.detach())
+                h.register_hook(lambda gradient: add(name, rows, channels_last(module, gradient), pictures))
             return (h, *inputs[1:])
 
         return keep
@@ -106,8 +107,8 @@ def watch_gradients(
     def observe_output(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
         def keep(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             if output.requires_grad:
-                h = inputs[0].detach()
-                output.register_hook(lambda gradient: add(name, h, gradient, pictures))
+                rows = channels_last(module, inputs[0].detach())
+                output.register_hook(lambda gradient: add(name, rows, channels_last(module, gradient), pictures))
 
         return keep
 

@@ -77,7 +77,7 @@ class Rows:
     stop: int
 
     def weight(self, model: nn.Module) -> Tensor:
-        return part(model, self.path).weight[self.start : self.stop].detach().double()
+        return part(model, self.path).weight[self.start : self.stop].detach().flatten(1).double()
 
 
 def layerwise(kind: Kind, model: nn.Module, sites: Sites, batches: Iterable, *, seed: int = 0) -> Layerwise:
@@ -121,7 +121,7 @@ def _from_moments(kind: Kind, model: nn.Module, rows: list[Rows], batches: Itera
     """The moments of inputs (or of outputs, where these are fewer), centred or not."""
     layers = {}
     for path in dict.fromkeys(r.path for r in rows):
-        out, into = part(model, path).weight.shape
+        out, into = part(model, path).weight.shape[:2]  # of a 1×1 convolution as well
         layers[path] = LinearSite(path, "linear", path, min(out, into), into, out)
     seen = calibrate(model, batches, statistic="activation", sites=Sites(layers))
     moments: dict[tuple[str, int], Tensor] = {}
@@ -135,7 +135,7 @@ def _from_moments(kind: Kind, model: nn.Module, rows: list[Rows], batches: Itera
         if kind == "feature-pca":
             means[r.path] = mean
         else:
-            middle = mean if narrow_in else part(model, r.path).weight.detach().double() @ mean
+            middle = mean if narrow_in else part(model, r.path).weight.detach().flatten(1).double() @ mean
             moment = moment + middle.outer(middle)
         moments[r.path, r.start] = narrower(weight, moment) if narrow_in else moment[r.start : r.stop, r.start : r.stop]
     return Layerwise(kind, moments, means)

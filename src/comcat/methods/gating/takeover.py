@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...linalg import refit_units
 from ...modules.gates import Gate
-from ...sites import HiddenSite, ProductSite, Site, Sites, part
+from ...sites import HiddenSite, ProductSite, Site, Sites, channels_last, part
 from ...statistics import examples_of, show
 from ...statistics.moments import Moments
 
@@ -50,10 +50,11 @@ class StandIn:
         if not share.any():
             return
         weight = reader.weight
-        lost = weight[:, self.marked].double() * share  # (out, marked)
+        matrix = weight.flatten(1)  # of a 1×1 convolution as well; a view
+        lost = matrix[:, self.marked].double() * share  # (out, marked)
         shift = self.mean[self.marked] - self.weights @ self.mean[self.kept]
         shift = shift if rest is None else shift - rest.double()[self.marked]
-        weight[:, self.kept] += (lost @ self.weights).to(weight)
+        matrix[:, self.kept] += (lost @ self.weights).to(weight)
         reader.bias.add_((lost @ shift).to(weight))
 
 
@@ -93,7 +94,11 @@ def _read(model: nn.Module, readers: Mapping[str, nn.Linear], batches: Iterable)
         pictures = count
 
     def recorder(name: str):
-        return lambda module, inputs: moments[name].add(inputs[0], pictures, centred="all")
+        def keep(module: nn.Module, inputs: tuple) -> None:
+            rows = channels_last(module, inputs[0])
+            moments[name].add(rows.flatten(1, -2) if rows.ndim > 3 else rows, pictures, centred="all")
+
+        return keep
 
     with ExitStack() as stack:
         for name, reader in readers.items():  # after the gate, which was there first
