@@ -1,13 +1,13 @@
 """Figures that README, docs and CHANGELOG state, and the committed result that each one rounds.
 
 ``claims.json`` beside this file is a list. An entry names a page and the words that stand there (``says``). Then come
-either ``figures``, or, for numbers that nobody measured, why they are none (``exempt``). ``settings`` are numbers in the
-words that say what was measured, not what came out. A figure has
+either ``figures``, or, for numbers that nobody measured, why they are none (``exempt``). ``settings`` are numbers in
+the words that say what was measured, not what came out. A figure has
 
 - ``shown``, as it stands in the words, and ``number``, where that is no numeral;
-- ``result``, a path below ``results/``, and ``at``, the way to the value in it. Steps of a way are a key; a number, ``"*"``
-  or ``"4:"`` in a list; or ``{"method": "ranks", "reduce": 0.5}``, the entries of a list that have these values, or one
-  of a list of values;
+- ``result``, a path below ``results/``, and ``at``, the way to the value in it. Steps of a way are a key; a number,
+  ``"*"`` or ``"4:"`` in a list; or ``{"method": "ranks", "reduce": 0.5}``, the entries of a list that have these
+  values, or one of a list of values;
 - ``over`` and ``less``, ways to what the value is divided by or what is taken from it; ``factor``, which multiplies it;
 - ``take``, which of several values is meant: ``min``, ``max`` or ``mean``;
 - ``holds``: ``rounds`` (the default: the value rounds to the figure), ``at least``, ``at most``, or ``about`` (within a
