@@ -33,10 +33,9 @@ from comcat.modules.tensor import (
     TENSOR_FORMS,
     TensorTrainLinear,
     TuckerLinear,
-    check_shape,
     matrix_factors,
-    shape_parameters,
 )
+from comcat.modules.tensor_shapes import check_shape, shape_parameters
 from comcat.plan import Plan, SitePlan
 from comcat.sites import Sites
 

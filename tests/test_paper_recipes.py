@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from comcat.cli.compress import Compress
 from comcat.cli.recipes import with_recipe
+from comcat.cli.shrink.compress import Compress
 from comcat.methods.search import SearchSettings
 
 RECIPES = Path(__file__).parents[1] / "recipes"

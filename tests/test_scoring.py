@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from comcat.cli.score import Score, run
+from comcat.cli.judge.score import Score, run
 from comcat.diffusion.digits.vocabulary import make_tokenizer
 from comcat.errors import DataError, ModelError, NumericsError, SettingsError
 from comcat.scoring import (

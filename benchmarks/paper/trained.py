@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common
 
 from comcat import batches, evaluate, load_model, open_pictures, preprocess_of
-from comcat.cli.compress import Compress
 from comcat.cli.recipes import with_recipe
+from comcat.cli.shrink.compress import Compress
 from comcat.data import Pictures, Preprocess
 from comcat.errors import DataError
 from comcat.measure import Evaluation, count_parameters

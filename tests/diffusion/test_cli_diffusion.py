@@ -9,7 +9,7 @@ from PIL import Image
 
 import comcat.diffusion as cd
 from comcat.cli import main
-from comcat.cli.generate import free_name, parse_adapter
+from comcat.cli.personal.generate import free_name, parse_adapter
 from comcat.errors import SettingsError
 
 from . import tiny

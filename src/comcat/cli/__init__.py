@@ -15,19 +15,19 @@ from ..errors import ComcatError, nearest
 from ..settings import LARGEST_SEED, expect
 
 VERBS = {
-    "inspect": ("inspect:Inspect", "what of a model can shrink, and what cannot and why"),
-    "compress": ("compress:Compress", "make a model smaller and faster"),
-    "explore": ("explore:Explore", "every budget of a model on a page with a slider"),
-    "merge": ("merge:Merge", "run a model's blocks on fewer tokens"),
-    "prune": ("prune:Prune", "prune channels while the model is trained"),
-    "search": ("search:Search", "find the ranks of a plan by search on training pictures"),
-    "tune": ("tune:Tune", "win back by training what compression lost"),
-    "eval": ("evaluate:Eval", "accuracy of a model, and agreement with another"),
+    "inspect": ("judge.inspect:Inspect", "what of a model can shrink, and what cannot and why"),
+    "compress": ("shrink.compress:Compress", "make a model smaller and faster"),
+    "explore": ("shrink.explore:Explore", "every budget of a model on a page with a slider"),
+    "merge": ("shrink.merge:Merge", "run a model's blocks on fewer tokens"),
+    "prune": ("shrink.prune:Prune", "prune channels while the model is trained"),
+    "search": ("shrink.search:Search", "find the ranks of a plan by search on training pictures"),
+    "tune": ("shrink.tune:Tune", "win back by training what compression lost"),
+    "eval": ("judge.evaluate:Eval", "accuracy of a model, and agreement with another"),
     "export": ("export:Export", "write a model as a file that another runtime loads"),
-    "bench": ("bench:Bench", "time a model, beside another in one interleaved run"),
-    "customize": ("customize:Customize", "teach a text-to-image pipeline a concept"),
-    "generate": ("generate:Generate", "pictures from prompts, with adapters"),
-    "score": ("score:Score", "measure generated pictures: KID, FID, CLIP-I, CLIP-T, DINO"),
+    "bench": ("judge.bench:Bench", "time a model, beside another in one interleaved run"),
+    "customize": ("personal.customize:Customize", "teach a text-to-image pipeline a concept"),
+    "generate": ("personal.generate:Generate", "pictures from prompts, with adapters"),
+    "score": ("judge.score:Score", "measure generated pictures: KID, FID, CLIP-I, CLIP-T, DINO"),
     "demo": ("demo:Demo", "see it work without any download"),
 }
 """Verb → module of this package and settings in it, and what the verb does."""

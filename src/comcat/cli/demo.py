@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from .common import Common, Positional, pick_device
-from .compress import Compress, compress_model
+from .shrink.compress import Compress, compress_model
 from .terminal import table
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from ..errors import PlanError
 from ..hosts.mounting import exchange
-from ..modules.tensor import TENSOR_FORMS, check_shape, shape_macs, shape_parameters
+from ..modules.tensor import TENSOR_FORMS
+from ..modules.tensor_shapes import check_shape, shape_macs, shape_parameters
 from ..plan import SitePlan
 from ..sites import LinearSite, Undo, part
 from .protocol import Flow, Material, Planned

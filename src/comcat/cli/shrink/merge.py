@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..methods.settings import MergeSettings
-from ..settings import keywords_of
-from ..tuning.settings import TuneSettings
-from .common import Common, Positional, command_line, load
-from .terminal import print_report
+from ...methods.settings import MergeSettings
+from ...settings import keywords_of
+from ...tuning.settings import TuneSettings
+from ..common import Common, Positional, command_line, load
+from ..terminal import print_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ WAY = ("eval_limit", "seed", "batch_size", "bench", "overwrite", "epochs", "tune
 
 
 def run(command: Merge) -> int:
-    from ..workflows.merge import merge_to
+    from ...workflows.merge import merge_to
 
     started = time.monotonic()
     done = merge_to(

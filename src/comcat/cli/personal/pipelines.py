@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from .common import pick_device
+from ..common import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ def open_pipeline(command: PipelineCommand, spec: str, device: Any = None) -> An
     """The pipeline of a command, on ``device`` if one is given."""
     import torch
 
-    from ..diffusion import load_pipeline
+    from ...diffusion import load_pipeline
 
     dtype = getattr(torch, command.dtype)
     return load_pipeline(spec, device=device or pick_device(command.device), dtype=dtype, variant=command.variant)

@@ -8,9 +8,9 @@ from typing import Any
 
 import tyro
 
-from ..diffusion.draw.settings import GenerateSettings
-from ..errors import SettingsError, counted
-from .common import Positional
+from ...diffusion.draw.settings import GenerateSettings
+from ...errors import SettingsError, counted
+from ..common import Positional
 from .pipelines import PipelineCommand, open_pipeline
 
 Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]
@@ -37,9 +37,9 @@ class Generate(PipelineCommand, GenerateSettings):
 
 
 def run(command: Generate) -> int:
-    from ..diffusion import load
-    from ..diffusion.draw.generate import generate_to
-    from ..diffusion.draw.prompts import notes_on_calls, read_prompts
+    from ...diffusion import load
+    from ...diffusion.draw.generate import generate_to
+    from ...diffusion.draw.prompts import notes_on_calls, read_prompts
 
     prompts = [*command.prompt, *(read_prompts(command.prompts) if command.prompts is not None else [])]
     if not prompts:

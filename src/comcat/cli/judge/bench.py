@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import ModelError, SettingsError
-from ..settings import expect
-from .common import Common, Positional, load, pick_device
-from .terminal import LABELS, number, table
+from ...errors import ModelError, SettingsError
+from ...settings import expect
+from ..common import Common, Positional, load, pick_device
+from ..terminal import LABELS, number, table
 
 Runtime = Literal["onnxruntime", "openvino", "torch.export"]
 FORMATS = {"onnxruntime": "onnx", "openvino": "openvino", "torch.export": "torch"}
@@ -56,7 +56,7 @@ class Timed:
 def run(command: Bench) -> int:
     import torch
 
-    from ..measure import benchmark, environment, ratio
+    from ...measure import benchmark, environment, ratio
 
     if command.threads is not None:
         torch.set_num_threads(command.threads)
@@ -100,7 +100,7 @@ def run(command: Bench) -> int:
 @contextmanager
 def _opened(command: Bench) -> Iterator[dict[str, Timed]]:
     """What is to be timed, by its name; the one to compare with first."""
-    from ..deployment.formats import format_of
+    from ...deployment.formats import format_of
 
     names = [name for name in (command.against, command.model) if name is not None]
     forms = {name: format_of(Path(name).expanduser()) for name in names}
@@ -124,9 +124,9 @@ def _check_runtime(command: Bench, forms: dict[str, Any]) -> None:
 def _timed(command: Bench, name: str, form: Any, place: Path) -> Timed:
     from dataclasses import replace
 
-    from ..deployment.export import export
-    from ..deployment.formats import FORMATS as KNOWN
-    from ..deployment.runtimes import open_exported
+    from ...deployment.export import export
+    from ...deployment.formats import FORMATS as KNOWN
+    from ...deployment.runtimes import open_exported
 
     if form is not None:
         return Timed(module=open_exported(name), source=None)
@@ -147,7 +147,7 @@ def _example(timed: dict[str, Timed], command: Bench) -> Any:
     """Pictures that all of them take."""
     import torch
 
-    from ..models import preprocess_of
+    from ...models import preprocess_of
 
     kinds = {name: getattr(t.module, "description", {}).get("input", {}).get("type") for name, t in timed.items()}
     if "uint8" in kinds.values():
@@ -165,16 +165,16 @@ def _example(timed: dict[str, Timed], command: Bench) -> Any:
 
 def _stored(model: Any) -> int:
     """Bytes of the file that a model came from, or of the one that it would be saved to."""
-    from ..measure import size_on_disk
-    from ..models.stored import precision_of, source_bytes
+    from ...measure import size_on_disk
+    from ...models.stored import precision_of, source_bytes
 
     return source_bytes(model) or size_on_disk(model, dtype=precision_of(model))
 
 
 def _row(timed: Timed, timing: Any, example: Any) -> dict[str, Any]:
     """The numbers of one model; what a file does not tell is None."""
-    from ..deployment.export import size_of
-    from ..measure import count_macs, count_parameters, peak_memory
+    from ...deployment.export import size_of
+    from ...measure import count_macs, count_parameters, peak_memory
 
     path = getattr(timed.module, "path", None)
     source, module = timed.source, timed.module

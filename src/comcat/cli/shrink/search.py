@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..methods.search.settings import SearchSettings
-from ..settings import keywords_of
-from .common import Common, Positional, in_processes, load
-from .terminal import table
+from ...methods.search.settings import SearchSettings
+from ...settings import keywords_of
+from ..common import Common, Positional, in_processes, load
+from ..terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def run(command: Search) -> int:
 
 
 def _run(command: Search, processes: Any) -> int:
-    from ..workflows.search import search_to
+    from ...workflows.search import search_to
 
     started = time.monotonic()
     with processes.together():

@@ -6,11 +6,11 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import counted
-from ..scoring.settings import ScoreSettings
-from ..settings import part_of
-from .common import Common, Positional, pick_device
-from .terminal import table
+from ...errors import counted
+from ...scoring.settings import ScoreSettings
+from ...settings import part_of
+from ..common import Common, Positional, pick_device
+from ..terminal import table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Score(Common, ScoreSettings):
 def run(command: Score) -> int:
     import torch
 
-    from ..scoring import score
+    from ...scoring import score
 
     settings = part_of(ScoreSettings, command)
     opening: dict[str, Any] = {

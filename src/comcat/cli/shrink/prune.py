@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..methods.gating.settings import PruneSettings
-from ..settings import keywords_of
-from .common import Common, Positional, command_line, in_processes, load
-from .terminal import print_report, table
+from ...methods.gating.settings import PruneSettings
+from ...settings import keywords_of
+from ..common import Common, Positional, command_line, in_processes, load
+from ..terminal import print_report, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def run(command: Prune) -> int:
 
 
 def _run(command: Prune, processes: Any) -> int:
-    from ..workflows.prune import prune_to
+    from ...workflows.prune import prune_to
 
     started = time.monotonic()
     with processes.together():

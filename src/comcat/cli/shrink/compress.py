@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..settings import keywords_of
-from ..workflows.settings import CompressToSettings
-from .common import Common, Positional, command_line, load
+from ...settings import keywords_of
+from ...workflows.settings import CompressToSettings
+from ..common import Common, Positional, command_line, load
+from ..terminal import print_report
 from .search import show as show_search
-from .terminal import print_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ def run(command: Compress) -> int:
 
 def compress_model(command: Compress, model: Any, *, shown: str | None = None) -> int:
     """Compress a model that is loaded already; ``shown`` is the command to repeat it with, for the report."""
-    from ..workflows.compress import compress_to
+    from ...workflows.compress import compress_to
 
     started = time.monotonic()
     done = compress_to(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SettingsError
-from ..settings import keywords_of
-from ..tuning.settings import TuneSettings
-from .common import Common, Positional, command_line, in_processes, load
-from .terminal import LABELS, number, table
+from ...errors import SettingsError
+from ...settings import keywords_of
+from ...tuning.settings import TuneSettings
+from ..common import Common, Positional, command_line, in_processes, load
+from ..terminal import LABELS, number, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def run(command: Tune) -> int:
 
 
 def _run(command: Tune, out: Path, processes: Any) -> int:
-    from ..workflows.tune import tune_to
+    from ...workflows.tune import tune_to
 
     with processes.together():
         student = load(command, command.student)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from ..settings import expect
-from .common import Common, Positional, load
-from .terminal import LABELS, number, table
+from ...settings import expect
+from ..common import Common, Positional, load
+from ..terminal import LABELS, number, table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,10 @@ class Eval(Common):
 
 
 def run(command: Eval) -> int:
-    from ..data import batches
-    from ..measure import evaluate
-    from ..models import preprocess_of
-    from ..workflows.places import pictures_for, said_of_skipped
+    from ...data import batches
+    from ...measure import evaluate
+    from ...models import preprocess_of
+    from ...workflows.places import pictures_for, said_of_skipped
 
     model = load(command, command.model)
     against = None if command.against is None else load(command, command.against)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..diffusion.learn.settings import CustomizeSettings
-from ..settings import part_of
-from .common import Positional, in_processes
+from ...diffusion.learn.settings import CustomizeSettings
+from ...settings import part_of
+from ..common import Positional, in_processes
 from .pipelines import PipelineCommand, open_pipeline
 
 
@@ -33,14 +33,14 @@ class Customize(PipelineCommand, CustomizeSettings):
 
 
 def run(command: Customize) -> int:
-    from ..diffusion.learn.run_folder import folder_of
+    from ...diffusion.learn.run_folder import folder_of
 
     return in_processes(command.device, lambda processes: _run(command, processes), folder_of(command.out))
 
 
 def _run(command: Customize, processes: Any) -> int:
-    from ..diffusion.learn.customize import Customization
-    from ..diffusion.learn.run_folder import folder_of
+    from ...diffusion.learn.customize import Customization
+    from ...diffusion.learn.run_folder import folder_of
 
     settings = part_of(CustomizeSettings, command)
     with processes.together():

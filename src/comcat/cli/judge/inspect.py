@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import Common, Positional, load, pick_device
-from .terminal import table
+from ..common import Common, Positional, load, pick_device
+from ..terminal import table
 
 if TYPE_CHECKING:
-    from ..sites import Site, Sites
+    from ...sites import Site, Sites
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +38,10 @@ def run(command: Inspect) -> int:
 
 
 def _inspect_model(command: Inspect) -> int:
-    from ..hosts import find_sites
-    from ..measure import count_parameters
-    from ..methods.allocate import shrinkable
-    from ..methods.ladders import searchable
+    from ...hosts import find_sites
+    from ...measure import count_parameters
+    from ...methods.allocate import shrinkable
+    from ...methods.ladders import searchable
 
     model = load(command, command.model)
     sites, total = find_sites(model), count_parameters(model)
@@ -73,9 +73,9 @@ def _tokens_of(model: Any) -> dict[str, Any]:
     """The trunk of a model as JSON holds it, found by showing it one blank picture of its input size."""
     import torch
 
-    from ..errors import ComcatError
-    from ..models import preprocess_of
-    from ..statistics.trunk import find_trunk
+    from ...errors import ComcatError
+    from ...models import preprocess_of
+    from ...statistics.trunk import find_trunk
 
     merged = [
         {"block": name, "keep": module.token_reduction.keep, "tokens": module.token_reduction.full}
@@ -99,7 +99,7 @@ def _tokens_of(model: Any) -> dict[str, Any]:
 
 def _said_of_tokens(found: Mapping[str, Any]) -> Iterator[str]:
     """The same in a few lines for people."""
-    from ..errors import counted
+    from ...errors import counted
 
     if "merged" in found:
         kept = ", ".join(f"{m['block']} {m['keep']} of {m['tokens']}" for m in found["merged"])
@@ -124,9 +124,9 @@ def _said_of_tokens(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _row(model: Any, site: Site, sites: Sites, total: int, kept: bool) -> dict[str, Any]:
     """What a site is and what it costs. A feed-forward is told by its hidden units; its layers are the alternative."""
-    from ..factors import Weights, factorize_site
-    from ..report import rank_for_energy
-    from ..sites import HiddenSite
+    from ...factors import Weights, factorize_site
+    from ...report import rank_for_energy
+    from ...sites import HiddenSite
 
     row = {"site": site.name, "kind": site.kind, "kept_by_default": kept}
     row |= {"parameters": site.parameters(), "share": site.parameters() / total}
@@ -172,7 +172,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _inspect_pipeline(command: Inspect) -> int:
     import torch
 
-    from ..diffusion import find_adaptable, load_pipeline
+    from ...diffusion import find_adaptable, load_pipeline
 
     spec = command.model.removeprefix("diffusers:")
     pipe = load_pipeline(spec, device=pick_device(command.device), dtype=getattr(torch, command.dtype))
@@ -205,7 +205,7 @@ def _inspect_pipeline(command: Inspect) -> int:
 
 
 def _inspect_adapter(command: Inspect, path: Path) -> int:
-    from ..diffusion import read
+    from ...diffusion import read
 
     found = read(path)
     rows = [

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 import tyro
 
-from ..methods.settings import CompressSettings
-from ..settings import keywords_of
-from .common import Common, Positional, load
+from ...methods.settings import CompressSettings
+from ...settings import keywords_of
+from ..common import Common, Positional, load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Explore(Common, CompressSettings):
 
 
 def run(command: Explore) -> int:
-    from ..workflows.explore import explore_to
+    from ...workflows.explore import explore_to
 
     own = ("points", "measured", "judged", "time", "batch_size", "overwrite")
     every = keywords_of(CompressSettings, command)

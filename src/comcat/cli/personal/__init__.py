@@ -1,0 +1,1 @@
+"""Verbs that teach a text-to-image pipeline a concept, and draw with it."""

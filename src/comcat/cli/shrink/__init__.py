@@ -1,0 +1,1 @@
+"""Verbs that make a model smaller and faster, and win back what was lost."""
