@@ -63,6 +63,7 @@ gpu: setup
 
 results: setup
 	$(BIN)/python benchmarks/summarise.py
+	$(BIN)/python benchmarks/picture.py
 	$(BIN)/python benchmarks/claims.py
 
 lint: setup

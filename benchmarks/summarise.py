@@ -12,7 +12,7 @@ from typing import Any
 
 from card.page import card_accuracy, card_speed, caveat
 from common import RESULTS, quartiles, rows_of, spread, where
-from real.page import heads, real
+from real.page import heads, real, times
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 INTRO = """# Results
@@ -27,6 +27,8 @@ results by `python benchmarks/summarise.py`. Ratios compare things measured in o
 everywhere: the standard deviation over seeds. The error from having judged these pictures and no others is from a
 bootstrap, and stands beside it where it was measured.
 Quartiles stand beside times wherever the rounds were kept.
+
+![Accuracy of a DINOv2-small against what is left of its parameters](real-weights.svg)
 """
 
 
@@ -347,6 +349,7 @@ def cait(r: dict[str, Any]) -> str:
 
 SECTIONS = [
     ("Real weights: DINOv2-small", "real-", real),
+    ("Real weights: time of a forward", "forward-", times),
     ("Whether whole heads should go", "whole-heads", heads),
     ("On one card: speed", "gpu speed", card_speed),
     ("On one card: accuracy", "gpu accuracy", card_accuracy),

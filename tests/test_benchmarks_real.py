@@ -610,3 +610,14 @@ def test_the_real_nuclei(real):
     tables = against_truth(said, judged.labels, said)
     assert tables["nuclei"].score() == pytest.approx(63.5, abs=0.1)
     assert tables["background"].score() == pytest.approx(91.5, abs=0.1)
+
+
+def test_the_times_script_runs(tiny_task, tmp_path):
+    from real import times
+
+    words = ["--budgets", "0.3", "0.97", "--batch", "2", "--pictures", "8", "--repeats", "2"]
+    made = times.main([*words, "--methods", "ranks + units", "product + magnitude"])
+    assert [(r["method"], r["reduce"]) for r in made["rows"]] == [("ranks + units", 0.3), ("product + magnitude", 0.3)]
+    assert all(r["speed_up"] > 0 and r["parameters"] <= 0.7 * made["parameters"] for r in made["rows"])
+    written = json.loads(next((tmp_path / "results").rglob("forward-classifier.json")).read_text())
+    assert f"| ranks + units | {written['rows'][0]['speed_up']:.2f} (" in __import__("summarise").times(written)

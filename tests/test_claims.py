@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -32,6 +33,33 @@ ENTRIES = claims.claims()
 def test_the_page_of_results_is_written_from_the_results() -> None:
     summarise = script("summarise")
     assert summarise.PAGE.read_text() == summarise.page(), "run `make results`"
+
+
+def test_the_picture_is_drawn_from_the_results() -> None:
+    picture = script("picture")
+    assert picture.PICTURE.read_text() == picture.picture(), "run `make results`"
+
+
+def test_a_line_stands_where_its_result_says() -> None:
+    picture = script("picture")
+
+    def row(method: str, reduce: float, mean: float, parameters: int) -> dict:
+        return {"method": method, "reduce": reduce, "mean": mean, "std": 1.0, "runs": [{"parameters": parameters}]}
+
+    real = {
+        "benchmark": "real-classifier", "task": "classifier", "judged": 10, "parameters": 1000, "settings": {"tune": 0},
+        "dense": {"score": 80.0},
+        "rows": [row("ranks", 0.5, 60.0, 500), row("ranks", 0.2, 75.0, 800), row("tokens alike", 0.5, 70.0, 1000)],
+    }  # fmt: skip
+    tuned = {**real, "settings": {"tune": 5}, "rows": [row("ranks + units", 0.5, 79.0, 500)]}
+    times = {"benchmark": "forward-classifier", "rows": [{"method": "tokens alike", "reduce": 0.5, "speed_up": 2.0}]}
+    by_size, by_time = picture.panels([real, tuned, times])
+    assert [(p.left, p.score) for p in by_size.lines["ranks"]] == [(100, 80.0), (80.0, 75.0), (50.0, 60.0)]
+    assert set(by_size.lines) == {"ranks"} and set(by_time.lines) == {"tokens alike"}
+    assert [(p.left, p.score) for p in by_time.lines["tokens alike"]] == [(100, 80.0), (50.0, 70.0)]
+    drawn = ElementTree.fromstring(picture.svg([by_size, by_time]))
+    assert sum("L" in e.get("d", "") for e in drawn.iter()) == 2, "two lines through points, beside the legend's"
+    assert "prefers-color-scheme:dark" in picture.svg([by_size])
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['page']}: {e['says'][:40]}")

@@ -61,3 +61,18 @@ def heads(r: dict[str, Any]) -> str:
         "Predicted loss at equal parameters, in the statistic's own unit; measured where it falls by more than "
         f"{100 * r['settings']['verify']:g} %.\n\n{rows_of(columns, rows)}\n\n{where(r)}"
     )
+
+
+def times(r: dict[str, Any]) -> str:
+    budgets = sorted({x["reduce"] for x in r["rows"]})
+    rows = {(x["method"], x["reduce"]): x for x in r["rows"]}
+
+    def cell(x: dict[str, Any] | None) -> str | None:
+        return x and f"{x['speed_up']:.2f} ({x['speed_up_quartiles'][0]:.2f}–{x['speed_up_quartiles'][1]:.2f})"
+
+    head = ["method", *(f"−{100 * b:g} %" for b in budgets)]
+    table = [[m, *(cell(rows.get((m, b))) for b in budgets)] for m in dict.fromkeys(x["method"] for x in r["rows"])]
+    return (
+        f"{r['about']}; times as fast as the dense model, batch {r['batch']}, float32, with quartiles. Methods that "
+        f"merge tokens run so many fewer tokens and save no parameters.\n\n{rows_of(head, table)}\n\n{where(r)}"
+    )
