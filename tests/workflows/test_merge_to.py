@@ -43,6 +43,8 @@ def test_merge_is_saved_reported_and_loaded(folder, tmp_path, capsys):
     before = comcat.load_model(str(folder))
     assert comcat.count_macs(model, x[:1]) < comcat.count_macs(before, x[:1])
     assert not torch.equal(model(x), before(x))
+    page = (out / "report.html").read_text()
+    assert page.count('<img src="data:image/jpeg') == 4 * (1 + len(plan.sites)) and "Which tokens ran as one" in page
 
 
 def test_the_recipe_after_cait_runs_in_one_go(folder, tmp_path, capsys):

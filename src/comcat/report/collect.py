@@ -21,6 +21,7 @@ from ..sites import Attention, ProductSite, Sites
 from . import wording
 from .data import ReportData, Spectrum
 from .history import search_facts, search_series, tuning_facts, tuning_series
+from .overlays import shown_pictures
 from .rows import site_rows
 
 _STRUCTURE = ("parameters", "size_bytes", "macs")
@@ -41,6 +42,7 @@ def collect(
     compressed: Evaluation | None = None,
     timings: Mapping[str, Timing] | None = None,
     compiled: Mapping[str, Timing] | None = None,
+    shown: Tensor | None = None,
     notes: tuple[str, ...] = (),
 ) -> ReportData:
     """Everything the report shows, computed or taken from measurements already made.
@@ -55,6 +57,7 @@ def collect(
         compressed: where ``after`` was tuned, the evaluation on the same pictures of what it was before that; against
             ``before``, so that the rise of the loss can be told from what tuning won back.
         timings, compiled: with the keys ``"before"`` and ``"after"``.
+        shown: pictures (count, channels, height, width) on which the page shows the tokens that ran as one.
     """
     plan, prepared = done.plan, done.prepared
     evaluated, tuning = evaluations[1], _tuning_of(after)
@@ -77,7 +80,8 @@ def collect(
         after=final, agreement=agreement, predicted_loss=plan.made_by.get("predicted_loss"),
         measured_loss=None if measured is None else measured.divergence,
         sites=site_rows(plan, prepared.whole, prepared), spectra=tuple(weight_spectra(before, prepared.whole)),
-        curves=curves, facts=facts, judged_on=judged_on, speed=_speed(timings), notes=(*notes, *done.notes),
+        curves=curves, facts=facts, judged_on=judged_on, speed=_speed(timings),
+        pictures=() if shown is None else shown_pictures(before, after, shown), notes=(*notes, *done.notes),
     )  # fmt: skip
 
 

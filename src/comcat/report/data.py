@@ -85,6 +85,31 @@ class SiteRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ShownPicture:
+    """A picture, and what became of its tokens. Every image is the text of a ``data:image/…`` address.
+
+    Attributes:
+        picture: as the model was given it. blocks: the same, by block, with the tokens that the block ran as one in one
+            colour. counts: how many tokens each block ran, as ``"120 of 196"``.
+        maps: of a dense model, its map ``"before"`` and ``"after"``.
+
+    Raises SettingsError for an image that is none, or of another place.
+    """
+
+    picture: str
+    blocks: dict[str, str]
+    counts: dict[str, str]
+    maps: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for image in (self.picture, *self.blocks.values(), *self.maps.values()):
+            if not isinstance(image, str) or not image.startswith("data:image/"):
+                raise SettingsError(f"picture of a report: got {str(image)[:40]!r}, expected data:image/…")
+        if self.blocks.keys() != self.counts.keys():
+            raise SettingsError(f"blocks of a picture: got {list(self.blocks)}, and counts of {list(self.counts)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReportData:
     """Everything that the report shows; what is None or empty is left out of the page.
 
@@ -95,6 +120,7 @@ class ReportData:
     ``count`` (images compared). ``predicted_loss`` and ``measured_loss`` are rises of the loss. ``curves`` maps a
     name to a list of series ``{"x": [...], "y": [...]}``, each optionally with ``"label"``, ``"x_label"``,
     ``"y_label"`` (series of one share a panel) and ``"reference"`` (true for a line to compare with); None is a gap.
+    ``pictures`` show which tokens ran as one.
     ``between`` holds metrics of the model after compression where ``after`` is that of the tuned one. ``facts`` maps a
     name, such as that of a curve, to texts by what they say.
 
@@ -120,6 +146,7 @@ class ReportData:
     facts: dict[str, dict[str, str]] = field(default_factory=dict)
     judged_on: str | None = None
     speed: dict[str, float] = field(default_factory=dict)
+    pictures: tuple[ShownPicture, ...] = ()
 
     def __post_init__(self) -> None:
         for name, series in self.curves.items():
@@ -155,6 +182,7 @@ class ReportData:
             rows = map(_of_version_1, rows) if document["version"] == 1 else rows
             content["sites"] = tuple(_build(SiteRow, row) for row in rows)
             content["spectra"] = tuple(_build(Spectrum, row) for row in content.get("spectra", ()))
+            content["pictures"] = tuple(_build(ShownPicture, row) for row in content.get("pictures", ()))
             content["notes"] = tuple(content.get("notes", ()))
             return _build(cls, content)
         except (AttributeError, TypeError) as error:

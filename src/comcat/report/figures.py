@@ -144,7 +144,7 @@ def figure_ranks(sites: Sequence[SiteRow], *, columns: int = 2, width: float = 9
             axis.set_xlim(-0.6, len(names) - 0.4)
             _thin_ticks(axis, _short(names))
             axis.set_xlabel("layer" if position + columns >= len(panels) else "")
-            axis.set_ylabel("units" if rows[0].kind == "units" else "rank")
+            axis.set_ylabel(rows[0].kind if rows[0].kind in ("units", "tokens") else "rank")
         if alone:
             axis = axes[-1]
             _bars(axis.barh, alone, 0.35, range(len(alone)))

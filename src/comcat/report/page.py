@@ -50,6 +50,7 @@ def render(data: ReportData) -> str:
         columns=_columns(data),
         figures=_figures(data),
         sections=_sections(data),
+        shown=_shown(data),
         blocks=tables.blocks(data.sites),
         sites=tables.site_table(data.sites),
         stayed=tables.stayed(data.sites),
@@ -197,6 +198,12 @@ def _figures(data: ReportData) -> dict[str, Any]:
     return figures
 
 
+def _shown(data: ReportData) -> dict[str, Any]:
+    """What is said of the pictures of tokens."""
+    blocks = [block for seen in data.pictures for block in seen.blocks]
+    return wording.shown({site.form for site in data.sites}, blocks, any(seen.maps for seen in data.pictures))
+
+
 def _sections(data: ReportData) -> list[dict[str, Any]]:
     """Curves and facts by name: a figure, a table, or both."""
     sections = []
@@ -234,16 +241,22 @@ def _ranks_caption(sites: Sequence[SiteRow]) -> str:
         shrunk = [row for row in rows if row.form is not None]
         full = sum(row.full for row in shrunk)
         if full:
-            name = title[:1].lower() + title[1:] if title == "Hidden units" else title or "other layers"
+            name = title.lower() if title in ("Hidden units", "Tokens") else title or "other layers"
             kept.append(f"{name} {100 * sum(row.keep or 0 for row in shrunk) / full:.0f}\u00a0%")
     shares = f" Share kept at the sites that shrank: {', '.join(kept)}." if kept else ""
     return f"{_what_is_kept(sites)} at each site; the outline is all that there was." + shares
 
 
 def _what_is_kept(sites: Sequence[SiteRow]) -> str:
-    """Ranks, hidden units or both, as a figure of these sites shows."""
-    units = [site.kind == "units" for site in sites if site.full]
-    return "Hidden units kept" if all(units) else "Ranks and hidden units kept" if any(units) else "The rank kept"
+    """Ranks, hidden units and tokens, as far as a figure of these sites shows them."""
+    kinds = {site.kind if site.kind in ("units", "tokens") else "ranks" for site in sites if site.full}
+    if kinds <= {"ranks"}:
+        return "The rank kept"
+    said = [
+        word for kind, word in (("ranks", "ranks"), ("units", "hidden units"), ("tokens", "tokens")) if kind in kinds
+    ]
+    text = said[0] if len(said) == 1 else f"{', '.join(said[:-1])} and {said[-1]}"
+    return f"{text[:1].upper()}{text[1:]} kept"
 
 
 def _saving(counts: Mapping[str, Mapping[str, float]]) -> str:

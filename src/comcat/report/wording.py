@@ -1,7 +1,7 @@
 """Numbers as people read them: units, ratios, changes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -199,3 +199,25 @@ def times(factor: float, words: tuple[str, str]) -> str:
     if abs(factor - 1) < 0.005:
         return "the same"
     return f"{max(factor, 1 / factor):.2f}× {words[0] if factor < 1 else words[1]}"
+
+
+def shown(forms: Collection[str | None], blocks: Sequence[str], maps: bool) -> dict[str, Any]:
+    """Heading and text of the pictures of tokens, and short names of their blocks.
+
+    Args:
+        forms: of all sites. blocks: paths of the blocks shown. maps: whether there are maps.
+    """
+    said = "Some of the calibration pictures, with the tokens that each block ran."
+    if "drop" in forms:
+        said += " Dark tokens rested in that block."
+    if {"similar", "grid"} & set(forms):
+        said += " Tokens of one colour ran as one; tokens without colour ran alone."
+    if maps:
+        said += " The model's map is shown before and after."
+    title = "Which tokens ran as one" if "drop" not in forms else "Which tokens ran"
+    return {"title": title, "said": said, "names": {path: _short_path(path) for path in blocks}}
+
+
+def _short_path(path: str) -> str:
+    """The last list in a path, and the place in it: ``backbone.encoder.layer.3`` becomes ``layer.3``."""
+    return ".".join(path.split(".")[-2:])

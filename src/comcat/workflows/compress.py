@@ -48,6 +48,8 @@ from .places import (
 )
 from .settings import CompressToSettings
 
+SHOWN = 4
+"""So many pictures are shown in a report."""
 Proposer = Callable[[nn.Module, Iterable], Plan]
 """What proposes a plan for a model from its calibration batches."""
 
@@ -220,5 +222,14 @@ def _report(job: _Job, small: Any, done: Compressed, compressed: Evaluation | No
     return collect(
         job.before, small, done, model=job.name, command=command, judged_on=job.division.judged_on,
         settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
-        timings=timed, notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
+        timings=timed, shown=_to_show(job, done.plan),
+        notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
     )  # fmt: skip
+
+
+def _to_show(job: _Job, plan: Plan) -> Tensor | None:
+    """A few calibration pictures, where the report has something to show on them."""
+    if not any(name.endswith(":tokens") for name in plan.sites):
+        return None
+    images, _ = next(iter(job.batches(job.division.calibration)))
+    return images[:: max(1, len(images) // SHOWN)][:SHOWN]
