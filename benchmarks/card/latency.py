@@ -16,9 +16,10 @@ import latency
 from comcat.errors import ComcatError
 
 PLANS = (
-    ("deit_small", "bfloat16", 256, 0.5, "ranks,units"),
+    ("deit_small", "bfloat16", 256, 0.25, "ranks,units"),
+    ("deit_base", "bfloat16", 256, 0.35, "ranks,units"),
+    ("deit_small", "bfloat16", 256, 0.3, "ranks,units,tokens"),
     ("deit_small", "bfloat16", 1, 0.1, "ranks,units"),
-    ("deit_small", "bfloat16", 256, 0.6, "ranks,units,tokens"),
 )
 TINY = (("tiny", "float32", 4, 0.02, "units"), ("tiny", "float32", 4, 0.99, "units"))
 

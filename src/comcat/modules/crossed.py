@@ -9,7 +9,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .lowrank import fused_attention
+from .lowrank import fused_attention, one_width
 
 
 class LowRankCrossAttention(nn.Module):
@@ -98,7 +98,6 @@ def _attend(
         attention = (logits if mask is None else logits + mask).softmax(-1)
         attention = F.dropout(attention, dropout)
         return attention @ v, attention
-    rank_qk, rank_vo = q.shape[-1], v.shape[-1]
-    wide = max(rank_qk, rank_vo)  # fused kernels want one width
-    q, k, v = F.pad(q, (0, wide - rank_qk)), F.pad(k, (0, wide - rank_qk)), F.pad(v, (0, wide - rank_vo))
+    rank_vo = v.shape[-1]
+    q, k, v = one_width(q, k, v)
     return fused_attention(q, k, v, mask, dropout, False, scale)[..., :rank_vo], None

@@ -49,8 +49,8 @@ class LowRankAttention(nn.Module):
     ``qkv.bias`` holds the query bias, zeros for the keys (softmax ignores a key bias), and the value bias: zeros where
     it is folded into the output bias, which attention dropout forbids.
 
-    Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true, because
-    fused kernels want one width (on a CPU unequal widths fall back to the unfused kernel); no parameter is spent on it.
+    Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true and the
+    device's kernels want one width (:func:`one_width`); no parameter is spent on it.
 
     Args:
         in_features, out_features: widths of the model at either end. heads: number of heads.
@@ -100,6 +100,8 @@ class LowRankAttention(nn.Module):
         rows = x.flatten(1, -2)  # (batch, tokens, in)
         q, k, v = self.qkv(rows).split(self.widths, dim=-1)
         q, k, v = self._heads(q, self.rank_qk), self._heads(k, self.rank_qk), self._heads(v, self.rank_vo)
+        if self.pad and self.rank_qk != self.rank_vo:
+            q, k, v = one_width(q, k, v)
         dropout = self.attention_dropout if self.training else 0.0
         o = fused_attention(q, k, v, attn_mask, dropout, is_causal, self.scale)  # (batch, heads, tokens, rank)
         o = o[..., : self.rank_vo].transpose(1, 2).flatten(2)
@@ -110,10 +112,8 @@ class LowRankAttention(nn.Module):
         return self.proj_drop(self.proj(o)).unflatten(1, x.shape[1:-1])
 
     def _heads(self, part: Tensor, rank: int) -> Tensor:
-        """(batch, tokens, heads · rank) → (batch, heads, tokens, rank), padded to the wider of the two ranks."""
-        part = part.unflatten(-1, (self.heads, rank)).transpose(1, 2)
-        missing = max(self.rank_qk, self.rank_vo) - rank
-        return F.pad(part, (0, missing)) if self.pad and missing > 0 else part
+        """(batch, tokens, heads · rank) → (batch, heads, tokens, rank)"""
+        return part.unflatten(-1, (self.heads, rank)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, rank_qk={self.rank_qk}, rank_vo={self.rank_vo}, scale={self.scale:.4g}"
@@ -137,6 +137,22 @@ class LowRankAttention(nn.Module):
 
 
 @torch.fx.wrap  # one node of a traced graph: what it decides on is known only when it runs
+def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (batch, heads, tokens, channels) padded with zeros to the wider of their two widths.
+
+    A CPU falls back to the unfused kernel where widths differ. Kernels of a CUDA card take two widths, if both are
+    multiples of 8, and padding costs more than it saves there: those pass as they are.
+    """
+    widths = q.shape[-1], v.shape[-1]
+    if q.is_cuda and all(width % 8 == 0 for width in widths):
+        return q, k, v
+    if widths[0] < widths[1]:
+        missing = (0, widths[1] - widths[0])
+        return F.pad(q, missing), F.pad(k, missing), v
+    return q, k, F.pad(v, (0, widths[0] - widths[1])) if widths[0] > widths[1] else v
+
+
+@torch.fx.wrap
 def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, dropout: float, is_causal: bool, scale: float
 ) -> Tensor:
