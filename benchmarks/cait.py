@@ -38,28 +38,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    p = common.parser(__doc__)
-    p.add_argument("--model", default=str(common.SHARED / "models" / "vit_cifar10"))
-    p.add_argument("--data", default=str(common.SHARED / "data" / "cifar10" / "train.parquet"))
-    p.add_argument("--eval", default=str(common.SHARED / "data" / "cifar10" / "validation.parquet"))
+    p = common.training_parser(__doc__, "cait")
     p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--epochs", type=float, default=1.0)
-    p.add_argument("--limit", type=int, help="so many training and evaluation pictures")
-    p.add_argument("--pictures", type=int, default=512, help="for calibration")
-    p.add_argument("--name", default="cait")
-    p.add_argument("--work", type=Path, default=Path("runs/benchmark-cait"), help="finished runs")
     a = p.parse_args()
-    model = comcat.load_model(a.model, device=a.device)
-    train, judged = comcat.open_pictures(a.data), comcat.open_pictures(a.eval)
-    if a.limit:
-        train, judged = train.take(a.limit, 0), judged.take(a.limit, 0)
-    dense = top1(model, judged)
+    model, train, judged = common.opened(a)
+    dense = common.top1(model, judged)
     runs = []
     for seed in range(a.seeds):
         for variant in a.variants:
-            path = a.work / f"{variant}-{seed}-{a.epochs:g}.json"
-            asked = {"limit": a.limit, "pictures": a.pictures, "tune": TUNE, "variant": VARIANTS[variant]}
+            path = a.work / Path(a.model).name / f"{variant}-{seed}-{a.epochs:g}.json"
+            asked = {k: getattr(a, k) for k in ("limit", "pictures", "data", "eval")}
+            asked |= {"tune": TUNE, "variant": VARIANTS[variant]}
             run = common.kept_result(path, asked, partial(one_run, a, model, train, judged, variant, seed))
             print(f"{variant} seed {seed}: {run['before']:.2f} → {run['after']:.2f} ({dense:.2f} dense)", flush=True)
             runs.append(run)
@@ -68,7 +57,8 @@ def main() -> None:
         print(row)
     if not a.no_write:
         shown = [{k: v for k, v in run.items() if k != "plan"} for run in runs]
-        common.write(a.name, {"dense": dense, "settings": {**vars(a), "tune": TUNE}, "rows": rows, "runs": shown})
+        settings = {**common.settings_of(a), "tune": TUNE}
+        common.write(a.name, {"dense": dense, "settings": settings, "rows": rows, "runs": shown})
 
 
 def plan_for(a: Any, model: torch.nn.Module, train: Any, variant: str, seed: int) -> tuple[torch.nn.Module, Plan]:
@@ -89,10 +79,10 @@ def one_run(a: Any, model: torch.nn.Module, train: Any, judged: Any, variant: st
     """One variant: before and after the tuning."""
     small, plan = plan_for(a, model, train, variant, seed)
     example = torch.zeros(1, 3, *comcat.preprocess_of(model).size)
-    before, start = top1(small, judged), time.monotonic()
+    before, start = common.top1(small, judged), time.monotonic()
     tuned = comcat.tune(small, train, teacher=model, epochs=a.epochs, seed=seed, **TUNE)
     return {
-        "variant": variant, "seed": seed, "before": before, "after": top1(tuned, judged),
+        "variant": variant, "seed": seed, "before": before, "after": common.top1(tuned, judged),
         "macs": comcat.count_macs(small, example) / comcat.count_macs(model, example),
         "parameters": comcat.count_parameters(small) / comcat.count_parameters(model),
         "tuning_s": time.monotonic() - start, "plan": plan.to_dict(),
@@ -123,10 +113,6 @@ def summary(runs: list[dict[str, Any]], speeds: dict[str, tuple[float, float, fl
             row[f"{key}_std"] = stdev(values) if len(values) > 1 else None
         rows.append(row)
     return rows
-
-
-def top1(model: torch.nn.Module, judged: Any) -> float:
-    return comcat.evaluate(model, comcat.batches(judged, comcat.preprocess_of(model), batch_size=128)).top1 or 0.0
 
 
 if __name__ == "__main__":

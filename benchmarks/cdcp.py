@@ -30,25 +30,13 @@ TUNE: dict[str, Any] = {"batch_size": 128, "lr": 1e-4, "crop_scale": (0.6, 1.0)}
 
 
 def main(given: list[str] | None = None) -> None:
-    p = common.parser(__doc__)
-    p.add_argument("--model", default=str(common.SHARED / "models" / "vit_cifar10"))
-    p.add_argument("--data", default=str(common.SHARED / "data" / "cifar10" / "train.parquet"))
-    p.add_argument("--eval", default=str(common.SHARED / "data" / "cifar10" / "validation.parquet"))
+    p = common.training_parser(__doc__, "cdcp", "for calibration, and to measure gates on")
     p.add_argument("--savings", type=float, nargs="+", default=[0.7, 0.9])
     p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--epochs", type=float, default=1.0)
     p.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
-    p.add_argument("--limit", type=int, help="so many training and evaluation pictures")
-    p.add_argument("--pictures", type=int, default=512, help="for calibration, and to measure gates on")
     p.add_argument("--choices", type=int, default=8, help="how often gates are marked")
-    p.add_argument("--name", default="cdcp")
-    p.add_argument("--work", type=Path, default=Path("runs/benchmark-cdcp"), help="finished runs")
     arguments = p.parse_args(given)
-    model = comcat.load_model(arguments.model, device=arguments.device)
-    train, judged = comcat.open_pictures(arguments.data), comcat.open_pictures(arguments.eval)
-    if arguments.limit:
-        train, judged = train.take(arguments.limit, 0), judged.take(arguments.limit, 0)
+    model, train, judged = common.opened(arguments)
     work = arguments.work / Path(arguments.model).name
     asked = {k: getattr(arguments, k) for k in ("limit", "pictures", "choices", "precision", "data", "eval")}
     asked |= {"tune": TUNE}
@@ -61,7 +49,7 @@ def main(given: list[str] | None = None) -> None:
                 results.append(r := common.kept_result(kept, asked, run))
                 print(f"{way} -{saving:.0%} seed {seed}: {r['top1']:.2f} ({r['seconds']:.0f} s)", flush=True)
     rows = [row_of(saving, way, results) for saving in arguments.savings for way in arguments.ways]
-    dense = top1(model, judged)
+    dense = common.top1(model, judged)
     print(f"dense {dense:.2f}")
     shown = ("way", "saved", "top1_mean", "top1_spread", "returned_mean", "seconds_mean")
     common.table(
@@ -101,7 +89,8 @@ def one_run(arguments: Any, model: Any, train: Any, judged: Any, way: str, savin
         comcat.tune(small, train, teacher=model, **training)
     return {
         "way": way, "saving": saving, "seed": seed, "returned": returned, "seconds": time.monotonic() - started,
-        "saved": 1 - comcat.count_parameters(small) / comcat.count_parameters(model), "top1": top1(small, judged),
+        "saved": 1 - comcat.count_parameters(small) / comcat.count_parameters(model),
+        "top1": common.top1(small, judged),
     }  # fmt: skip
 
 
@@ -109,12 +98,6 @@ def closed_form(arguments: Any, model: Any, train: Any, way: str, saving: float,
     loader = comcat.batches(train.take(arguments.pictures, seed), comcat.preprocess_of(model), batch_size=64)
     only = ("qk", "vo", "units") if way == "channels" else ()
     return comcat.compress(model, loader, reduce=saving, pictures=arguments.pictures, seed=seed, multiple=1, only=only)
-
-
-def top1(model: Any, pictures: Any) -> float:
-    found = comcat.evaluate(model, comcat.batches(pictures, comcat.preprocess_of(model), batch_size=100))
-    assert found.top1 is not None
-    return found.top1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import comcat
+from comcat.data import Pictures
 from comcat.files import write_json
 from comcat.measure import environment
 
@@ -86,6 +88,53 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--no-write", action="store_true", help="print only")
     return p
+
+
+def training_parser(doc: str | None, name: str, calibration: str = "for calibration") -> argparse.ArgumentParser:
+    """What every script takes that trains the small CIFAR ViT: open what it names with :func:`opened`.
+
+    Args:
+        name: of the result, and of the folder of finished runs. calibration: what ``--pictures`` are for.
+    """
+    p = parser(doc)
+    p.add_argument("--model", default=str(SHARED / "models" / "vit_cifar10"))
+    p.add_argument("--data", default=str(SHARED / "data" / "cifar10" / "train.parquet"))
+    p.add_argument("--eval", default=str(SHARED / "data" / "cifar10" / "validation.parquet"))
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--epochs", type=float, default=1.0)
+    p.add_argument("--limit", type=int, help="so many training and evaluation pictures")
+    p.add_argument("--pictures", type=int, default=512, help=calibration)
+    p.add_argument("--name", default=name)
+    p.add_argument("--work", type=Path, default=Path(f"runs/benchmark-{name}"), help="finished runs")
+    return p
+
+
+def opened(a: argparse.Namespace) -> tuple[nn.Module, Pictures, Pictures]:
+    """The model, the training pictures and the pictures to judge on that a script was given."""
+    model = comcat.load_model(a.model, device=a.device)
+    train, judged = comcat.open_pictures(a.data), comcat.open_pictures(a.eval)
+    if a.limit:
+        train, judged = train.take(a.limit, 0), judged.take(a.limit, 0)
+    return model, train, judged
+
+
+def settings_of(a: argparse.Namespace) -> dict[str, Any]:
+    """What a script was asked, as a result keeps it: files and folders by their names alone, wherever they lay."""
+    return {k: _named(v) for k, v in vars(a).items() if k not in ("name", "work", "no_write")}
+
+
+def _named(value: Any) -> Any:
+    """The name of a path; what names no place stays as it is."""
+    if isinstance(value, list | tuple):
+        return [_named(v) for v in value]
+    return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and "/" in value) else value
+
+
+def top1(model: nn.Module, pictures: Pictures) -> float:
+    """Top-1 accuracy in per cent on labelled pictures."""
+    found = comcat.evaluate(model, comcat.batches(pictures, comcat.preprocess_of(model), batch_size=100))
+    assert found.top1 is not None
+    return found.top1
 
 
 def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **arguments: Any) -> nn.Module:

@@ -31,27 +31,15 @@ TUNE: dict[str, Any] = {"batch_size": 128, "lr": 1e-4, "crop_scale": (0.6, 1.0),
 
 
 def main() -> None:
-    p = common.parser(__doc__)
-    p.add_argument("--model", default=str(common.SHARED / "models" / "vit_cifar10"))
-    p.add_argument("--data", default=str(common.SHARED / "data" / "cifar10" / "train.parquet"))
-    p.add_argument("--eval", default=str(common.SHARED / "data" / "cifar10" / "validation.parquet"))
+    p = common.training_parser(__doc__, "tuning")
     p.add_argument("--savings", type=float, nargs="+", default=[0.7, 0.9])
     p.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
-    p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--epochs", type=float, default=1.0)
-    p.add_argument("--limit", type=int, help="so many training and evaluation pictures")
-    p.add_argument("--pictures", type=int, default=512, help="for calibration")
-    p.add_argument("--name", default="tuning")
-    p.add_argument("--work", type=Path, default=Path("runs/benchmark-tuning"), help="finished runs")
     arguments = p.parse_args()
-    model = comcat.load_model(arguments.model, device=arguments.device)
-    train, judged = comcat.open_pictures(arguments.data), comcat.open_pictures(arguments.eval)
-    if arguments.limit:
-        train, judged = train.take(arguments.limit, 0), judged.take(arguments.limit, 0)
+    model, train, judged = common.opened(arguments)
     work = arguments.work / Path(arguments.model).name
     asked = {k: getattr(arguments, k) for k in ("limit", "pictures", "data", "eval")}
     asked |= {"search": SEARCH, "tune": TUNE, "only": ONLY}
-    dense = top1(model, judged)
+    dense = common.top1(model, judged)
     results: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for saving in arguments.savings:
@@ -99,20 +87,15 @@ def one_run(arguments: Any, model: Any, train: Any, judged: Any, rule: str, savi
     )  # type: ignore[arg-type]
     compress_(small, loader, settings, plan=plan)
     ranks_s = time.monotonic() - started
-    before = top1(small, judged)
+    before = common.top1(small, judged)
     started = time.monotonic()
     comcat.tune(small, train, teacher=model, epochs=arguments.epochs, seed=seed, **TUNE)
     return {
         "rule": rule, "saving": saving, "seed": seed,
         "saved": 1 - comcat.count_parameters(small) / comcat.count_parameters(model),
-        "before": before, "after": top1(small, judged), "ranks_s": ranks_s, "tuning_s": time.monotonic() - started,
+        "before": before, "after": common.top1(small, judged), "ranks_s": ranks_s,
+        "tuning_s": time.monotonic() - started,
     }  # fmt: skip
-
-
-def top1(model: Any, pictures: Any) -> float:
-    found = comcat.evaluate(model, comcat.batches(pictures, comcat.preprocess_of(model), batch_size=100))
-    assert found.top1 is not None
-    return found.top1
 
 
 if __name__ == "__main__":

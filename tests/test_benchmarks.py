@@ -96,7 +96,7 @@ def small(folder, tmp_path) -> list[str]:
         "model": folder, "data": "digits:train", "eval": "digits:test", "out": tmp_path / "out",
         "recipe": "deit-small-half", "limit": 24,
         "eval-limit": 20, "batch-size": 8, "pictures": 8, "rounds": 2, "rank-steps": 2, "weight-steps": 1, "epochs": 1,
-        "workers": 0, "precision": "fp32",
+        "workers": 0, "precision": "fp32", "features": "all",
     }  # fmt: skip
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
@@ -285,6 +285,15 @@ def test_a_step_of_search_is_compared_with_one_layer_a_candidate(scripts):
 
     asked = ["--model", "vit_tiny_patch16_224", "--batch", "1", "--grid", "2", "--repeats", "1", "--no-write"]
     assert search_step.main(asked).keys() == set(search_step.WAYS)
+
+
+def test_a_result_names_files_without_their_place(scripts):
+    import common
+
+    given = ["--model", "/models/vit/", "--data", "/data/train.parquet", "--eval", "digits:test", "--limit", "3"]
+    asked = common.settings_of(common.training_parser(None, "any").parse_args(given))
+    assert json.loads(json.dumps(asked)) == asked and asked["limit"] == 3
+    assert [asked[key] for key in ("model", "data", "eval")] == ["vit", "train.parquet", "digits:test"]
 
 
 def test_trained_channels_beside_the_closed_form(scripts, folder, tmp_path):

@@ -43,7 +43,7 @@ _OWN = {
     "reduce": (float, [""]), "pictures": (int, [""]), "seed": (int, ["", "tune."]), "epochs": (float, ["tune."]),
     "rounds": (int, ["search."]),
     "rank_steps": (int, ["search."]), "weight_steps": (int, ["search."]), "batch_size": (int, ["search.", "tune."]),
-    "precision": (str, ["search.", "tune."]), "workers": (int, ["search.", "tune."]),
+    "precision": (str, ["search.", "tune."]), "workers": (int, ["search.", "tune."]), "features": (str, ["tune."]),
 }  # fmt: skip
 """Options that replace settings of the recipe: their type, and the groups of settings that they are in."""
 
