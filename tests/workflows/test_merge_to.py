@@ -73,6 +73,85 @@ def test_the_recipe_after_cait_runs_in_one_go(folder, tmp_path, capsys):
     assert comcat.count_macs(model, pictures(1, 1)[0]) <= 0.71 * comcat.count_macs(before, pictures(1, 1)[0])
 
 
+def test_keep_of_one_measures_nothing_and_changes_nothing(folder, tmp_path, capsys, monkeypatch):
+    from comcat.methods.merging import merge as merging
+    from comcat.workflows import compress as workflow
+
+    def never(*args, **kwargs):
+        raise AssertionError("nothing is to be measured")
+
+    monkeypatch.setattr(merging, "Meter", never)
+    monkeypatch.setattr(merging, "find_trunk", never)
+    monkeypatch.setattr(workflow, "timings", never)
+    out = tmp_path / "same"
+    status = main(
+        ["merge", str(folder), "--data", "digits:train", "--keep", "1", "--eval", "digits:test", "--eval-limit", "8",
+         "--out", str(out)]
+    )  # fmt: skip
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert "nothing was merged" in captured.out and "changes nothing" in (out / "report.html").read_text()
+    x = pictures(4, 4)[0]
+    assert torch.equal(comcat.load(out)(x), comcat.load_model(str(folder))(x))
+    assert comcat.merge(tiny_vit(), keep=1.0).sites == {}
+
+
+WITH_TOKENS = ["--forms", "ranks,units,tokens", "--budget", "macs", "--reduce", "0.3"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([*WITH_TOKENS, "--stock"], "stock"),
+        ([*WITH_TOKENS, "--only", "qk"], "only=qk"),
+        ([*WITH_TOKENS, "--only", "tokens"], "only=tokens"),
+        ([*WITH_TOKENS, "--only", "blocks.0.attn"], "names no whole block"),
+    ],
+)
+def test_what_tokens_do_not_go_with_is_told_before_any_picture_is_read(
+    folder, tmp_path, capsys, monkeypatch, given, said
+):
+    from comcat.methods import prepare
+    from comcat.workflows import compress as workflow
+
+    def never(*args, **kwargs):
+        raise AssertionError("the work began")
+
+    monkeypatch.setattr(prepare, "calibrate", never)
+    monkeypatch.setattr(workflow, "compress_", never)
+    try:
+        status = main(["compress", str(folder), "--data", "digits:train", "--out", str(tmp_path / "m"), *given])
+    except SystemExit as end:  # what the words alone say is told while they are read
+        status = end.code
+    error = capsys.readouterr().err
+    assert status != 0 and said in error and "Traceback" not in error
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_plan_with_tokens_makes_no_stock_checkpoint(folder, tmp_path, capsys):
+    plan = comcat.merge(comcat.load_model(str(folder)), example=pictures(1)[0], keep=0.6)
+    plan.save(tmp_path / "plan.json")
+    wished = ["--plan", str(tmp_path / "plan.json"), "--stock"]
+    status = main(["compress", str(folder), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "m"), *wished])
+    error = capsys.readouterr().err
+    assert status != 0 and "fewer tokens" in error  # before the pictures are looked for
+    with pytest.raises(comcat.errors.SettingsError, match="stock"):
+        comcat.merge_to(tmp_path / "m", str(folder), "digits:train", way={"stock": True})
+
+
+def test_tokens_become_fewer_in_the_blocks_that_are_named():
+    small = comcat.compress(
+        tiny_vit(depth=3),
+        pictures(16, 8),
+        reduce=0.25,
+        budget="macs",
+        forms="units,tokens",
+        only=("blocks.1", "blocks.2"),
+    )
+    fewer = {n.removesuffix(":tokens") for n in small.comcat_record.plan.sites if n.endswith(":tokens")}
+    assert fewer and fewer <= {"blocks.1", "blocks.2"}
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [(["--how", "grid", "--keep", "0.01"], "at least"), (["--blocks", "block.1"], "nearest|expected")],

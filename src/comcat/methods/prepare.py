@@ -84,7 +84,7 @@ def prepare(
     if plan is None and "tokens" in names:
         if calibration is None:
             raise SettingsError("forms with tokens need calibration pictures, to measure what merging loses")
-        tokens, meter = measured_tokens(model, calibration, progress=progress)
+        tokens, meter = measured_tokens(model, calibration, only=settings.only, progress=progress)
     total, cost = budget_of(
         model, settings, sites, statistic, example, tokens=[t.site for t in tokens], progress=progress
     )

@@ -62,6 +62,7 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
         check_plan(plan, whole)
         return
     sites = chosen_sites(whole, settings)
+    few = tuple(blank_tokens(model, example, settings.only)) if "tokens" in check_forms(settings.forms) else ()
     if settings.reduce is None or settings.ranks == "search" or settings.budget == "latency":
         return  # what time can be saved is known when it is measured
     statistic = Weights(name=settings.statistic)
@@ -70,7 +71,7 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
         sites=sites, whole=whole, statistic=statistic,
         factorizations={name: blank_spectrum(site) for name, site in sites.items()},
         total=total, made_for=describe(model, whole, sites), cost=cost,
-        tokens=tuple(blank_tokens(model, example)) if "tokens" in check_forms(settings.forms) else (),
+        tokens=few,
     )  # fmt: skip
     propose(model, prepared, replace(settings, multiple=settings.multiple or 1))
 

@@ -74,7 +74,9 @@ class CompressSettings:
     sequential: bool = False
     """Calibrate block after block on the model whose earlier blocks are already small."""
     only: tuple[str, ...] = ()
-    """Kinds (qk, vo, linear, units) or path prefixes (blocks.3) that may shrink; by default all."""
+    """Kinds (qk, vo, linear, units) or path prefixes (blocks.3) that may shrink; by default all. With tokens among the
+    forms, blocks (blocks.3) or what holds them (blocks).
+    """
     head: bool = False
     """Let classifier heads shrink as well. They are small, and what they lose costs most."""
     pictures: int = 512
@@ -86,6 +88,7 @@ class CompressSettings:
         check_types(self)
         object.__setattr__(self, "forms", ",".join(check_forms(self.forms)))
         check_tokens(self.forms, self.budget, self.ranks, self.statistic)
+        check_tokens_of_parts(self.forms, self.only)
         given = [name for name in ("reduce", "max_drop", "target_ms") if getattr(self, name) is not None]
         if len(given) > 1:
             raise SettingsError(f"got both {given[0]} and {given[1]}, expected one of them")
@@ -148,6 +151,21 @@ def check_forms(forms: Sequence[str] | str) -> tuple[FormName, ...]:
     if not words:
         raise SettingsError(f"got no forms, expected some of {', '.join(FORM_NAMES)}")
     return tuple(form for form in FORM_NAMES if form in words)
+
+
+KINDS = ("qk", "vo", "linear", "units", "tokens")
+
+
+def check_tokens_of_parts(forms: Sequence[str] | str, only: Sequence[str]) -> None:
+    """Raises SettingsError where parts of blocks are named and blocks shall run on fewer tokens, for all of a block
+    does.
+    """
+    kinds = [word for word in only if word in KINDS]
+    if "tokens" in check_forms(forms) and kinds:
+        raise SettingsError(
+            f"got only={', '.join(only)} and forms with tokens: on fewer tokens all parts of a block run; "
+            "name blocks by path instead of kinds (only=blocks.3), or leave tokens out of forms"
+        )
 
 
 def check_tokens(forms: Sequence[str] | str, budget: str, rule: str, statistic: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import Batches, Pictures, Preprocess, batches
 from ..errors import SettingsError
+from ..hosts import find_sites
 from ..measure import Evaluation, evaluate
 from ..methods.compress import Compressed, compress_
 from ..methods.request import check_reach, check_request
@@ -31,6 +32,7 @@ from ..settings import from_keywords, part_of
 from ..store import save
 from ..store.precision import round_
 from ..store.saving import check_savable
+from ..store.uniform import shape_of
 from ..tuning.leaks import check_sources
 from ..tuning.settings import TuneSettings
 from ..tuning.setup import set_up
@@ -43,6 +45,7 @@ from .places import (
     check_out,
     model_of,
     pictures_for,
+    said_of_plan,
     said_of_skipped,
     said_of_tuning,
 )
@@ -155,6 +158,8 @@ def _opened(
     check_savable(before)
     preprocess = preprocess_of(before)
     check_reach(before, settings, _blank(before, preprocess), plan)
+    if settings.stock:
+        _check_stock(before, plan, proposer)
     pictures = pictures_for(before, data, notes)
     judging = None if evaluation is None else pictures_for(before, evaluation, notes)
     division = divide(
@@ -169,6 +174,12 @@ def _opened(
         work=work.with_name(f"{work.name}.run"), asked=asked | asdict(settings), notes=(*notes, *division.notes),
         progress=progress,
     )  # fmt: skip
+
+
+def _check_stock(model: nn.Module, plan: Plan | None, proposer: Proposer | None) -> None:
+    """Raise StoreError where no stock checkpoint can hold what a given plan makes of a model."""
+    if plan is not None and proposer is None:
+        shape_of(plan, find_sites(model))
 
 
 def _blank(model: nn.Module, preprocess: Preprocess) -> Tensor:
@@ -223,7 +234,7 @@ def _report(job: _Job, small: Any, done: Compressed, compressed: Evaluation | No
         job.before, small, done, model=job.name, command=command, judged_on=job.division.judged_on,
         settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
         timings=timed, shown=_to_show(job, done.plan),
-        notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned),
+        notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned, *said_of_plan(done.plan)),
     )  # fmt: skip
 
 

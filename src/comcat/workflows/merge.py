@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import SettingsError
 from ..methods.merging.merge import merge
 from ..methods.settings import MergeSettings
 from ..plan import Plan
@@ -35,14 +36,20 @@ def merge_to(
             by; labels are not needed.
         evaluation: labelled pictures to measure on. Nothing is chosen by them.
         way: what else :func:`comcat.compress_to` takes: ``batch_size``, ``bench``, ``overwrite``, ``epochs``, …
-        settings: of :func:`comcat.merge`.
+        settings: of :func:`comcat.merge`. With ``keep=1`` the model stays as it is, and is not timed.
     """
-    chosen = from_keywords(MergeSettings, settings)
+    chosen, way = from_keywords(MergeSettings, settings), dict(way or {})
+    if way.get("stock"):
+        raise SettingsError(
+            "got stock: no config of transformers or timm says that a block runs on fewer tokens; save without it"
+        )
+    if chosen.keep == 1:
+        way["bench"] = False
 
     def proposed(model: nn.Module, batches: Iterable) -> Plan:
         return merge(model, batches, progress=progress, **settings)
 
     return compress_to(
         out, model, data, evaluation=evaluation, plan=proposed, progress=progress, name=name, command=command,
-        pictures=chosen.pictures, **(way or {}),
+        pictures=chosen.pictures, **way,
     )  # fmt: skip

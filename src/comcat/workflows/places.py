@@ -14,6 +14,7 @@ from ..data import Pictures, open_pictures
 from ..errors import SettingsError, counted
 from ..files import check_writable
 from ..models import in_classes_of, name_of
+from ..plan import Plan
 from ..record import Record
 from ..report import ReportData
 from ..store import load_model
@@ -87,6 +88,11 @@ def said_of_skipped(pictures: Pictures) -> list[str]:
     return [
         f"{counted(len(pictures.skipped), 'unreadable picture')} left out, the first: {pictures.skipped[0]}",
     ]
+
+
+def said_of_plan(plan: Plan) -> list[str]:
+    """That a plan changes nothing, if it does not."""
+    return [] if plan.sites else ["The plan changes nothing: the model computes what it did before."]
 
 
 def said_of_tuning(results: Mapping[str, Any] | None) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 from ..errors import SettingsError
 from ..methods.search.settings import SearchOptions, SearchSettings
-from ..methods.settings import CompressSettings
+from ..methods.settings import CompressSettings, check_forms
 from ..settings import expect
 from ..tuning.settings import TuneSettings
 
@@ -38,8 +38,17 @@ class CompressToSettings(CompressSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_stock()
         expect(self, "eval_limit", "batch_size", least=1)
         expect(self, "epochs", least=0)
+
+    def _check_stock(self) -> None:
+        """What no stock checkpoint can hold, as far as settings say it."""
+        if self.stock and "tokens" in check_forms(self.forms):
+            raise SettingsError(
+                "got stock and forms with tokens: no config of transformers or timm says that a block runs on fewer "
+                "tokens; leave tokens out of forms, or save without stock (comcat.load reads it)"
+            )
 
     @property
     def tuning(self) -> TuneSettings | None:

@@ -58,6 +58,9 @@ def run(command: Merge) -> int:
     print_report(done.report, time.monotonic() - started)
     made_by = done.record.plan.made_by
     share, over = f"{100 * made_by['tokens']:.1f} %", ", ".join(command.blocks) or "blocks"
-    print(f"\n{share} of the tokens run, on the mean over {over}; schedule: {made_by['schedule']}.")
+    if made_by["schedule"] == "none":
+        print("\nAll tokens run in every block: nothing was merged, and nothing measured to choose by.")
+    else:
+        print(f"\n{share} of the tokens run, on the mean over {over}; schedule: {made_by['schedule']}.")
     print(f"Saved to {done.folder}; report: {(done.folder / 'report.html').resolve()}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,8 @@ def merge(
         calibration: batches of pictures; the schedule is chosen by the divergence measured on the first of them. None:
             tokens fall block by block, in a straight line, as in Bolya et al. 2023; ``example`` is then one picture (1,
             channels, height, width).
-        settings: fields of :class:`MergeSettings`, as ``keep=0.7`` and ``how="grid"``.
+        settings: fields of :class:`MergeSettings`, as ``keep=0.7`` and ``how="grid"``. With ``keep=1`` nothing is
+            measured, and the plan changes nothing.
 
     Returns:
         The plan; ``made_by`` says the schedules that were compared, and the divergence of each (nats a picture).
@@ -49,6 +51,8 @@ def merge(
         SettingsError: for a share, a form or a block that cannot be.
     """
     s = from_keywords(MergeSettings, settings)
+    if s.keep == 1:
+        return _of_all_tokens(model, s)
     shown = shown_of(model, calibration, s.pictures, progress)
     if not shown and example is None:
         raise SettingsError("merge needs pictures: calibration, or one picture as example")
@@ -80,6 +84,13 @@ def merge(
     return Plan(sites=entries, made_by=made_by, made_for=describe(model, whole, whole))
 
 
+def _of_all_tokens(model: nn.Module, s: MergeSettings) -> Plan:
+    """The plan by which every block runs on all tokens; there is nothing to measure."""
+    made_by = {"method": "merge", "how": s.how, "keep": 1.0, "residual": s.residual, "schedule": "none", "tokens": 1.0}
+    whole = find_sites(model)
+    return Plan(sites={}, made_by=made_by, made_for=describe(model, whole, whole))
+
+
 def _least(ladders: Sequence[TokenLadder], goal: float) -> dict[str, SitePlan]:
     """The entries of least loss whose shares add up to the goal."""
     tables = []
@@ -93,22 +104,26 @@ def _least(ladders: Sequence[TokenLadder], goal: float) -> dict[str, SitePlan]:
 
 
 def measured_tokens(
-    model: nn.Module, batches: Iterable, *, progress: bool = False
+    model: nn.Module, batches: Iterable, *, only: Sequence[str] = (), progress: bool = False
 ) -> tuple[tuple[TokenLadder, ...], Meter]:
     """What a model's blocks lose on fewer tokens, those that look alike merged, measured on the first pictures, and
     what measured it.
 
-    Raises ModelError where the model has no trunk or no block of it can run on fewer tokens.
+    Args:
+        only: path prefixes of the blocks that may; by default all.
+
+    Raises ModelError where the model has no trunk or no block of it can run on fewer tokens, SettingsError where
+    ``only`` names none of them.
     """
     shown = shown_of(model, batches, DRAWN, progress)
-    trunk = chosen_blocks(find_trunk(model, one_of(model, shown)), None)
+    trunk = blocks_under(chosen_blocks(find_trunk(model, one_of(model, shown)), None), only)
     meter = Meter(model, shown, progress)
     return tuple(token_ladders(Offer(model, trunk.sites, "similar"), meter)), meter
 
 
-def blank_tokens(model: nn.Module, example: Any) -> list[TokenLadder]:
+def blank_tokens(model: nn.Module, example: Any, only: Sequence[str] = ()) -> list[TokenLadder]:
     """The same ladders as if every share lost the same, to see what can be saved, before anything is measured."""
-    trunk = chosen_blocks(find_trunk(model, example), None)
+    trunk = blocks_under(chosen_blocks(find_trunk(model, example), None), only)
     offer = Offer(model, trunk.sites, "similar")
     return [
         TokenLadder(
@@ -130,3 +145,20 @@ def chosen_blocks(trunk: Trunk, blocks: Sequence[str] | None) -> Trunk:
         if path not in known:
             raise SettingsError(f"got block {path!r}{nearest(path, known)}; expected some of {', '.join(known)}")
     return Trunk(tuple(known[p] for p in known if p in blocks), (), trunk.tokens, trunk.patches)
+
+
+def blocks_under(trunk: Trunk, only: Sequence[str]) -> Trunk:
+    """A trunk of the blocks under some path prefixes; without any, as it is.
+
+    Raises SettingsError where no block is.
+    """
+    if not only:
+        return trunk
+    sites = tuple(s for s in trunk.sites if any(s.path == p or s.path.startswith(f"{p}.") for p in only))
+    if not sites:
+        paths = [site.path for site in trunk.sites]
+        raise SettingsError(
+            f"got only={', '.join(only)} and forms with tokens, which names no whole block{nearest(only[0], paths)}; "
+            f"expected some of {', '.join(paths)}, or forms without tokens"
+        )
+    return replace(trunk, sites=sites)
