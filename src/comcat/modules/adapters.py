@@ -207,13 +207,10 @@ def attend(
 
 
 def padded_width(width: int, like: Tensor) -> int:
-    """One width for q, k and v, since unequal ones fall back to the slow kernel; in 16 bit on a GPU kernels want
-    multiples of 8.
+    """One width for q, k and v, since unequal ones fall back to the slow kernel; on a GPU kernels want multiples of 8
+    in 16 bit and of 4 in 32.
     """
-    sixteen_bit = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else like.dtype
-    if like.is_cuda and sixteen_bit in (torch.float16, torch.bfloat16):
-        return -(-width // 8) * 8
-    return width
+    return -(-width // 8) * 8 if like.is_cuda else width
 
 
 def _join(x: Tensor, extra: Tensor | None, width: int) -> Tensor:

@@ -49,8 +49,8 @@ class LowRankAttention(nn.Module):
     ``qkv.bias`` holds the query bias, zeros for the keys (softmax ignores a key bias), and the value bias: zeros where
     it is folded into the output bias, which attention dropout forbids.
 
-    Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true and the
-    device's kernels want one width (:func:`one_width`); no parameter is spent on it.
+    Where ``rank_qk ≠ rank_vo`` the narrower channels are padded with zeros at run time while ``pad`` is true, because
+    fused kernels want one width (:func:`one_width`); no parameter is spent on it.
 
     Args:
         in_features, out_features: widths of the model at either end. heads: number of heads.
@@ -100,7 +100,7 @@ class LowRankAttention(nn.Module):
         rows = x.flatten(1, -2)  # (batch, tokens, in)
         q, k, v = self.qkv(rows).split(self.widths, dim=-1)
         q, k, v = self._heads(q, self.rank_qk), self._heads(k, self.rank_qk), self._heads(v, self.rank_vo)
-        if self.pad and self.rank_qk != self.rank_vo:
+        if self.pad:
             q, k, v = one_width(q, k, v)
         dropout = self.attention_dropout if self.training else 0.0
         o = fused_attention(q, k, v, attn_mask, dropout, is_causal, self.scale)  # (batch, heads, tokens, rank)
@@ -140,16 +140,22 @@ class LowRankAttention(nn.Module):
 def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, heads, tokens, channels) padded with zeros to the wider of their two widths.
 
-    A CPU falls back to the unfused kernel where widths differ. Kernels of a CUDA card take two widths, if both are
-    multiples of 8, and padding costs more than it saves there: those pass as they are.
+    A CPU falls back to the unfused kernel where widths differ. On a card kernels for two widths were seen to give
+    wrong results (torch 2.11, H100, bfloat16, 65 tokens). Its kernels also read 16 bytes at a time, without a look at
+    where a view begins: where heads do not begin at such a place, they are copied to ones that do.
     """
-    widths = q.shape[-1], v.shape[-1]
-    if q.is_cuda and all(width % 8 == 0 for width in widths):
-        return q, k, v
-    if widths[0] < widths[1]:
-        missing = (0, widths[1] - widths[0])
-        return F.pad(q, missing), F.pad(k, missing), v
-    return q, k, F.pad(v, (0, widths[0] - widths[1])) if widths[0] > widths[1] else v
+    narrow, most = min(q.shape[-1], v.shape[-1]), max(q.shape[-1], v.shape[-1])
+    size = q.element_size()
+    moved = q.is_cuda and (narrow * size % 16 > 0 or most * size % 16 > 0)
+    if moved:
+        most = (most + 7) // 8 * 8
+    return _of_width(q, most, moved), _of_width(k, most, moved), _of_width(v, most, moved)
+
+
+def _of_width(part: Tensor, width: int, moved: bool) -> Tensor:
+    if part.shape[-1] < width:
+        return F.pad(part, (0, width - part.shape[-1]))
+    return part.contiguous() if moved else part
 
 
 @torch.fx.wrap
