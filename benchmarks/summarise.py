@@ -317,16 +317,19 @@ def latency(r: dict[str, Any]) -> str:
     head = ["plan", "dense, ms", "time asked for", "predicted", "measured", "error"]
     rows = []
     for x in r["rows"]:
-        low, high = x["measured_quartiles"]
         plan = f"{x['model']}, {x['dtype']}, batch {x['batch']}, {x['forms'].replace(',', ' + ')}"
+        if "refused" in x:
+            rows.append([plan, "", x["target"], "refused: " + x["refused"].partition("allow ")[2], "", ""])
+            continue
+        low, high = x["measured_quartiles"]
         measured = f"{x['measured']:.3f} ({low:.3f}–{high:.3f})"
         rows.append(
             [plan, f"{x['dense_ms']:.1f}", x["target"], f"{x['predicted']:.3f}", measured, f"{100 * x['error']:+.1f} %"]
         )
     return (
         "Plans chosen by the times of parts alone, then timed whole beside the dense model; times as shares of the "
-        f"dense model's. Mean error {100 * r['mean_error']:.1f} %, worst {100 * r['worst_error']:.1f} %.\n\n"
-        f"{rows_of(head, rows)}\n\n{where(r)}"
+        f"dense model's. Mean error {100 * r['mean_error']:.1f} %, worst {100 * r['worst_error']:.1f} %."
+        f"{' ' + r['note'] if 'note' in r else ''}\n\n{rows_of(head, rows)}\n\n{where(r)}"
     )
 
 
@@ -352,6 +355,8 @@ SECTIONS = [
     ("Real weights: time of a forward", "forward-", times),
     ("Whether whole heads should go", "whole-heads", heads),
     ("On one card: speed", "gpu speed", card_speed),
+    ("On one card: fewer tokens", "gpu tokens", card_speed),
+    ("On one card: a budget of time", "gpu latency", latency),
     ("On one card: accuracy", "gpu accuracy", card_accuracy),
     ("On one card: what a diffusion adapter costs", "gpu adapter", card_adapter),
     ("Accuracy without fine-tuning", "accuracy", accuracy),

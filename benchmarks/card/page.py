@@ -15,7 +15,9 @@ def card_speed(r: dict[str, Any]) -> str:
          "–".join(f"{q:.2f}" for q in x["speed_up_quartiles"]), x["mac_ratio"], x["of_mac_ratio"], x["of_ranks"][0]]
         for x in r["rows"]
     ]  # fmt: skip
-    about = f"bfloat16, −{100 * r['subject']['reduce']:g} % of the parameters.{caveat(r)}"
+    keep = r["subject"].get("keep", 1.0)
+    fewer = f", {100 * keep:g} % of the tokens where tokens are fewer" if keep < 1 else ""
+    about = f"bfloat16, −{100 * r['subject']['reduce']:g} % of the parameters{fewer}.{caveat(r)}"
     return f"{about}\n\n{rows_of(head, rows)}\n\n{where(r)}"
 
 
