@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from comcat.apply import apply_
 from comcat.hosts import find_sites
 from comcat.modules.crossed import LowRankCrossAttention
-from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
+from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads
 from comcat.modules.maps import OverMaps
 from comcat.modules.padded import PaddedRows
 from comcat.modules.relaxed import RelaxedLinear, SoftRank
@@ -210,10 +210,9 @@ CASES = [
         rel_pos_cls=rel_pos("RelPosMlp")), inputs=tokens(6), layers=QKV),
     Case(name="relative-shared", build=of_timm("vision_transformer_relpos", "RelPosAttention"),
         inputs=masked(6, 1, 3, 6, 6), layers=QKV),
-    Case(name="padded-heads", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, bias=True), layers=HEADS),
-    Case(name="padded-values", build=lambda: PaddedHeads(WIDTH, 3, 2, 4, keep=8, bias=True), layers=HEADS),
+    Case(name="padded-heads", build=lambda: PaddedRows(WIDTH, ((3, 2, 4),), bias=True), layers=HEADS),
     Case(name="narrow-heads", build=lambda: NarrowHeads(3, 2, 4, 8), layers=HEADS),
-    Case(name="padded-rows", build=lambda: PaddedRows(WIDTH, ((1, 4, 4), (3, 2, 4)), bias=True), layers=HEADS),
+    Case(name="padded-rows", build=lambda: PaddedRows(WIDTH, ((1, 8, 8), (3, 2, 4)), bias=True), layers=HEADS),
     Case(name="padded-rows-interleaved",
         build=lambda: PaddedRows(WIDTH, ((3, 1, 2), (3, 2, 2)), interleaved=True), layers=HEADS),
     Case(name="over-maps", build=lambda: Mapped(OverMaps(LowRankLinear(WIDTH, 8, 3))), layers=("first", "last")),

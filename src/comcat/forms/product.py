@@ -16,7 +16,7 @@ from ..hosts import host_of
 from ..hosts.mounting import exchange
 from ..hosts.symmetry import norm_and_gate
 from ..modules.crossed import LowRankCrossAttention
-from ..modules.lowrank import LowRankAttention, LowRankLinear, NarrowHeads, PaddedHeads
+from ..modules.lowrank import LowRankAttention, LowRankLinear, NarrowHeads
 from ..modules.padded import PaddedRows
 from ..plan import SitePlan
 from ..sites import Attention, LinearSite, ProductSite, Projection, Replacement, Undo, part
@@ -272,7 +272,7 @@ def layout(sides: Mapping[str, Projection], rows: int) -> list[tuple[str, Projec
 def _heads_linear(a: Attention, rank: int, width: int, bias: bool, factory: dict) -> nn.Module:
     if rank == width:
         return nn.Linear(a.in_features, a.heads * rank, bias=bias, **factory)
-    return PaddedHeads(a.in_features, a.heads, rank, width, bias=bias, **factory)
+    return PaddedRows(a.in_features, [(a.heads, rank, width)], bias=bias, **factory)
 
 
 def _inner(module: nn.Module) -> nn.Linear:

@@ -186,49 +186,8 @@ def _attend_in_float32(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None
     return o.to(q.dtype)
 
 
-class PaddedHeads(StandsForLinear):
-    """A thin projection whose heads are padded with zeros to the width that the host's own forward expects.
-
-    ``keep`` rows before the heads pass as they are (the q and k of a fused projection whose values alone are thin).
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        heads: int,
-        rank: int,
-        width: int,
-        *,
-        keep: int = 0,
-        bias: bool = False,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__()
-        self.heads, self.rank, self.width, self.keep = heads, rank, width, keep
-        self.linear = nn.Linear(in_features, keep + heads * rank, bias=bias, device=device, dtype=dtype)
-        self.in_features, self.out_features = in_features, keep + heads * width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._padded(self.linear(x))
-
-    def product(self) -> Tensor:
-        return self._padded(self.linear.weight.mT).mT
-
-    @property
-    def bias(self) -> Tensor | None:
-        bias = self.linear.bias
-        return None if bias is None else self._padded(bias)
-
-    def _padded(self, rows: Tensor) -> Tensor:
-        """(..., keep + heads · rank) → (..., keep + heads · width)"""
-        heads = rows[..., self.keep :].unflatten(-1, (self.heads, self.rank))
-        heads = F.pad(heads, (0, self.width - self.rank)).flatten(-2)
-        return torch.cat([rows[..., : self.keep], heads], dim=-1) if self.keep > 0 else heads
-
-
 class NarrowHeads(StandsForLinear):
-    """The output projection for :class:`PaddedHeads`: reads the first ``rank`` channels of each head.
+    """The output projection for :class:`~comcat.modules.padded.PaddedRows`: the first ``rank`` channels of each head.
 
     (..., heads · width) → (..., out)
     """

@@ -1,4 +1,4 @@
-"""A layer of several projections, some of them thin, whose heads are padded to what the host's forward expects."""
+"""A layer of one or several projections, thin ones among them, with heads padded to what the host's forward expects."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class PaddedRows(StandsForLinear):
             wide.append(F.pad(part, (0, width - rank)))  # (..., heads, width)
         if self.interleaved:
             return torch.cat(wide, dim=-1).flatten(-2)
-        return torch.cat([part.flatten(-2) for part in wide], dim=-1)
+        flat = [part.flatten(-2) for part in wide]
+        return torch.cat(flat, dim=-1) if len(flat) > 1 else flat[0]
 
     def extra_repr(self) -> str:
         return f"{self.in_features} → {[section[1:] for section in self.sections]}"
