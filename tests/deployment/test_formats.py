@@ -31,9 +31,24 @@ def small():
     return comcat.compress(tiny_vit(), calibration=pictures(), reduce=0.4)
 
 
+@pytest.fixture(scope="module")
+def written(small, tmp_path_factory):
+    """What exporting the model says, by format, made once."""
+    root = tmp_path_factory.mktemp("written")
+    return {to: comcat.export(small, to=to, out=root / NAMES[to], data=pictures(5)) for to in ("torch", "openvino")}
+
+
+@pytest.fixture(scope="module")
+def openvino_int8(small, tmp_path_factory):
+    return comcat.export(
+        small, to="openvino", out=tmp_path_factory.mktemp("int8") / "q", precision="int8", data=pictures(9),
+        lose_at_most=0.5,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("to", ["torch", "openvino"])
-def test_a_format_computes_what_the_model_does(small, tmp_path, to):
-    done = comcat.export(small, to=to, out=tmp_path / NAMES[to], data=pictures(5))
+def test_a_format_computes_what_the_model_does(small, written, to):
+    done = written[to]
     assert done.comparison.count == 5 and done.comparison.relative_error < 1e-5
     opened = comcat.open_exported(done.path)
     for count in (1, 3):
@@ -45,8 +60,9 @@ def test_a_format_computes_what_the_model_does(small, tmp_path, to):
         comcat.export(small, to=to, out=done.path)
 
 
-def test_a_program_runs_where_comcat_is_not(small, tmp_path):
-    done = comcat.export(small, to="torch", out=tmp_path / "small.pt2", data=pictures(2))
+def test_a_program_runs_where_comcat_is_not(small, written, tmp_path):
+    done = written["torch"]
+    (tmp_path / "small.pt2").write_bytes(done.path.read_bytes())
     torch.save(torch.ones(1, 3, 32, 32), tmp_path / "x.pt")
     code = (
         "import sys, torch; p = torch.export.load('small.pt2').module()(torch.load('x.pt', weights_only=True))[0]; "
@@ -95,12 +111,11 @@ def test_static_int8_measures_what_flows_in_beforehand(small, tmp_path):
     assert kinds["DynamicQuantizeLinear"] == 0 and kinds["QuantizeLinear"] >= 9 and kinds["Attention"] == 2
 
 
-def test_openvino_in_int8_quantises_products_with_weights_alone(small, tmp_path):
+def test_openvino_in_int8_quantises_products_with_weights_alone(written, openvino_int8):
     import openvino
 
-    plain = comcat.export(small, to="openvino", out=tmp_path / "plain", data=pictures(4))
-    done = comcat.export(small, to="openvino", out=tmp_path / "q", precision="int8", data=pictures(9), lose_at_most=0.5)
-    sizes = [(d.path / "openvino_model.bin").stat().st_size for d in (plain, done)]
+    done = openvino_int8
+    sizes = [(d.path / "openvino_model.bin").stat().st_size for d in (written["openvino"], done)]
     assert sizes[1] < 0.5 * sizes[0]
     model = openvino.Core().read_model(done.path / "openvino_model.xml")
     fed = [
@@ -113,10 +128,9 @@ def test_openvino_in_int8_quantises_products_with_weights_alone(small, tmp_path)
     assert 1e-4 < done.comparison.relative_error < 0.2
 
 
-def test_ctrl_c_is_heard_after_openvino_has_gone(small, tmp_path):
+def test_ctrl_c_is_heard_after_openvino_has_gone(openvino_int8):
     """Plugins that came and went left the main thread a stack for signals that was gone, and the next one killed it."""
-    comcat.export(small, to="openvino", out=tmp_path / "small", precision="int8")
-    program = comcat.open_exported(tmp_path / "small")
+    program = comcat.open_exported(openvino_int8.path)
     program(pictures()[0])
     del program
     gc.collect()
@@ -165,8 +179,8 @@ def test_damaged_files_say_so(tmp_path):
             comcat.open_exported(path)
 
 
-def test_a_file_says_which_pictures_it_takes(small, tmp_path):
-    done = comcat.export(small, to="torch", out=tmp_path / "small.pt2", data=pictures(2))
+def test_a_file_says_which_pictures_it_takes(written):
+    done = written["torch"]
     with pytest.raises(DataError, match=r"cannot run on pictures \(2, 3, 16, 16\).*expected \['batch', 3, 32, 32\]"):
         comcat.open_exported(done.path)(torch.randn(2, 3, 16, 16))
 

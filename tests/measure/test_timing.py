@@ -15,6 +15,11 @@ from comcat.measure import Timing, benchmark, ratio, timing
 from .models import Calls
 
 
+@pytest.fixture
+def brief_timings() -> None:
+    """In this file timings last as long as they are asked to."""
+
+
 class Clock:
     """Stands for the clock: models move it on, by more in some rounds than in others."""
 
