@@ -9,12 +9,14 @@ READY := $(VENV)/.comcat-ready
 UV = $(shell uv --version >/dev/null 2>&1 && echo uv || echo $(BIN)/python -m uv)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-slow demo gpu results lint format lock clean
+.PHONY: help setup test test-slow test-oldest try-release demo gpu results lint format lock clean
 
 help:
 	@echo 'make setup      create .venv with the pinned dependencies and comcat (PYTHON=python3.12 picks the interpreter)'
 	@echo 'make test       lint, format, types, imports, then the tests that need no GPU and little time'
 	@echo 'make test-slow  the slow and the GPU tests'
+	@echo 'make test-oldest  the tests of hosts on the oldest releases that pyproject.toml allows, in an environment of its own'
+	@echo 'make try-release  build wheel and sdist, and try them with each extra in fresh environments'
 	@echo 'make demo       compress a model trained on built-in digits, end to end'
 	@echo 'make gpu        measure speed, accuracy and memory on a CUDA card, in at most eight minutes'
 	@echo 'make results    write docs/results.md from the committed results, and check every figure of the other pages'
@@ -54,6 +56,16 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest -m 'slow or gpu'
+
+OLDEST := .venv-oldest
+test-oldest: setup
+	$(UV) venv --quiet --clear --python $(BIN)/python $(OLDEST)
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[timm,transformers,dev]'
+	$(OLDEST)/bin/python -c 'import timm, torch, transformers as t; print(torch.__version__, timm.__version__, t.__version__)'
+	CI=1 $(OLDEST)/bin/pytest -n auto -m 'not slow and not gpu' tests/hosts
+
+try-release: setup
+	$(BIN)/python .ci/release/run.py --uv '$(UV)'
 
 demo: setup
 	$(BIN)/comcat demo compress

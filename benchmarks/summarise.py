@@ -12,6 +12,7 @@ from typing import Any
 
 from card.page import card_accuracy, card_speed, caveat
 from common import RESULTS, quartiles, rows_of, spread, where
+from growth import page as growth
 from real.page import heads, real, times
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
@@ -368,6 +369,7 @@ SECTIONS = [
     ("Where the time of a forward goes", "time-by-operation", time_by_operation),
     ("Factorisation", "factorize", factorise),
     ("Calibration", "calibrate", calibrate),
+    ("Cost as the model grows", "growth", growth),
     ("A step of rank search", "search-step", search_step),
     ("What a diffusion adapter costs", "adapter-cost", adapter_cost),
     ("Several processes, and runs that are killed", "distributed", distributed),

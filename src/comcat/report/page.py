@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from importlib.resources import files
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from comcat.errors import ComcatError
@@ -32,7 +33,7 @@ _NARROW = 3.8  # inches: a figure for a phone, drawn so that its text keeps its 
 def render(data: ReportData) -> str:
     """The report as one HTML page that loads nothing and runs no script.
 
-    Raises ComcatError if Jinja2 is missing, or matplotlib where there is something to draw.
+    Without matplotlib it has its tables alone, and says so. Raises ComcatError if Jinja2 is missing.
     """
     try:
         from jinja2 import Environment, StrictUndefined
@@ -50,6 +51,7 @@ def render(data: ReportData) -> str:
         columns=_columns(data),
         figures=_figures(data),
         sections=_sections(data),
+        undrawn=not _can_draw() and bool(data.sites or data.spectra or data.curves),
         shown=_shown(data),
         blocks=tables.blocks(data.sites),
         sites=tables.site_table(data.sites),
@@ -176,9 +178,15 @@ def _compared(rises: Mapping[str, float]) -> str:
     return f"The measured rise is {rises['Measured'] / rises['Predicted']:.2f} times the predicted one."
 
 
+def _can_draw() -> bool:
+    return find_spec("matplotlib") is not None
+
+
 def _figures(data: ReportData) -> dict[str, Any]:
     """Every figure in a wide and a narrow form, with its caption."""
     figures: dict[str, Any] = {}
+    if not _can_draw():
+        return figures
     two, one = {"columns": 2}, {"columns": 1, "width": _NARROW}
     if data.sites:
         caption = _ranks_caption(data.sites)
@@ -211,7 +219,7 @@ def _sections(data: ReportData) -> list[dict[str, Any]]:
         series, facts = data.curves.get(name), data.facts.get(name)
         panels = len({entry.get("y_label") for entry in series or ()})
         picture = None
-        if series:
+        if series and _can_draw():
             wide = {"columns": 3, "width": 9.6} if panels > 1 else {}
             draw, kind = partial(figure_curves, series), "Line charts" if panels > 1 else "Line chart"
             picture = _picture(f"curve{position}", kind, name, draw, wide, {"columns": 1, "width": _NARROW})
