@@ -75,7 +75,7 @@ def test_every_family_learns_and_is_given_back(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_sees_what_the_pipeline_itself_shows_the_denoiser(family, tmp_path):
+def test_a_step_sees_what_the_pipeline_itself_shows_the_denoiser(family, tmp_path, monkeypatch):
     """The first call that generating makes, made again from the cached conditions, gives the same output."""
     pipe = build(family, tmp_path)
     family = family_of(pipe)
@@ -95,7 +95,7 @@ def test_a_step_sees_what_the_pipeline_itself_shows_the_denoiser(family, tmp_pat
     if flux:
         latents, expected = (pipe._unpack_latents(x, 16, 16, 2) for x in (latents, expected))
         times = times * 1000
-        family.GUIDANCE = 1.0
+        monkeypatch.setattr(type(family), "guidance", lambda self, noisy: noisy.new_ones(len(noisy)))
     conditions = family.encode([PROMPT]) | family.framing((16, 16), (0, 0), 16)
     found = family.predict(latents, times.reshape(-1).expand(1), conditions)
     torch.testing.assert_close(found, expected)
@@ -463,13 +463,43 @@ def test_samples_and_report(tmp_path, pipe):
         steps=4, resolution=16,
     )  # fmt: skip
     sheets = sorted((tmp_path / "dog.run/samples").iterdir())
-    assert [p.name for p in sheets] == ["step-00000002.png", "step-00000004.png"]
+    assert [p.name for p in sheets] == [f"step-{n:08d}.png" for n in (0, 2, 4)]
     assert Image.open(sheets[0]).size == (3 * 16 + 4, 16)
     page = (tmp_path / "dog.run/report.html").read_text()
-    assert page.count("data:image/png") == 3 + 2 and "<svg" in page and "V*, learned from 3 pictures" in page
+    assert page.count("data:image/png") == 3 + 3 and "<svg" in page and "V*, learned from 3 pictures" in page
     assert "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     file = cd.read(out)
     assert file.identifier == "V*" and file.prompt == PROMPT and json.loads(file.metadata["settings"])["steps"] == 4
+
+
+def test_the_report_is_there_from_the_start_and_goes_on(tmp_path, pipe, monkeypatch):
+    """The first sheet is what the untouched pipeline gives; one that was killed and resumed draws the same sheets."""
+    from comcat.diffusion.learn.optimisation import Optimisation
+
+    out, how = tmp_path / "dog.safetensors", {**QUICK, "steps": 4, "sample_every": 1, "sample_steps": 1, "lr": 0.1}
+    how |= {"sample_count": 2, "checkpoint_every": 2}
+    untouched = [g.image.tobytes() for g in generate(pipe, PROMPT, count=2, steps=1)]
+    step = Optimisation.step
+
+    def killed(self, number, watch):
+        if number == 3:
+            raise RuntimeError("killed")
+        return step(self, number, watch)
+
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="killed"):
+        patched.setattr(Optimisation, "step", killed)
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **how)
+    page = (tmp_path / "dog.run/report.html").read_text()
+    assert "Step 0" in page and "Step 3" in page and "3 of 4 steps" in page and not out.exists()
+    first = Image.open(tmp_path / "dog.run/samples/step-00000000.png")
+    assert first.crop((0, 0, 16, 16)).tobytes() == untouched[0]
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **how)
+    cd.unload(pipe)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=tmp_path / "whole.safetensors", **how)
+    for n in range(5):
+        a, b = (Image.open(tmp_path / f"{f}.run/samples/step-{n:08d}.png").tobytes() for f in ("dog", "whole"))
+        assert a == b
+    assert "size of the adapter" in (tmp_path / "dog.run/report.html").read_text()
 
 
 def test_shares_of_two_processes_add_up(pipe, monkeypatch):

@@ -41,7 +41,8 @@ def attach(
             ``requires_grad`` included.
         rank: extra channels of each head.
         where: ``"cross"`` (from picture to text, as in the paper), ``"self"``, ``"all"``, or ``"joint"`` where text and
-            picture share one attention (SD3, Flux). Left out, where the picture meets the text: cross or joint.
+            picture share one attention (SD 3, Flux, Qwen-Image …). Left out, where the picture meets the text: cross or
+            joint.
         text_encoder: the pipeline's CLIP text encoders as well.
         name: what the adapter is called in this pipeline.
         init: ``"zero"``: it changes nothing until it is trained; ``"random"``: as in the paper.

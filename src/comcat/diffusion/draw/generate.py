@@ -16,7 +16,7 @@ from ...errors import ModelError, SettingsError
 from ...files import check_writable
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
-from ..pipeline.families import Flux, check_side, family_of
+from ..pipeline.families import Family, check_side, family_of
 from ..pipeline.shortage import shortage_explained
 from .pictures import already_made, file_name, save_picture
 from .settings import GenerateSettings
@@ -72,19 +72,29 @@ def generate(
 def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSettings) -> Iterator[Generated]:
     # Noise is drawn on the CPU, where it is the same for every device.
     generators = [torch.Generator().manual_seed(derive_seed(settings.seed, "picture", *of)) for of in pictures]
+    guidance = _guidance_name(pipe)
     options = {
         "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
+        guidance: settings.guidance,
         "negative_prompt": None if settings.negative is None else [settings.negative] * len(pictures),
         "height": settings.size,
         "width": settings.size,
     }
+    if guidance != Family.guidance_name and options["negative_prompt"] is None and (settings.guidance or 1) > 1:
+        options["negative_prompt"] = [" "] * len(pictures)  # without one these pipelines do not guide
     given = {name: value for name, value in options.items() if value is not None}
     with shortage_explained(f"generating {len(pictures)} pictures at once", _what_would_fit(pipe, settings)):
-        output = pipe([prompt for prompt, _ in pictures], generator=generators, **given)
+        output = pipe(prompt=[prompt for prompt, _ in pictures], generator=generators, **given)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     for image, (prompt, number), flagged in zip(output.images, pictures, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
+
+
+def _guidance_name(pipe: Any) -> str:
+    try:
+        return family_of(pipe).guidance_name
+    except ModelError:  # a pipeline that cannot be taught may still generate
+        return Family.guidance_name
 
 
 def check_sampling(pipe: Any, steps: int | None) -> None:
@@ -102,7 +112,7 @@ def _check_fits(pipe: Any, how: GenerateSettings) -> None:
         return
     if how.size is not None:  # diffusers' UNet pipelines take multiples of 8 whatever their VAE
         check_side("size", how.size, family, max(8, family.multiple()) if family.component == "unet" else None)
-    if how.negative is not None and isinstance(family, Flux):
+    if how.negative is not None and not family.takes_negative():
         raise SettingsError(
             "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; "
             "leave it out"

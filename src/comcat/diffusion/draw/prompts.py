@@ -58,7 +58,7 @@ def deaf_to(family: Family, prompt: str, identifier: str, *, one_token: bool = F
     until, lengths = prompt[: called.end()], family.prompt_lengths()
     found: dict[str, int] = {}
     for component, (tokenizer, _) in family.text_encoders().items():
-        count = len(tokenizer(until, truncation=False, verbose=False).input_ids)
+        count = len(tokenizer(family.preamble() + until, truncation=False, verbose=False).input_ids)
         if one_token:
             count -= len(pieces(tokenizer, identifier)) - 1
         if count > lengths[component]:

@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..._version import __version__
 from ...errors import SettingsError, StoreError
 from ...runs.checkpoints import Checkpoint, Checkpoints
 from ...runs.loop import carry_out, find_checkpoint
@@ -36,7 +33,7 @@ from .latents import Rotation, check_resolution, encode
 from .optimisation import Optimisation
 from .prior import class_in, make_class_pictures
 from .protection import Protection
-from .run_folder import Samples, check_out, folder_of, samples_in, write_report
+from .run_folder import Samples, check_out, facts_of_run, folder_of, samples_in, write_report
 from .settings import CustomizeSettings
 from .token import LearnedToken
 
@@ -189,6 +186,7 @@ class Customization:
                 with self.processes.together(), idle.back():
                     if self.processes.main:
                         samples.draw(done)
+                        self._try_to_report(samples)
 
         parameters = adapter.named_parameters() | ({} if token is None else token.parameters)
         run = self.optimisation = Optimisation(
@@ -202,6 +200,8 @@ class Customization:
             if token is not None:
                 stack.enter_context(token.learning())
             every = settings.checkpoint_every
+            if since is None:
+                afterwards(0)  # what the prompt gives before anything is learned
             try:
                 carry_out(
                     run, self.processes, checkpoints=checkpoints if every else None, every=(every,), since=since,
@@ -223,10 +223,7 @@ class Customization:
         with self.processes.together():
             if self.out is not None and self.processes.main:
                 self._save(token)
-                try:
-                    self._report(samples)
-                except StoreError as error:
-                    self._say(f"The adapter is saved, but the report could not be written: {error}")
+                self._try_to_report(samples)
 
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
@@ -309,6 +306,12 @@ class Customization:
         self.notes.append(note)
         warnings.warn(note, stacklevel=5)
 
+    def _try_to_report(self, samples: Samples | None) -> None:
+        try:
+            self._report(samples)
+        except StoreError as error:
+            self._say(f"The report could not be written, which the adapter does not need: {error}")
+
     def _report(self, samples: Samples | None) -> None:
         assert self.out is not None and samples is not None and self.optimisation is not None
         facts = {
@@ -316,12 +319,7 @@ class Customization:
             "identifier": self.identifier,
             "base": name_of(self.pipe) or type(self.pipe).__name__,
             "pictures": len(self.examples.images),
-            **{k: v for k, v in asdict(self.settings).items() if v is not None},
-            "resolution": self.side,
-            "size of the adapter": f"{self.out.stat().st_size / 1e6:.2f} MB",
-            "seconds in steps": f"{self.optimisation.progress.seconds:.1f}",
-            "comcat": __version__,
-            "torch": torch.__version__,
+            **facts_of_run(self.out, self.settings, self.side, self.optimisation.progress),
         }
         write_report(
             folder_of(self.out), title=f"{self.identifier}, learned from {len(self.examples.images)} pictures",

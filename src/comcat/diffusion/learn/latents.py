@@ -112,14 +112,13 @@ def encode_pixels(family: Family, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """
     vae = family.pipe.vae
     with full_precision_where_needed(vae):
-        encoded = vae.encode(pixels.to(vae.device, vae.dtype))
+        encoded = vae.encode(family.to_vae(pixels).to(vae.device, vae.dtype))
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
-    else:  # the tiny autoencoders are not variational
-        mean = encoded.latents.float()
+    else:  # the tiny autoencoders and deep compression ones are not variational
+        mean = (encoded.latents if hasattr(encoded, "latents") else encoded.latent).float()
         std = torch.zeros_like(mean)
-    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-    return (mean - shift) * scale, std * scale
+    return family.scaled(mean, std)
 
 
 @contextmanager

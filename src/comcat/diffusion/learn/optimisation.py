@@ -101,7 +101,7 @@ class Optimisation(Run):
         noisy = self.noising.mix(latents, noise, times)
         dtype = next(self.family.denoiser.parameters()).dtype
         predicted = self.family.predict(
-            noisy.to(dtype), times, {k: v.to(dtype) if k != "time_ids" else v for k, v in conditions.items()}
+            noisy.to(dtype), times, {k: _as_computed(k, v, dtype) for k, v in conditions.items()}
         )
         errors = (predicted.float() - self.noising.target(latents, noise, times).float()).square().flatten(1).mean(1)
         return (errors * weights.to(errors) * self.noising.weight(times).to(errors)).sum()
@@ -185,6 +185,11 @@ class Optimisation(Run):
         if side // 2 >= self.family.multiple():
             advice.append(f"resolution {side // 2} instead of {side}, a quarter of the activations")
         return advice
+
+
+def _as_computed(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A condition in the type to compute in; masks stay, and numbers of pixels, which 16 bit would round."""
+    return value.to(dtype) if value.is_floating_point() and name != "time_ids" else value
 
 
 def _recent(losses: list[float], window: int = 50) -> float:

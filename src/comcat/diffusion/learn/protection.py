@@ -41,7 +41,7 @@ class Protection:
             )
         found, _ = find_places(denoiser_of(family.pipe))
         paths = [a.path for a in found if a.where == "cross" and a.path in adapter.terms]
-        if len(paths) < len(adapter.terms):
+        if len(paths) < len(adapter.terms) or family.component != "unet":
             raise SettingsError(
                 "protect: only cross-attention reads the text as the text encoder gives it; expected where='cross' on "
                 "a UNet"

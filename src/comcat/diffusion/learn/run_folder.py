@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
+from ..._version import __version__
 from ...errors import SettingsError
 from ...files import check_writable
 from ..draw.generate import generate
 from ..draw.pages import Page, Sheet, write_page
 from ..draw.pictures import grid, save_picture
+from .optimisation import Progress
 from .settings import CustomizeSettings
 
 
@@ -90,6 +94,17 @@ def write_report(
         notes=notes,
     )
     return write_page(page, folder / "report.html")
+
+
+def facts_of_run(out: Path, settings: CustomizeSettings, side: int, progress: Progress) -> dict[str, Any]:
+    """The settings of a run, how far it is or how large its file has become, and what it ran on."""
+    about: dict[str, Any] = {k: v for k, v in asdict(settings).items() if v is not None} | {"resolution": side}
+    if progress.step < settings.steps or not out.is_file():
+        about["so far"] = f"{progress.step} of {settings.steps} steps"
+    else:
+        about["size of the adapter"] = f"{out.stat().st_size / 1e6:.2f} MB"
+    about["seconds in steps"] = f"{progress.seconds:.1f}"
+    return about | {"comcat": __version__, "torch": torch.__version__}
 
 
 def running_mean(values: Sequence[float], window: int = 50) -> list[float]:

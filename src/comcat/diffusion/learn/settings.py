@@ -70,7 +70,7 @@ class CustomizeSettings:
     keep: int = 2
     """Checkpoints to keep."""
     sample_every: int = 0
-    """Steps between sheets of sample pictures; 0: none."""
+    """Steps between sheets of sample pictures, the first before any step, all from the same noise; 0: none."""
     sample_prompt: str | None = None
     """Prompt of the samples; left out, that of the training."""
     sample_count: int = 4

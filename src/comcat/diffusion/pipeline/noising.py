@@ -78,9 +78,13 @@ class Flow:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        fresh = type(scheduler).from_config(scheduler.config)
-        self.sigmas: Tensor = fresh.sigmas.float()  # (steps,) or with a last 0, from 1 down
-        self.steps = int(fresh.config.num_train_timesteps)
+        self.steps = int(scheduler.config.num_train_timesteps)
+        shift = scheduler.config.get("flow_shift")
+        if shift is not None:  # a solver of diffusion that is told to follow a flow (Sana's)
+            even = torch.linspace(1, 1 / self.steps, self.steps)
+            self.sigmas: Tensor = shift * even / (1 + (shift - 1) * even)  # (steps,), from 1 down
+        else:
+            self.sigmas = type(scheduler).from_config(scheduler.config).sigmas.float()
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         even = torch.sigmoid(torch.randn(count, generator=generator))
@@ -103,9 +107,10 @@ def noising_of(scheduler: Any, snr_gamma: float | None = None) -> Noising:
     Raises:
         ModelError: if it is of no known kind; expected one with noise levels in ``alphas_cumprod``, or flow matching.
     """
-    if hasattr(scheduler, "alphas_cumprod"):
+    solver_of_flow = scheduler.config.get("prediction_type") == "flow_prediction" and "flow_shift" in scheduler.config
+    if hasattr(scheduler, "alphas_cumprod") and not solver_of_flow:
         return Diffusion(scheduler, snr_gamma)
-    if hasattr(scheduler, "scale_noise") and "shift" in scheduler.config:
+    if solver_of_flow or (hasattr(scheduler, "scale_noise") and "shift" in scheduler.config):
         if snr_gamma is not None:
             raise ModelError("snr_gamma weighs diffusion's noise levels; this pipeline's scheduler is a flow")
         return Flow(scheduler)
