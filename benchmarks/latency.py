@@ -40,11 +40,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 PLANS = (
     ("deit_tiny", "float32", 1, 0.3, "ranks,units"), ("deit_tiny", "float32", 16, 0.5, "ranks,units,tokens"),
-    ("deit_tiny", "bfloat16", 16, 0.4, "ranks,units"), ("deit_small", "float32", 1, 0.5, "ranks,units"),
+    ("deit_tiny", "bfloat16", 16, 0.3, "ranks,units"), ("deit_small", "float32", 1, 0.5, "ranks,units"),
     ("deit_small", "float32", 16, 0.5, "ranks,units"), ("deit_small", "float32", 16, 0.6, "ranks,units,tokens"),
     ("deit_small", "bfloat16", 1, 0.25, "ranks,units"), ("deit_small", "bfloat16", 16, 0.5, "ranks,units,tokens"),
     ("deit_base", "float32", 1, 0.5, "ranks,units"), ("deit_base", "float32", 16, 0.5, "ranks,units"),
-    ("dinov2_small", "float32", 16, 0.5, "ranks,units,tokens"), ("dinov2_small", "bfloat16", 16, 0.5, "units"),
+    ("dinov2_small", "float32", 16, 0.5, "ranks,units,tokens"), ("dinov2_small", "bfloat16", 16, 0.2, "units"),
 )  # fmt: skip
 
 
