@@ -193,7 +193,7 @@ def cached_source(family: Family, kinds: Sequence[Kind], side: int, seed: int, *
     for number, kind in enumerate(kinds):
         latents = encode(family, kind.images, side, crops=1, flip=False, seed=seed)
         rotation = Rotation(latents.frames_of, seed, str(number))
-        streams.append(Stream(latents, rotation, kind.prompt, kind.count, kind.weight, kind.dropout))
+        streams.append(Stream(latents, rotation, [kind.prompt], kind.count, kind.weight, kind.dropout))
     return CachedSource(family, streams, live=live_text)
 
 

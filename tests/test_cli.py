@@ -111,6 +111,7 @@ def test_inspect_prints_what_can_shrink_and_what_stays(folder, small, capsys):
     assert "feed-forward" in line and "192 units" in line and "or ranks: fc1 up to 38, fc2 up to 38" in line
     assert "keeps its size by default" in next(line for line in shown.splitlines() if line.startswith("head"))
     assert "490 of them are in classifier heads" in shown and "--head" in shown
+    assert "hold 90 % of the energy are by the weights alone, a weak guide" in shown
     assert main(["inspect", str(small)]) == 0
     assert "already compressed" in capsys.readouterr().out
 

@@ -9,6 +9,7 @@ import torch
 import comcat
 from comcat.errors import BudgetError, DataError, ModelError, NumericsError, PlanError, SettingsError
 from comcat.measure import count_macs, count_parameters, evaluate
+from comcat.methods.compress import CompressSettings, compress_
 
 from .models import pictures, shake, tiny_vit
 
@@ -348,8 +349,6 @@ def test_attention_of_larger_convolutions_is_refused_with_its_path():
 
 
 def test_a_plan_that_saves_more_than_was_asked_says_so(model):
-    from comcat.methods.compress import CompressSettings, compress_
-
     def notes(**settings):
         done = compress_(copy.deepcopy(model), pictures(), CompressSettings(statistic="weights", **settings))
         assert "saved" in done.plan.made_by
@@ -361,3 +360,10 @@ def test_a_plan_that_saves_more_than_was_asked_says_so(model):
         "multiple=1 or ranks='waterfill' comes nearer."
     ]
     assert notes(reduce=0.3, multiple=1)[1] == []
+
+
+@pytest.mark.parametrize(("statistic", "weak"), [("weights", True), ("activation", False)])
+def test_a_statistic_that_sees_no_pictures_is_called_weak(model, statistic, weak):
+    """Ranks read off the weights alone were shown as if they said what is lost."""
+    done = compress_(copy.deepcopy(model), pictures(), CompressSettings(reduce=0.3, statistic=statistic))
+    assert any("by the weights alone, a weak guide" in note for note in done.notes) == weak

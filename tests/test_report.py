@@ -973,3 +973,12 @@ def test_of_forms_that_were_not_asked_for_nothing_is_said(forms):
     report = collect(before, model, done, model="tiny")
     assert all(row.rival_loss is None for row in report.sites)
     assert any(row.form for row in report.sites) and "low rank: " not in Page(render(report)).text
+
+
+@pytest.mark.parametrize(
+    ("value", "noun", "said"),
+    [(1, "picture", "1 picture"), (0, "step", "0 steps"), (1.0, "epoch", "1 epoch"), (2.5, "epoch", "2.5 epochs"),
+     (2, "class", "2 classes")],
+)  # fmt: skip
+def test_numbers_have_their_nouns_in_the_right_form(value, noun, said):
+    assert wording.counted(value, noun) == said

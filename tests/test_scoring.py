@@ -318,10 +318,10 @@ def test_what_cannot_be_computed_is_left_out_with_a_reason_or_refused_if_asked_f
     scores = score(one, folders / "real", settings(networks))
     assert list(scores.values) == ["clip-i", "dino"]
     notes = " ".join(scores.notes)
-    assert "Without kid: kid needs at least 2" in notes and "Without clip-t: 1 of 1 pictures" in notes
+    assert "Without kid: kid needs at least 2" in notes and "Without clip-t: no prompt for 1 of 1 picture in" in notes
     with pytest.raises(DataError, match="fid needs at least 2 pictures on either side; got 1 and 5"):
         score(one, folders / "real", settings(networks, metrics=("fid",)))
-    with pytest.raises(DataError, match="do not say their prompt"):
+    with pytest.raises(DataError, match="no prompt for"):
         score(one, folders / "real", settings(networks, metrics=("clip-t",)))
     with pytest.raises(SettingsError, match="--against"):
         score(one, settings=settings(networks, metrics=("dino",)))

@@ -33,7 +33,7 @@ from comcat.store import folder as folders
 from comcat.store import import_paper, load, load_model, push_to_hub, save, saving
 from comcat.store.processor import processor_config
 
-from .models import ranked
+from .models import ranked, tiny_vit
 
 DEIT = {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -553,6 +553,13 @@ def test_a_card_without_numbers_says_so(tmp_path):
     card = front_matter(folder)
     assert "base_model" not in card and card["pipeline_tag"] == "image-feature-extraction"
     assert "not measured" in card["text"] and "## Numbers" not in card["text"]
+
+
+def test_the_card_of_what_no_picture_has_seen_says_so(tmp_path):
+    model = comcat.compress(tiny_vit(), reduce=0.3, statistic="weights")
+    assert "by the weights alone, a weak guide" in front_matter(save(model, tmp_path / "small"))["text"]
+    model = comcat.compress(tiny_vit(), [torch.randn(2, 3, 32, 32)], reduce=0.3)
+    assert "weak guide" not in front_matter(save(model, tmp_path / "small"))["text"]
 
 
 # ----------------------------------------------------------------------------------------------------- the hub

@@ -1,6 +1,6 @@
 """The errors a user can cause. Each says what it got, what it expected and, of names, the nearest one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from unicodedata import category
 
@@ -78,8 +78,10 @@ def listed(phrases: list[str], most: int = 4) -> str:
     return "; ".join(phrases[:most]) + more
 
 
-def counted(number: int, noun: str) -> str:
-    """A number with its noun in the right form: ``"1 picture"``, ``"2 pictures"``, ``"1 class"``, ``"2 classes"``."""
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun}{'es' if noun.endswith('s') else 's'}"
+def counted(number: float, noun: str, show: Callable[[float], str] = str) -> str:
+    """A number with its noun in the right form: ``"1 picture"``, ``"2 pictures"``, ``"1 class"``, ``"2 classes"``.
+
+    ``show`` writes the number.
+    """
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{show(number)} {noun}{ending}"

@@ -64,6 +64,10 @@ class Statistic(Protocol):
         ...
 
 
+WEAK = "by the weights alone, a weak guide: what flows through them decides what is lost (statistic 'loss')."
+"""Ends a sentence about what was measured by the statistic ``weights``."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights alone, ``C = I`` on both sides: the SVD of each product, as in COMCAT (Xiao et al. 2023), but exact

@@ -83,6 +83,14 @@ def write_text(path: StrPath, text: str) -> None:
         new.write_bytes(text.encode("utf-8", errors="replace"))
 
 
+def parsed(text: str | bytes) -> Any:
+    """What a JSON text holds. Raises ValueError for what is none, and for lists in lists without end."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
 def write_json(path: StrPath, content: Any) -> None:
     """Write what JSON can hold."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -131,7 +139,7 @@ def read_tensors(path: StrPath) -> dict[str, Tensor]:
     """The tensors that :func:`write_tensors` wrote. Raises StoreError if the file is damaged."""
     tensors, metadata = read_tensors_and_metadata(path)
     try:
-        shared = json.loads(metadata.get(_SHARED, "{}"))
+        shared = parsed(metadata.get(_SHARED, "{}"))
         return {**tensors, **{name: tensors[twin] for name, twin in shared.items()}}
     except (ValueError, KeyError) as error:
         raise StoreError(f"{path} cannot be read: {error}") from error

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import PlanError, nearest
-from .files import write_text
+from .files import parsed, write_text
 from .sites import HiddenSite, Site, Sites
 
 VERSION = 2
@@ -213,9 +213,11 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         try:
-            return cls.from_dict(json.loads(text))
+            return cls.from_dict(parsed(text))
         except json.JSONDecodeError as error:
             raise PlanError(f"not a plan: {error.msg} in line {error.lineno}") from None
+        except ValueError as error:
+            raise PlanError(f"not a plan: {error}") from None
 
     def save(self, path: str | Path) -> None:
         write_text(path, self.to_json())

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from .errors import ModelError
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``torch.compile`` and of data parallelism, or the model itself."""
-    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    """The model inside the wrappers of ``torch.compile``, of data parallelism and of averaging, or the model itself.
+
+    Raises ModelError for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise ModelError(f"got {model!r} ({kind}), expected a module; comcat.load_model(name) gives one by its name")
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
     while isinstance(inner := _inside(model, parallel), nn.Module):
         model = inner
     return model

@@ -51,13 +51,8 @@ def _customize(command: Demo, out: Path) -> int:
     from ..diffusion.digits.scans import IDENTIFIER, WORDS
 
     shown = demo.run(out, seed=command.seed, device=pick_device(command.device))
-    before, after = shown.before, shown.after
-    print()
-    rows = [
-        [f"{IDENTIFIER} recognised as a {WORDS[demo.LEFT_OUT]}", before.recognised, after.recognised],
-        ["the other nine recognised", before.mean_survived, after.mean_survived],
-    ]
-    table(["share of pictures", "before", "after"], [[n, *(f"{100 * v:.1f} %" for v in values)] for n, *values in rows])
+    print(f"\n{IDENTIFIER} is a {WORDS[demo.LEFT_OUT]}. Pictures that show what was asked for, in its ink:\n")
+    table(["", "before", "after"], [[n, *(f"{100 * v:.1f} %" for v in values)] for n, *values in shown.rows()])
     print(f"\nTook {shown.seconds:.0f} s. The adapter: {shown.adapter} ({shown.adapter.stat().st_size / 1e3:.0f} kB).")
     print(f"Before and after, side by side: {shown.report.resolve()}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import posixpath
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import counted
+from ..files import parsed
 from .labels import is_missing, no_label_column
 from .sources import printable, require
 
@@ -111,7 +111,7 @@ def _table(file: Path) -> tuple[list[str], list[dict[str, Any]]]:
 
 def _json_row(number: int, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parsed(line)
     except ValueError as error:
         raise ValueError(f"line {number} is no JSON: {error}") from error
     if not isinstance(row, dict):

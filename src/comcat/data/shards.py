@@ -6,7 +6,6 @@ own, ``v0.5.png`` and ``v0.5.cls``, it is up to the last one.
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from ..errors import DataError, counted
+from ..files import parsed
 from .decoding import SUFFIXES
 from .labels import Labelling, code_labels
 from .sources import Entry, guarded, is_data, printable, shuffled
@@ -203,7 +203,7 @@ def _text(data: bytes, name: str) -> str:
 def _parsed(data: bytes, name: str, prefix: str) -> object:
     """What a JSON file holds; an error where it is broken, to be raised if its label is needed."""
     try:
-        return json.loads(data)
+        return parsed(data)
     except ValueError as error:
         return DataError(f"{prefix}{printable(name)} is no JSON: {error}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..data import Preprocess
-from ..errors import ComcatError, ExportError, StoreError
+from ..errors import ComcatError, ExportError, StoreError, counted
 from ..files import check_writable, whole_file, whole_folder, write_json
 from ..measure.running import entry
 from ..models import class_names_of, name_of
@@ -236,9 +236,7 @@ class _Job:
             notes.append("The pictures were generated; give real ones (data=, --data) for figures that mean something.")
         if self.about["preprocess"] is None:
             notes.append("Nothing says how pictures become the input: the description has no preprocessing.")
-        notes += [
-            f"int8 is {s} at {'1 picture' if count == 1 else f'{count} pictures'} a call." for count, s in speed.items()
-        ]
+        notes += [f"int8 is {s} at {counted(count, 'picture')} a call." for count, s in speed.items()]
         return tuple(notes)
 
 

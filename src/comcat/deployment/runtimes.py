@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..data import Preprocess
 from ..errors import DataError, StoreError
+from ..files import parsed
 from .formats import Format, Run, format_of
 from .packages import reason, version_of
 
@@ -92,7 +92,7 @@ def read_description(place: Path, form: Format) -> dict[str, Any]:
     if not path.is_file():
         return form.described(place)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged: {error}") from error
     return found if isinstance(found, dict) and "preprocess" in found else form.described(place)

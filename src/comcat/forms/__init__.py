@@ -68,6 +68,8 @@ def check_plan(plan: Plan, sites: Sites, *, whole: bool = True) -> None:
     Raises:
         PlanError, UnknownSite, UnsupportedSite.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(f"got {plan!r} for a plan, expected a comcat.Plan; comcat.Plan.load(file) reads one")
     if whole and plan.made_for is not None:
         plan.made_for.check(sites)
     changed: dict[str, AnySite] = {}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batches import parts_of_batch
-from ..errors import DataError, ModelError, NumericsError, SettingsError
+from ..errors import DataError, ModelError, NumericsError, SettingsError, counted
 from .outputs import is_classifier, model_output
 from .running import AUTOCAST, evaluating
 
@@ -53,7 +53,7 @@ def _split(batch: Any, where: str) -> tuple[Tensor, Tensor | None]:
     if labels.shape != images.shape[:1] or not (whole or not len(labels)):
         raise DataError(
             f"{where}: got labels of shape {tuple(labels.shape)} {labels.dtype}, "
-            f"expected one whole number for each of {images.shape[0]} pictures"
+            f"expected one whole number for each of {counted(images.shape[0], 'picture')}"
         )
     return images, labels.long()
 
@@ -139,7 +139,9 @@ def evaluate(
                 labels = labels.to(output.device)
                 wrong = labels[(labels < 0) | (labels >= width)]
                 if len(wrong):
-                    raise DataError(f"{where}: got label {int(wrong[0])}, expected 0 to {width - 1} of {width} classes")
+                    raise DataError(
+                        f"{where}: got label {int(wrong[0])}, expected 0 to {width - 1} of {counted(width, 'class')}"
+                    )
                 sums["loss"] += F.cross_entropy(output, labels, reduction="sum").item()
                 ranked = output.topk(min(5, width)).indices == labels[:, None]  # (batch, 5)
                 sums["top1"] += ranked[:, 0].sum().item()

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, counted
 from ..hosts.classes import classes_of
 from .running import call, describe, unwrap
 
@@ -44,7 +44,7 @@ def model_output(model: nn.Module, images: Tensor) -> Tensor:
         )
     if not output.dim() or output.shape[0] != images.shape[0]:
         raise ModelError(
-            f"model {label} returns shape {tuple(output.shape)} for {images.shape[0]} pictures; "
+            f"model {label} returns shape {tuple(output.shape)} for {counted(images.shape[0], 'picture')}; "
             "expected one row a picture"
         )
     if output.dim() == 3:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..apply import Handle, apply_
 from ..errors import ModelError, SettingsError
+from ..factors import WEAK
 from ..grad_mode import outside_inference_mode
 from ..hosts.ordinary import check_ordinary
 from ..plan import Plan
@@ -107,7 +108,12 @@ def compress_(
         )
     record = Record(plan=plan, settings=asdict(settings), **before)
     model.comcat_record = record  # type: ignore[assignment]
-    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=(*notes, *handle.notes))
+    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=(*notes, *_weak(prepared), *handle.notes))
+
+
+def _weak(prepared: Prepared) -> list[str]:
+    by_weights = prepared.statistic.name == "weights" and len(prepared.sites)
+    return [f"What would be lost was measured {WEAK}"] if by_weights else []
 
 
 def origin_or_none(model: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, SettingsError, nearest
+from ..files import parsed
 from .failures import first_line, required
 from .timm import load_timm
 from .transformers import load_transformers
@@ -115,10 +116,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         raise ModelError(f"{folder} has no config.json, so it is no saved model; it has {shown or 'nothing'}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ModelError(f"{path} is not JSON: {error.msg} in line {error.lineno}, column {error.colno}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}, expected names and values")

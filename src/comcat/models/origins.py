@@ -105,7 +105,7 @@ class Origin:
         Raises ModelError if the installed library does not know the name or refuses the arguments, and for ``"own"``.
         """
         if self.library == OWN:
-            raise ModelError(f"comcat cannot build a {self.name}, which is of neither timm nor transformers")
+            raise ModelError(f"comcat cannot build a {self.name} by itself")
         model = _construct(self).eval().to(device)
         attach_origin(model, self)
         return model

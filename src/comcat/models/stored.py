@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import parsed
 from .origins import remembered_origin
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def stored_in(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         if (folder / _WEIGHTS).is_file():
             return _stored_as([folder / _WEIGHTS])
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index = parsed((folder / _INDEX).read_text(encoding="utf-8"))
         return _stored_as([folder / name for name in sorted(set(index["weight_map"].values()))])
     except _UNREADABLE:
         return {}
@@ -100,4 +100,4 @@ def _header(path: Path) -> Mapping[str, Any]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError(f"{path} is no safetensors file")
-        return json.loads(file.read(length))
+        return parsed(file.read(length))

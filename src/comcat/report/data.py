@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args
 
 from comcat.errors import NumericsError, SettingsError, StoreError, nearest
 
+from ..files import parsed
+
 MATRICES = ("W_Q", "W_K", "W_V", "W_O", "QK", "VO")
 Kind = Literal["qk", "vo", "linear", "units", "tokens"]
 Role = Literal["attention", "feed-forward", "tokens", ""]
@@ -166,7 +168,7 @@ class ReportData:
         Raises StoreError if the text is damaged or something else, and what the parts raise for values out of range.
         """
         try:
-            document = json.loads(text)
+            document = parsed(text)
         except ValueError as error:
             raise StoreError(f"the report is not JSON: {error}") from error
         if not isinstance(document, dict) or document.get("format") != _FORMAT:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from ..errors import ComcatError
+from ..errors import ComcatError, counted
 from ..files import write_text
 
 BUDGETS = {"parameters": "parameters", "macs": "multiply-accumulates", "latency": "time"}
@@ -42,8 +42,8 @@ def render_explorer(
     }
     written = json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
     calibrated, judged = way["pictures"]
-    byline = f"One calibration on {calibrated} pictures, {len(points)} plans" + (
-        f"; agreement measured on {judged} others" if judged else ""
+    byline = f"One calibration on {counted(calibrated, 'picture')}, {counted(len(points), 'plan')}" + (
+        f"; agreement measured on {counted(judged, 'other')}" if judged else ""
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(source).render(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import counted
 from . import wording
 
 POINTS = 300
@@ -101,9 +102,8 @@ def search_facts(made_by: Mapping[str, Any]) -> dict[str, str]:
         "asked for",
         "Exponent β of the cost": f"{s['beta']:g}" + (", above the budget only" if s["penalty"] == "above" else ""),
         "Candidate ranks": candidates,
-        "Length": f"{s['rounds']} rounds: {s['rank_steps']} steps on ranks each, {s['weight_steps']} on weights "
-        "between them, "
-        f"{s['batch_size']} pictures a step",
+        "Length": f"{counted(s['rounds'], 'round')}: {counted(s['rank_steps'], 'step')} on ranks each, "
+        f"{s['weight_steps']} on weights between them, {counted(s['batch_size'], 'picture')} a step",
         "Held out": f"{100 * s['held_out']:g}{wording.SPACE}% of the training pictures: ranks are learned on them, "
         "weights never see them",
     }
@@ -116,8 +116,8 @@ def tuning_facts(result: Mapping[str, Any]) -> dict[str, str]:
     learned += ["features of its blocks"] if "feature_loss" in last else []
     facts = {
         "Teacher": f"{result['teacher']} ({', '.join(learned)})" if result["teacher"] else "none",
-        "Length": f"{wording.plain(float(last['epoch']))} epochs, {wording.plain(float(last['step']))} steps of "
-        f"{wording.plain(float(s['batch_size']))} pictures",
+        "Length": f"{wording.counted(last['epoch'], 'epoch')}, {wording.counted(last['step'], 'step')} of "
+        f"{wording.counted(s['batch_size'], 'picture')}",
         "Learning rate": f"{s['lr']:g}, by a cosine to {s['min_lr']:g}; weight decay {s['weight_decay']:g}",
     }
     if result.get("images_per_second"):

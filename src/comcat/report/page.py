@@ -89,7 +89,7 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     how, same = wording.AGREEMENT["agreement"], wording.number(data.agreement.get("agreement"))
     if same is not None:
         count = wording.number(data.agreement.get("count"))
-        images = f", {wording.plain(count)} images" if count else ""
+        images = f", {wording.counted(count, 'image')}" if count else ""
         detail = f"same top-1 as the original{images}"
         tiles.append({"label": "Agreement", "value": wording.cell(same, how), "detail": detail})
     return tiles
@@ -99,8 +99,8 @@ def _speed_tile(data: ReportData) -> list[dict[str, str]]:
     """How many times as fast: the median over rounds, in each of which both were timed; else the ratio of medians."""
     if median := wording.number(data.speed.get("median")):
         low, high = (f"{data.speed[end]:.2f}" for end in ("low", "high"))
-        batch, rounds = (wording.plain(float(data.speed[key])) for key in ("batch_size", "rounds"))
-        detail = f"quartiles {low}–{high}, batch {batch}, {rounds} rounds"
+        batch, rounds = (float(data.speed[key]) for key in ("batch_size", "rounds"))
+        detail = f"quartiles {low}–{high}, batch {wording.plain(batch)}, {wording.counted(rounds, 'round')}"
         return [{"label": "Speed-up", "value": f"{median:.2f}×", "detail": detail}]
     for key in ("throughput", "latency_s", "compiled_latency_s"):
         how, old, new = wording.METRICS[key], wording.number(data.before.get(key)), wording.number(data.after.get(key))

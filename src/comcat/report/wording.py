@@ -7,6 +7,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import errors
+
 SPACE = "\u00a0"  # a space that does not break, between a number and its unit
 MINUS = "\u2212"
 
@@ -33,6 +35,11 @@ def plain(value: float) -> str:
     else:
         text = f"{value:.4g}"
     return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def counted(value: float, noun: str) -> str:
+    """A number with its noun in the right form, written as :func:`plain` does."""
+    return errors.counted(value, noun, lambda number: plain(float(number)))
 
 
 def scaled(value: float) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import StoreError
-from ..files import read_tensors, whole_folder, write_json, write_tensors
+from ..files import parsed, read_tensors, whole_folder, write_json, write_tensors
 
 _NAME = re.compile(r"step-(\d{8})")
 _STATE = "state.json"
@@ -80,7 +80,7 @@ class Checkpoints:
             return None
         newest = folders[-1]
         try:
-            state = json.loads((newest / _STATE).read_text(encoding="utf-8"))
+            state = parsed((newest / _STATE).read_text(encoding="utf-8"))
             if not isinstance(state, dict):
                 raise ValueError(f"{_STATE} holds no run's state")
         except (OSError, ValueError) as error:

@@ -22,6 +22,8 @@ def claimed(place: str | os.PathLike[str]) -> Iterator[None]:
         StoreError: at once, where another run has claimed the same place, or nothing can be written beside it.
     """
     target = Path(os.path.realpath(place))
+    if not target.name:
+        raise StoreError(f"nothing can be written to {str(place)!r} itself, expected a folder in it")
     file = target.with_name(f".{target.name}.comcat-claim")
     missing = [folder for folder in file.parents if not folder.exists()]
     try:
@@ -32,7 +34,7 @@ def claimed(place: str | os.PathLike[str]) -> Iterator[None]:
             f"another run is writing to {str(place)!r}; wait until it has ended, or name another place"
         ) from None
     except OSError as error:
-        raise StoreError(f"nothing can be written to {str(target.parent)!r}: {error.strerror or error}") from error
+        raise StoreError(f"nothing can be written to {str(place)!r}: {_reason(target, error)}") from error
     try:
         yield
     finally:
@@ -42,6 +44,11 @@ def claimed(place: str | os.PathLike[str]) -> Iterator[None]:
         for folder in missing:  # only those that are still empty go
             with suppress(OSError):
                 folder.rmdir()
+
+
+def _reason(target: Path, error: OSError) -> str:
+    above = next((folder for folder in target.parents if folder.exists()), target)
+    return f"{str(above)!r} is a file" if above.is_file() else error.strerror or str(error)
 
 
 def _locked(file: Path) -> int:

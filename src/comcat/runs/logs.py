@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
+from ..files import parsed
 
 
 class Log:
@@ -38,7 +39,7 @@ class Log:
                         f"{self.path} has {file.tell()} bytes, the checkpoint knows of {position}: it was changed"
                     )
                 file.truncate(position)
-            self.lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            self.lines = [parsed(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
             raise StoreError(f"the log {self.path} cannot be gone on with: {error}") from error
         self.position = position

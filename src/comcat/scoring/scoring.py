@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Pictures, open_pictures
-from ..errors import DataError, ModelError, SettingsError
+from ..errors import DataError, ModelError, SettingsError, counted
 from .clip import Clip
 from .distances import FEW_FOR_FID, fid, kid, paired_cosine, pairwise_cosine
 from .features import Opening, distance_extractor, embed, similarity_extractor
@@ -102,7 +102,7 @@ class _Side:
         self.keys = list(self.stored)
         skipped = self.pictures.skipped
         self.notes = (
-            [f"{len(skipped)} unreadable pictures of {self.pictures.name} were left out, the first: {skipped[0]}"]
+            [f"{counted(len(skipped), 'unreadable picture')} of {self.pictures.name} left out, the first: {skipped[0]}"]
             if skipped
             else []
         )
@@ -114,9 +114,8 @@ def _prompts(side: _Side, settings: ScoreSettings) -> dict[str, str] | DataError
         found = {key: prompt for key, prompt in side.stored.items() if isinstance(prompt, str)}
         if len(found) < len(side.keys):
             return DataError(
-                f"{len(side.keys) - len(found)} of {len(side.keys)} pictures in {side.pictures.name} do not say their "
-                "prompt; "
-                "give a file (--prompts)"
+                f"no prompt for {len(side.keys) - len(found)} of {counted(len(side.keys), 'picture')} in "
+                f"{side.pictures.name}; give a file (--prompts)"
             )
     else:
         found = _read_prompts(settings.prompts, [entry.key for _, entry in side.pictures.entries()])

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..factors import WEAK
 from ..models.origins import OWN
 from ..plan import Plan
 from ..record import Results
@@ -235,6 +236,8 @@ def _limitations(config: Mapping[str, Any]) -> str:
     ]
     if not _numbers(Results.from_dict(config["results"])):
         points.insert(0, "Its accuracy was not measured when it was saved.")
+    if config["statistic"] == "weights":
+        points.insert(0, f"What would be lost was measured {WEAK}")
     return "\n".join(f"- {p}" for p in points)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import whole_folder
+from ..files import parsed, whole_folder
 
 FORMAT = 1
 WEIGHTS, PLAN, CONFIG, CARD, REPORT = "model.safetensors", "plan.json", "config.json", "README.md", "report.html"
@@ -55,7 +55,7 @@ def is_saved_model(folder: Path) -> bool:
 
 def _config_of(path: Path) -> dict[str, Any] | None:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return config if isinstance(config, dict) and "comcat_version" in config else None

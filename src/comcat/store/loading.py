@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from dataclasses import replace
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 
 from .. import models
 from .._version import __version__
+from ..data import Preprocess
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
-from ..files import read_tensors, surviving
+from ..files import parsed, read_tensors, surviving
 from ..grad_mode import outside_inference_mode
 from ..models import Origin
 from ..models.failures import NOT_BY_PRETRAINED
@@ -146,7 +146,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StoreError(f"{folder} has no {CONFIG}, so comcat did not save it; it {_holds(folder)}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict) or "comcat_version" not in config:
@@ -214,11 +214,12 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Origin, Record]:
     """Where a saved model comes from, and the record it had."""
     try:
         plan = Plan.load(folder / PLAN)
-        origin = replace(Origin.from_dict(config["origin"]), stored=stored_in(folder))
+        origin = replace(Origin.from_dict(config.get("origin") or {}), stored=stored_in(folder))
     except (PlanError, UnicodeDecodeError) as error:
         raise StoreError(f"{folder / PLAN}: {error}") from error
-    except (KeyError, ModelError) as error:
+    except ModelError as error:
         raise StoreError(f"{folder / CONFIG} says nothing usable of the model's origin: {error}") from error
+    _check_described(folder / CONFIG, config)
     names = config.get("class_names")
     return origin, Record(
         plan=plan,
@@ -228,6 +229,21 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Origin, Record]:
         class_names=None if names is None else tuple(names),
         results=Results.from_dict(config.get("results")),
     )
+
+
+def _check_described(path: Path, config: dict[str, Any]) -> None:
+    """Raise StoreError where what the config says beside the origin cannot be: somebody has changed it."""
+    for key, kind in {"settings": dict, "results": dict, "preprocess": dict, "class_names": list}.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise StoreError(f"{path}: got {key} {value!r}, expected {'a list' if kind is list else 'an object'}")
+    if odd := [name for name in config.get("class_names") or () if not isinstance(name, str)]:
+        raise StoreError(f"{path}: got class_names with {odd[0]!r}, expected names")
+    try:
+        if config.get("preprocess"):
+            Preprocess.from_dict(config["preprocess"])
+    except SettingsError as error:
+        raise StoreError(f"{path}: preprocess: {error}") from error
 
 
 def _holds(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError, StoreError
+from ..errors import ModelError, StoreError, counted
 from ..models import Origin
 from ..models.failures import first_line
 from .uniform import Shape
@@ -112,5 +112,5 @@ def _fits(made: nn.Module, thin: nn.Module, shape: Shape) -> bool:
 
 def _in_words(shape: Shape) -> str:
     said = [] if shape.rank is None else [f"head_dim {shape.rank}"]
-    said += [f"{next(iter(shape.units.values()))} hidden units"] if shape.units else []
+    said += [counted(next(iter(shape.units.values())), "hidden unit")] if shape.units else []
     return " and ".join(said)

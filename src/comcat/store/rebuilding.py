@@ -116,9 +116,12 @@ def _check_applied(model: nn.Module, plan: Plan) -> None:
 
 
 def unlike(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """How two state dicts differ in names and shapes, a phrase each."""
+    """How two state dicts differ in names, shapes and kinds of numbers, a phrase each."""
     found = [f"{k} is missing" for k in expected if k not in state]
     found += [f"{k} is unexpected" for k in state if k not in expected]
+    both = ((k, state[k], v) for k, v in expected.items() if k in state)
+    kinds = [(k, got, want) for k, got, want in both if got.is_floating_point() != want.is_floating_point()]
+    found += [f"{k} is {got.dtype}, expected {want.dtype}" for k, got, want in kinds]
     pairs = ((k, tuple(state[k].shape), tuple(v.shape)) for k, v in expected.items() if k in state)
     return found + [f"{k} is {got}, expected {want}" for k, got, want in pairs if got != want]
 

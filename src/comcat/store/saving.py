@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..errors import ModelError, SettingsError, StoreError
 from ..files import write_tensors
+from ..hosts.ordinary import check_storable
 from ..models import Origin, class_names_of, preprocess_of
 from ..models.origins import OWN
 from ..plan import Plan
@@ -79,6 +80,7 @@ def save(
     hand) is saved as well, with a warning: :func:`comcat.load` then needs ``into=``.
 
     Raises:
+        ModelError: for a layer whose weights a file cannot hold: quantised, adapted by PEFT, offloaded or sharded.
         StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's
             or cannot be written, a stock export is not possible, or values are too large for ``dtype``.
     """
@@ -86,6 +88,7 @@ def save(
     model = bare(model)
     record = _record(model, plan, record)
     check_replaceable(target, overwrite)  # before any work
+    check_storable(model, _planned(record.plan))
     origin, rebuilt = structure_of(model, origin, record)
     record = _completed(model, record, origin)
     if stock and rebuilt is None:
@@ -111,6 +114,12 @@ def save(
             write(report, new / REPORT)
         write_config(new, STOCK_CONFIG if stock else CONFIG, config)
     return target
+
+
+def _planned(plan: Plan) -> list[str]:
+    """Paths of the layers that a plan replaces, or that its fingerprint names."""
+    names = [*plan.sites, *(() if plan.made_for is None else plan.made_for.sites)]
+    return [path for path, _, kind in (name.partition(":") for name in names) if kind != "tokens"]
 
 
 def check_savable(model: nn.Module) -> None:
@@ -139,6 +148,12 @@ def _record(model: nn.Module, plan: Plan | None, record: Record | None) -> Recor
         return Record(plan=plan)
     record = getattr(model, "comcat_record", None) if record is None else record
     if record is None:
+        for name, part in model.named_modules():
+            if hasattr(part, "comcat_record"):
+                raise StoreError(
+                    f"nothing says how this {type(model).__name__} was compressed, but its {name} was: save that, "
+                    f"comcat.save(model.{name}, folder)"
+                )
         raise StoreError(
             f"nothing says how this {type(model).__name__} was compressed: make it with comcat.compress, "
             "or after comcat.apply_(model, plan) say comcat.save(model, folder, plan=plan)"

@@ -91,7 +91,7 @@ class TrainingData:
             whole_number("count", self.count, least=1)
             if self.pictures.count is not None and self.count > self.pictures.count:
                 raise SettingsError(
-                    f"an epoch of {self.count} samples (--epoch-size): "
+                    f"an epoch of {counted(self.count, 'sample')} (--epoch-size): "
                     f"{self.pictures.name} has {counted(self.pictures.count, 'picture')}"
                 )
 
@@ -160,7 +160,7 @@ class TrainingData:
         limit, share = self.pictures.max_unreadable, -(-self.samples // self.processes)
         if len(skipped) > limit * share or len(skipped) == seen >= _HOPELESS:
             raise DataError(
-                f"{len(skipped)} of the first {seen} samples of {self.pictures.name} cannot be read, "
+                f"{len(skipped)} of the first {counted(seen, 'sample')} of {self.pictures.name} cannot be read, "
                 f"and at most {limit:.0%} may be unreadable (max_unreadable): "
                 f"{'; '.join(skipped[:3])}{'; …' if len(skipped) > 3 else ''}"
             )
@@ -289,7 +289,9 @@ def open_labelled(model: nn.Module, source: Pictures | str | os.PathLike[str]) -
 def check_labels(labels: Tensor | None, classes: int) -> None:
     """Raises DataError on a label that is no class of a model of so many."""
     if labels is not None and len(wrong := labels[(labels < 0) | (labels >= classes)]):
-        raise DataError(f"got the label {int(wrong[0])}, expected 0 to {classes - 1}: the model has {classes} classes")
+        raise DataError(
+            f"got the label {int(wrong[0])}, expected 0 to {classes - 1}: the model has {counted(classes, 'class')}"
+        )
 
 
 class _Worker(IterableDataset):

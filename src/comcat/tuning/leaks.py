@@ -10,7 +10,7 @@ from pathlib import Path
 from ..data import Pictures
 from ..data.decoding import content_hash
 from ..data.reading import default_workers
-from ..errors import DataError
+from ..errors import DataError, counted
 
 SAMPLE = 4096
 """So many pictures of each set are compared. If a share f of the evaluation set is in the training set, f · SAMPLE² /
@@ -45,11 +45,12 @@ def check_apart(training: Pictures, evaluation: Pictures, sample: int = SAMPLE) 
     ours, theirs = _hashes(training, sample), _hashes(evaluation, sample)
     if shared := len(ours & theirs):
         raise DataError(
-            f"{shared} of {len(theirs)} pictures of the evaluation set {evaluation.name} are also among {len(ours)} "
-            f"of the training set {training.name}: accuracy there would not be honest"
+            f"the evaluation set {evaluation.name} shares {shared} of its {counted(len(theirs), 'picture')} with the "
+            f"{len(ours)} of the training set {training.name}: accuracy there would not be honest"
         )
     return (
-        f"None of {len(theirs):,} evaluation pictures{_of(evaluation, sample)} is among {len(ours):,} training pictures"
+        f"None of {counted(len(theirs), 'evaluation picture', '{:,}'.format)}{_of(evaluation, sample)} is among "
+        f"{counted(len(ours), 'training picture', '{:,}'.format)}"
         f"{_of(training, sample)}, by their pixels."
     )
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Preprocess
-from ..errors import ComcatError, DataError, ModelError, SettingsError, nearest
+from ..errors import ComcatError, DataError, ModelError, SettingsError, counted, nearest
 from ..hosts import find_sites
 from ..measure.outputs import is_classifier, model_output
 from ..measure.running import evaluating
@@ -72,7 +72,7 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
     if not logits:
         return
     if not is_classifier(teacher) or width != classes:
-        has = f"{width} classes" if is_classifier(teacher) else "no classes"
+        has = counted(width, "class") if is_classifier(teacher) else "no classes"
         raise SettingsError(f"the teacher has {has}, the student {classes}; expected the same ones")
     names, others = _names(student), _names(teacher)
     if names and others and names != others and sorted(names) == sorted(others):
@@ -119,9 +119,8 @@ def chosen_blocks(words: Sequence[str], teacher: nn.Module) -> tuple[str, ...]:
         if step or word == "all":
             found = blocks[int(step.group(1)) - 1 :: int(step.group(1))] if step else blocks
             if not found:
-                raise SettingsError(
-                    f"features={word}: the teacher has {len(blocks)} blocks of attention; name modules by path"
-                )
+                has = counted(len(blocks), "block")
+                raise SettingsError(f"features={word}: the teacher has {has} of attention; name modules by path")
             chosen += found
         elif word in modules:
             chosen.append(word)

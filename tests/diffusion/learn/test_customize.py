@@ -353,6 +353,31 @@ def test_protected_prompts_stay_as_they_are(pipe, tmp_path):
     assert moved["kept"][PROMPT] > 0.1 * moved["free"][PROMPT], moved
 
 
+def test_each_picture_goes_under_its_own_prompt(pipe):
+    family = family_of(pipe)
+    latents = encode(family, tiny.pictures(3), 16, crops=2, flip=True, seed=0)
+    prompts = [PROMPT, f"{PROMPT} in red", PROMPT]
+    stream = Stream(latents, Rotation(latents.frames_of, 0, "concept"), prompts, 3, 1.0)
+    frames = [prompts[picture] for picture, own in enumerate(latents.frames_of) for _ in own]
+    assert stream.prompt_of() == frames and len(frames) == len(latents.mean) > 3
+    source = CachedSource(family, [stream], live=False)
+    plain, red = family.encode([PROMPT, f"{PROMPT} in red"])["prompt"]
+    for step in range(4):  # a step takes each picture once
+        shown = source(step, torch.Generator().manual_seed(step)).conditions["prompt"]
+        assert sum(one.equal(red) for one in shown) == 1 and sum(one.equal(plain) for one in shown) == 2
+
+
+def test_a_prompt_for_each_picture_is_learned_and_noted(pipe, tmp_path):
+    prompts = [f"{PROMPT} in red", *[PROMPT] * 2]
+    out = tmp_path / "a.safetensors"
+    cd.customize(pipe, tiny.pictures(3), prompt=prompts, out=out, steps=1)
+    assert cd.read(out).metadata["prompt"] == prompts[0]
+    assert f"{prompts[0]}; {PROMPT}" in (tmp_path / "a.run/report.html").read_text()
+    for bad, said in ((prompts[:2], "got 2 prompts for 3 pictures"), ([], "got 0 prompts"), (["a dog"] * 3, "a dog")):
+        with pytest.raises(SettingsError, match=said):
+            cd.customize(pipe, tiny.pictures(3), prompt=bad, steps=1)
+
+
 def test_caption_dropout_shows_a_share_of_the_pictures_under_the_empty_prompt(pipe):
     family = family_of(pipe)
     latents = encode(family, tiny.pictures(), 16, crops=1, flip=False, seed=0)
@@ -360,7 +385,7 @@ def test_caption_dropout_shows_a_share_of_the_pictures_under_the_empty_prompt(pi
     def shown(dropout: float) -> torch.Tensor:
         """Which of 400 pictures of the first stream went under the empty prompt."""
         streams = [
-            Stream(latents, Rotation(latents.frames_of, 0, prompt), prompt, 4, 1.0, share)
+            Stream(latents, Rotation(latents.frames_of, 0, prompt), [prompt], 4, 1.0, share)
             for prompt, share in ((PROMPT, dropout), ("a photo of a cat", 0.0))
         ]
         source = CachedSource(family, streams, live=False)
@@ -575,13 +600,13 @@ def test_one_picture_unreadable_ones_and_all_sizes(pipe, tmp_path):
     with pytest.warns(UserWarning, match="cannot be read"):
         cd.customize(pipe, folder, prompt=PROMPT, out=out, **QUICK)
     page = (tmp_path / "dog.run/report.html").read_text()
-    assert "2 unreadable" in page and "Only one" in page and "over twice as long as wide" in page
+    assert "left out: 2, the first" in page and "Only one" in page and "Over twice as long as wide" in page
     tiny.pictures(1, (9, 400))[0].convert("L").save(folder / "d.png")
     tiny.pictures(1, (64, 64))[0].save(folder / "e.png")
     cd.unload(pipe)
     with pytest.warns(UserWarning):
         cd.customize(pipe, folder, prompt=PROMPT, out=tmp_path / "b.safetensors", **QUICK)
-    assert "1 of 3 pictures are smaller than 16" in (tmp_path / "b.run/report.html").read_text()
+    assert "Smaller than 16 pixels, and enlarged: 1 of 3 pictures." in (tmp_path / "b.run/report.html").read_text()
     (folder / "a.png").unlink(), (folder / "d.png").unlink(), (folder / "e.png").unlink()
     cd.unload(pipe)
     with pytest.raises(DataError, match="cannot be read"), pytest.warns(UserWarning):
@@ -797,7 +822,7 @@ def test_class_pictures_that_a_safety_checker_blackened_are_left_out(pipe, monke
     settings = CustomizeSettings(prior_prompt="a dog", prior_count=2, **QUICK)
     run = Customization(pipe, tiny.pictures(), PROMPT, "V*", "default", settings, None, False)
     assert len(run._class_pictures().images) == 1
-    assert any("1 of 2 pictures of the class are black" in note for note in run.notes)
+    assert any("black as a safety checker leaves them: 1 of 2 pictures of the class" in note for note in run.notes)
     made[0] = made[1]
     with pytest.raises(DataError, match="not black"):
         run._class_pictures()

@@ -125,7 +125,7 @@ def test_compress_searches_and_tunes_in_one_go_or_two(folder, tmp_path, capsys, 
     [
         (["--out", "plan"], "expected a file to write the plan to"),
         (["--out", "plan.json", "--eval", "digits:train"], "evaluation set are both"),
-        (["--out", "plan.json", "--eval", "digits"], "pictures of the evaluation set"),
+        (["--out", "plan.json", "--eval", "digits"], "the evaluation set digits shares 1442 of its"),
         (["--out", "plan.json", "--reduce", "0.99"], "at most 0."),
         (["--out", "plan.json", "--candidates", "30", "--reduce", "0.9"], "the smallest candidates save at most"),
     ],

@@ -38,6 +38,8 @@ def run(command: Inspect) -> int:
 
 
 def _inspect_model(command: Inspect) -> int:
+    from ...errors import counted
+    from ...factors import WEAK
     from ...hosts import find_sites
     from ...measure import count_parameters
     from ...methods.allocate import shrinkable
@@ -52,13 +54,14 @@ def _inspect_model(command: Inspect) -> int:
     refused = [{"site": r.name, "reason": r.reason} for r in sites.refused if r.name not in told]
     tokens = _tokens_of(model)
     if command.json:
-        said = {"model": command.model, "parameters": total, "sites": rows, "refused": refused, "tokens": tokens}
-        print(json.dumps(said, indent=1))
+        said = {"model": command.model, "parameters": total, "statistic": "weights", "sites": rows}
+        print(json.dumps({**said, "refused": refused, "tokens": tokens}, indent=1))
         return 0
     head = ["site", "kind", "full", "90 % energy", "saves up to", "parameters", "share", ""]
     table(head, [_cells(row) for row in rows], left=(1, 7))
     held, kept = (sum(r["parameters"] for r in rows if r["kept_by_default"] in of) for of in ((True, False), (True,)))
-    print(f"\n{len(rows)} sites hold {held:,} of {total:,} parameters ({100 * held / total:.1f} %).")
+    print(f"\n{held:,} of {total:,} parameters ({100 * held / total:.1f} %) are in {counted(len(rows), 'site')}.")
+    print(f"The ranks that hold 90 % of the energy are {WEAK}")
     if kept:
         print(f"{kept:,} of them are in classifier heads, which keep their size by default; --head lets them shrink.")
     print("\n" + "\n".join(_said_of_tokens(tokens)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...diffusion.learn.settings import CustomizeSettings
+from ...errors import counted
 from ...settings import part_of
 from ..common import Positional, in_processes
 from .pipelines import PipelineCommand, open_pipeline
@@ -55,7 +56,7 @@ def _run(command: Customize, processes: Any) -> int:
     if processes.main and work.optimisation is not None:
         done = work.optimisation.progress
         print(
-            f"\nLearned {command.identifier} in {done.step} steps ({done.seconds:.0f} s now), "
+            f"\nLearned {command.identifier} in {counted(done.step, 'step')} ({done.seconds:.0f} s now), "
             f"{sum(p.numel() for p in adapter.parameters()):,} parameters."
         )
         size = command.out.stat().st_size / 1e6

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import tyro
 
+from ...errors import counted
 from ...methods.settings import CompressSettings
 from ...settings import keywords_of
 from ..common import Common, Positional, load
@@ -54,7 +55,7 @@ def run(command: Explore) -> int:
         source=command.data, **{name: getattr(command, name) for name in own}, **asked,
     )  # fmt: skip
     first, last = done.way.points[0], done.way.points[-1]
-    print(f"{len(done.way.points)} plans, from {100 * first.reduce:.1f} to {100 * last.reduce:.1f} % saved.")
+    print(f"{counted(len(done.way.points), 'plan')}, from {100 * first.reduce:.1f} to {100 * last.reduce:.1f} % saved.")
     for note in done.notes:
         print(note)
     print(f"\nThe page: {done.page.resolve()}")

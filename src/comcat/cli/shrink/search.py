@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import counted
 from ...methods.search.settings import SearchSettings
 from ...settings import keywords_of
 from ..common import Common, Positional, in_processes, load
@@ -73,4 +74,6 @@ def show(made_by: Mapping[str, Any], sites: int, seconds: float | None = None) -
     ]
     table(["round", "step", "expected cost", "loss", "held-out top-1"], rows)
     took = "" if seconds is None else f" in {seconds:.0f} s"
-    print(f"\n{sites} sites shrink and save {100 * made_by['saved']:.2f} % of the model's {made_by['budget']}{took}.")
+    print(
+        f"\n{100 * made_by['saved']:.2f} % of the model's {made_by['budget']} saved by {counted(sites, 'site')}{took}."
+    )

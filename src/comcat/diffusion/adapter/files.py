@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..._version import __version__
 from ...errors import SettingsError, StoreError, listed, printable
-from ...files import HASH, read_tensors_and_metadata, write_tensors
+from ...files import HASH, parsed, read_tensors_and_metadata, write_tensors
 from ...modules.adapters import CONTEXT, SIDES
 from ..pipeline.components import TEXT_ENCODERS
 from .attach import bad_alpha, unknown
@@ -182,7 +182,7 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
 def _heads_in(metadata: Mapping[str, str]) -> dict[str, int] | None:
     """The heads by module, None if they are not told or not as they should be."""
     try:
-        heads = json.loads(metadata[_HEADS])
+        heads = parsed(metadata[_HEADS])
     except (KeyError, ValueError):
         return None
     fits = isinstance(heads, dict) and all(isinstance(n, int) and n > 0 for n in heads.values())

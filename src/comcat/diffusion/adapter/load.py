@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SettingsError, StoreError, listed
+from ...errors import SettingsError, StoreError, counted, listed
 from ...modules.adapters import PRODUCTS, SIDES, LowRankTerms
 from ..pipeline.components import components_of, denoiser_of
 from .attach import check_new, install
@@ -89,7 +89,7 @@ def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:
         base = f", which was trained on {file.base}," if file.base else ""
         raise StoreError(
             f"{file.path}{base} does not fit this {_kind_of(target)} with a {type(denoiser_of(target).model).__name__} "
-            f"({len(misfits)} of its {len(file.factors)} modules): {listed(misfits)}"
+            f"({len(misfits)} of its {counted(len(file.factors), 'module')}): {listed(misfits)}"
         )
     rank = max(one.rank for one in terms.values())
     if not file.heads and file.metadata and rank != file.rank:

@@ -40,6 +40,7 @@ SCAN, SIDE = 8, 32
 _FRAMES = ("a photo of {}", "a picture of {}", "{}")
 _SUBJECTS = ("the digit {}", "{}")
 _UNCONDITIONAL, _CLASS = 0.1, 0.1
+_BRIGHT = 100  # of 255: strokes, not what is left on the black around them
 
 
 def prompt_of(subject: int | str, ink: str | None = None) -> str:
@@ -111,6 +112,19 @@ def scans_from(pictures: list[Image.Image]) -> Tensor:
         for p in pictures
     ]
     return torch.stack(rows)
+
+
+def inks_of(pictures: list[Image.Image]) -> list[str]:
+    """The ink that each picture is nearest to, by the mean colour of its bright pixels; "none" where there are none."""
+    return [_ink(np.asarray(p.convert("RGB"), dtype=float).reshape(-1, 3)) for p in pictures]
+
+
+def _ink(pixels: np.ndarray) -> str:
+    bright = pixels[pixels.max(1) > _BRIGHT]
+    if not len(bright):
+        return "none"
+    colour = bright.mean(0) / bright.mean(0).max()
+    return min(INKS, key=lambda ink: float(((colour - np.array(INKS[ink])) ** 2).sum()))
 
 
 def _digit(digit: object) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from ...errors import ModelError, SettingsError
+from ...errors import ModelError, SettingsError, counted
 from ...files import check_writable
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
@@ -83,7 +83,7 @@ def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSetting
     if guidance != Family.guidance_name and options["negative_prompt"] is None and (settings.guidance or 1) > 1:
         options["negative_prompt"] = [" "] * len(pictures)  # without one these pipelines do not guide
     given = {name: value for name, value in options.items() if value is not None}
-    with shortage_explained(f"generating {len(pictures)} pictures at once", _what_would_fit(pipe, settings)):
+    with shortage_explained(f"generating {counted(len(pictures), 'picture')} at once", _what_would_fit(pipe, settings)):
         output = pipe(prompt=[prompt for prompt, _ in pictures], generator=generators, **given)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     for image, (prompt, number), flagged in zip(output.images, pictures, flags, strict=True):

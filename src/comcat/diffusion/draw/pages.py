@@ -17,11 +17,12 @@ from ...files import write_text
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures in a row, with a line above and captions below where there are any."""
+    """Pictures in a row, with a line above, a figure beside that, and captions below where there are any."""
 
     title: str
     pictures: Sequence[Image.Image]
     captions: Sequence[str] = ()
+    figure: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,12 @@ def render_page(page: Page) -> str:
     source = files("comcat.diffusion.draw").joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     sheets = [
-        {"title": s.title, "pictures": [_inline(p) for p in s.pictures], "captions": list(s.captions)}
+        {
+            "title": s.title,
+            "figure": s.figure,
+            "pictures": [_inline(p) for p in s.pictures],
+            "captions": list(s.captions),
+        }
         for s in page.sheets
     ]
     return environment.from_string(source).render(page=page, sheets=sheets, curve=_curve(page.curves))

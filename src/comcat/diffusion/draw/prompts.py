@@ -20,6 +20,14 @@ def _call(prompt: str, identifier: str) -> re.Match[str] | None:
     return re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt)
 
 
+def prompts_given(prompt: str | Sequence[str], identifier: str) -> list[str]:
+    """One prompt or several as a list. Raises SettingsError unless each calls the identifier."""
+    given = [prompt] if isinstance(prompt, str) else list(prompt)
+    for one in given:
+        check_prompt(one, identifier)
+    return given
+
+
 def check_prompt(prompt: str, identifier: str) -> None:
     """Raises SettingsError unless the prompt calls the identifier."""
     if not identifier.strip():

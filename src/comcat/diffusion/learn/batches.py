@@ -38,16 +38,24 @@ class Texts:
 
 @dataclass(frozen=True)
 class Stream:
-    """Pictures under one prompt: how many a step takes, what their loss weighs, what share of them is shown under the
-    empty prompt instead.
+    """Pictures under one prompt, or each under its own: how many a step takes, what their loss weighs, what share of
+    them is shown under the empty prompt instead.
     """
 
     latents: Latents
     rotation: Rotation
-    prompt: str
+    prompts: Sequence[str]
     count: int
     weight: float
     dropout: float = 0.0
+
+    def prompt_of(self) -> list[str]:
+        """The prompt of each frame."""
+        found = [""] * len(self.latents.mean)
+        for picture, own in enumerate(self.latents.frames_of):
+            for frame in own:
+                found[frame] = self.prompts[picture if len(self.prompts) > 1 else 0]
+        return found
 
 
 class CachedSource:
@@ -59,19 +67,22 @@ class CachedSource:
     def __init__(self, family: Family, streams: Sequence[Stream], *, live: bool) -> None:
         self.streams = streams
         empty = [""] if any(stream.dropout for stream in streams) else []
-        self.texts = Texts(family, [*(stream.prompt for stream in streams), *empty], live=live)
+        prompts = list(dict.fromkeys([*(prompt for stream in streams for prompt in stream.prompts), *empty]))
+        self.texts, self.empty = Texts(family, prompts, live=live), len(prompts) - 1
+        self.numbers = [[prompts.index(prompt) for prompt in stream.prompt_of()] for stream in streams]
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
         latents, framings, weights, which = [], [], [], []
-        for number, stream in enumerate(self.streams):
+        for numbers, stream in zip(self.numbers, self.streams, strict=True):
             places = range(step * stream.count, (step + 1) * stream.count)
-            drawn, framing = stream.latents.draw([stream.rotation.frame(p, generator) for p in places], generator)
+            frames = [stream.rotation.frame(p, generator) for p in places]
+            drawn, framing = stream.latents.draw(frames, generator)
             latents.append(drawn)
             framings.append(framing)
             weights += [stream.weight / stream.count] * stream.count
-            shown = torch.full((stream.count,), number)
+            shown = torch.tensor([numbers[frame] for frame in frames])
             if stream.dropout:
-                shown[torch.rand(stream.count, generator=generator) < stream.dropout] = len(self.streams)
+                shown[torch.rand(stream.count, generator=generator) < stream.dropout] = self.empty
             which += shown.tolist()
         conditions = self.texts.of(which) | {k: torch.cat([f[k] for f in framings]) for k in framings[0]}
         return Batch(torch.cat(latents), conditions, torch.tensor(weights))

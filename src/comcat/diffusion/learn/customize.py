@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...errors import SettingsError, StoreError
+from ...errors import SettingsError, StoreError, counted
 from ...runs.checkpoints import Checkpoint, Checkpoints
 from ...runs.loop import carry_out, find_checkpoint
 from ...runs.processes import Processes
@@ -22,13 +22,13 @@ from ..adapter.attach import WhereToAttach, attach, default_where, unload
 from ..adapter.files import name_of, save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
-from ..draw.prompts import check_heard, check_other_prompts, check_prompt, splitting_notes
+from ..draw.prompts import check_heard, check_other_prompts, prompts_given, splitting_notes
 from ..pipeline.families import Family, family_of
 from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
-from .examples import EXAMPLES, Examples, notes_on_sizes, read_examples
+from .examples import EXAMPLES, Examples, notes_on_sizes, one_each, read_examples
 from .latents import Rotation, check_resolution, encode
 from .optimisation import Optimisation
 from .prior import class_in, make_class_pictures
@@ -42,7 +42,7 @@ def customize(
     pipe: Any,
     images: EXAMPLES,
     *,
-    prompt: str,
+    prompt: str | Sequence[str],
     identifier: str = "V*",
     name: str = "default",
     out: str | os.PathLike[str] | None = None,
@@ -61,7 +61,8 @@ def customize(
         pipe: a text-to-image pipeline of diffusers, whole, in the dtype to compute in. The adapter's own parameters are
             float32.
         images: some pictures, or what :func:`comcat.open_pictures` takes; 4 to 12 are usual.
-        prompt: what the pictures show, with ``identifier`` in it: ``"a photo of V* dog"``.
+        prompt: what the pictures show, with ``identifier`` in it, ``"a photo of V* dog"``; or one for each picture,
+            ``"a photo of V* dog in the snow"``, of which the first is the one to sample with.
         name: what the adapter is called in ``pipe``.
         out: file to save to, ``dog.safetensors``. Checkpoints, samples and ``report.html`` go to a folder beside it,
             ``dog.run``. The same call goes on from the last checkpoint there; ``restart`` begins anew.
@@ -90,17 +91,17 @@ class Customization:
         self,
         pipe: Any,
         images: EXAMPLES,
-        prompt: str,
+        prompt: str | Sequence[str],
         identifier: str,
         name: str,
         settings: CustomizeSettings,
         out: str | os.PathLike[str] | None,
         progress: bool,
     ) -> None:
-        check_prompt(prompt, identifier)
+        given = prompts_given(prompt, identifier)
         self.family = family_of(pipe)
         check_whole(pipe)
-        self.pipe, self.prompt, self.identifier, self.name = pipe, prompt, identifier, name
+        self.pipe, self.identifier, self.name = pipe, identifier, name
         self.settings, self.progress = settings, progress
         check_other_prompts(identifier, {"protect": settings.protect, "prior_prompt": [settings.prior_prompt or ""]})
         if (other := answering(pipe, identifier)) not in (None, name):
@@ -119,8 +120,11 @@ class Customization:
             )
         check_dropout(self.family, self.where, settings.caption_dropout)
         self.examples = read_examples(images)
+        self.prompts = one_each(given, len(self.examples.images))
+        self.prompt = self.prompts[0]
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
-        self.notes += check_heard(self.family, prompt, identifier, one_token=settings.new_token is not None)
+        for one in dict.fromkeys(given):
+            self.notes += check_heard(self.family, one, identifier, one_token=settings.new_token is not None)
         if settings.new_token is None:
             self.notes += splitting_notes(self.family, identifier)
         self.class_examples = None
@@ -228,10 +232,10 @@ class Customization:
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
         streams = []
-        kinds = [(self.examples, self.prompt, 1.0, settings.caption_dropout, "concept")]
+        kinds = [(self.examples, self.prompts, 1.0, settings.caption_dropout, "concept")]
         if class_pictures is not None and settings.prior_prompt is not None:
-            kinds.append((class_pictures, settings.prior_prompt, settings.prior_weight, 0.0, "class"))
-        for pictures, prompt, weight, dropout, what in kinds:
+            kinds.append((class_pictures, [settings.prior_prompt], settings.prior_weight, 0.0, "class"))
+        for pictures, prompts, weight, dropout, what in kinds:
             seed = derive_seed(settings.seed, what)
             with shortage_explained(
                 "encoding the pictures", [f"a resolution below {self.side}", "a base in 16 bit (dtype bfloat16)"]
@@ -240,7 +244,7 @@ class Customization:
                     self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
                 )
             rotation = Rotation(latents.frames_of, settings.seed, what)
-            streams.append(Stream(latents, rotation, prompt, settings.batch_size, weight, dropout))
+            streams.append(Stream(latents, rotation, prompts, settings.batch_size, weight, dropout))
         return CachedSource(self.family, streams, live=live)
 
     def _class_pictures(self) -> Examples | None:
@@ -281,7 +285,7 @@ class Customization:
             **self.settings.shaping,
             "where": self.where,
             "resolution": self.side,
-            "prompt": self.prompt,
+            "prompt": self.prompt if len({*self.prompts}) == 1 else self.prompts,
             "identifier": self.identifier,
             "pictures": self.examples.fingerprint,
             "base": name_of(self.pipe),
@@ -315,14 +319,15 @@ class Customization:
     def _report(self, samples: Samples | None) -> None:
         assert self.out is not None and samples is not None and self.optimisation is not None
         facts = {
-            "prompt": self.prompt,
+            "prompt": "; ".join(dict.fromkeys(self.prompts)),
             "identifier": self.identifier,
             "base": name_of(self.pipe) or type(self.pipe).__name__,
             "pictures": len(self.examples.images),
             **facts_of_run(self.out, self.settings, self.side, self.optimisation.progress),
         }
+        learned_from = counted(len(self.examples.images), "picture")
         write_report(
-            folder_of(self.out), title=f"{self.identifier}, learned from {len(self.examples.images)} pictures",
+            folder_of(self.out), title=f"{self.identifier}, learned from {learned_from}",
             samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
             notes=self.notes,
         )  # fmt: skip

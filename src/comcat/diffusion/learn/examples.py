@@ -11,7 +11,7 @@ from PIL import Image
 
 from ...data import Pictures, open_pictures
 from ...data.decoding import content_hash, plain
-from ...errors import DataError
+from ...errors import DataError, SettingsError, counted
 from ...runs.seeding import derive_seed
 
 EXAMPLES = str | Path | Pictures | Sequence[Image.Image]
@@ -48,18 +48,26 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
         raise DataError(f"got more than {MANY} {what}; a handful is enough, choose which")
     notes = []
     if skipped:
-        notes.append(f"{len(skipped)} unreadable {what} were left out, the first: {skipped[0]}")
+        notes.append(f"Unreadable {what} left out: {len(skipped)}, the first: {skipped[0]}")
     if len(images) == 1:
         notes.append(f"Only one of the {what}: what is learned will hold its background and pose as well.")
     hashes = "".join(content_hash(image) for image in images)
     return Examples(images, notes, f"{derive_seed(hashes):016x}")
 
 
+def one_each(prompts: Sequence[str], count: int) -> list[str]:
+    """A prompt for each of ``count`` pictures. Raises SettingsError unless there is one for all or one for each."""
+    if len(prompts) not in (1, count):
+        got = f"{counted(len(prompts), 'prompt')} for {counted(count, 'picture')}"
+        raise SettingsError(f"got {got}, expected one for all or one for each")
+    return [*prompts] * (count if len(prompts) == 1 else 1)
+
+
 def notes_on_sizes(images: Sequence[Image.Image], side: int) -> list[str]:
     """What is lost of pictures when squares of ``side`` pixels are cut from them."""
-    notes = []
+    notes, whole = [], counted(len(images), "picture")
     if small := sum(min(i.size) < side for i in images):
-        notes.append(f"{small} of {len(images)} pictures are smaller than {side} pixels and were enlarged.")
+        notes.append(f"Smaller than {side} pixels, and enlarged: {small} of {whole}.")
     if long := sum(max(i.size) > 2 * min(i.size) for i in images):
-        notes.append(f"{long} of {len(images)} pictures are over twice as long as wide: less than half is in a crop.")
+        notes.append(f"Over twice as long as wide, so that less than half is in a crop: {long} of {whole}.")
     return notes

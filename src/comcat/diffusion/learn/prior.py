@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...errors import counted
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
 from ..draw.generate import generate, generate_to
@@ -55,7 +56,6 @@ def _without_black(made: Sequence[Image.Image]) -> Examples:
     """The pictures without those that a safety checker has blackened; ``notes`` says how many."""
     kept = [picture for picture in made if picture.convert("L").getextrema()[1]]
     black = len(made) - len(kept)
-    note = (
-        f"{black} of {len(made)} pictures of the class are black, as a safety checker leaves them, and were left out."
-    )
+    whole = counted(len(made), "picture")
+    note = f"Left out, since black as a safety checker leaves them: {black} of {whole} of the class."
     return replace(read_examples(kept, what="pictures of the class that are not black"), notes=[note] if black else [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import ModelError, nearest
+from ...files import parsed
 from ...models.failures import first_line, loading_failure
 
 _WEIGHTS = re.compile(
@@ -71,7 +71,7 @@ def _parts_of(folder: Path) -> list[str]:
     if not index.is_file():
         raise ModelError(f"{folder} has no model_index.json, so it is no saved pipeline of diffusers")
     try:
-        parts = json.loads(index.read_text(encoding="utf-8"))
+        parts = parsed(index.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{index} cannot be read: {error}") from None
     named = [name for name, kind in parts.items() if isinstance(kind, list) and all(kind)]

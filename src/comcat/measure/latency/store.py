@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...files import write_text
+from ...files import parsed, write_text
 from ..machine import environment
 
 
@@ -24,7 +24,7 @@ class Store:
         self.path, self.changed = folder / f"{name}.json", False
         self.times: dict[str, dict[str, float]] = {}
         try:
-            held = json.loads(self.path.read_text())
+            held = parsed(self.path.read_text())
             if held.get("about") == self.about:
                 self.times = dict(held["times"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...apply import Handle, apply_
 from ...data import Pictures, batches
 from ...data import Preprocess as Preprocessing
-from ...errors import SettingsError
+from ...errors import SettingsError, counted
 from ...factors import Weights
 from ...forms.gates import fold_, gate_
 from ...hosts import find_sites
@@ -157,7 +157,7 @@ def check_pruning(
     )  # fmt: skip
     if setup.steps < 2:
         raise SettingsError(
-            f"got {setup.steps} steps, expected at least 2: gates need time to close; "
+            f"got {counted(setup.steps, 'step')}, expected at least 2: gates need time to close; "
             "comcat.compress cuts without training"
         )
     return setup, survey(model, settings, _blank(model, setup.preprocess))

@@ -1,0 +1,133 @@
+"""Folders that somebody has changed, hashes put right afterwards: each is refused in a sentence of ours."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import comcat
+from comcat.errors import ComcatError, ModelError, PlanError, StoreError
+from comcat.runs.claims import claimed
+from comcat.store.folder import CONFIG, PLAN, WEIGHTS, own_hash, sha256
+
+from ..models import tiny_vit
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    small = comcat.compress(tiny_vit(), reduce=0.3, statistic="weights")
+    return comcat.save(small, tmp_path_factory.mktemp("saved") / "small")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "small")
+
+
+def signed(folder: Path) -> Path:
+    """The folder with hashes as whoever changed it on purpose would leave them."""
+    config = json.loads((folder / CONFIG).read_text())
+    config["sha256"] |= {name: sha256(folder / name) for name in (WEIGHTS, PLAN)}
+    config["sha256"][CONFIG] = own_hash(config, CONFIG)
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+def change(path: Path, by: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads(path.read_text())
+    by(content)
+    path.write_text(json.dumps(content))
+
+
+CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "results": (lambda c: c.update(results=[1]), r"config\.json: got results \[1\], expected an object"),
+    "settings": (lambda c: c.update(settings="x"), "got settings 'x', expected an object"),
+    "class names": (lambda c: c.update(class_names=7), "got class_names 7, expected a list"),
+    "one class name": (lambda c: c.update(class_names=["a", 7]), "got class_names with 7, expected names"),
+    "picture size": (lambda c: c["preprocess"].update(size=[-1, 9]), r"preprocess: size: got \[-1, 9\]"),
+    "preprocess": (lambda c: c.update(preprocess={"size": "x"}), "the preprocessing lacks mean, std"),
+    "no origin": (lambda c: c.pop("origin"), "an origin lacks library and name"),
+    "origin": (lambda c: c.update(origin=[7]), r"an origin is \[7\], expected names and values"),
+}
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_a_config_that_cannot_be(name: str, folder: Path) -> None:
+    by, said = CONFIGS[name]
+    change(folder / CONFIG, by)
+    with pytest.raises(StoreError, match=said):
+        comcat.load(signed(folder))
+
+
+PLANS = {
+    "nested without end": ("[" * 100_000, "nested too deep"),
+    "a number without end": ('{"comcat_plan": ' + "9" * 5000 + "}", "not a plan: .*digits"),
+    "cut off": ('{"comcat_plan": 2, "sites": {', "not a plan"),
+}
+
+
+@pytest.mark.parametrize("name", list(PLANS))
+def test_a_plan_that_is_no_json(name: str, folder: Path) -> None:
+    text, said = PLANS[name]
+    (folder / PLAN).write_text(text)
+    with pytest.raises(PlanError, match=said):
+        comcat.Plan.load(folder / PLAN)
+    with pytest.raises(StoreError, match=said):
+        comcat.load(signed(folder))
+
+
+@pytest.mark.parametrize("open_it", [comcat.load, comcat.load_model])
+def test_a_config_nested_without_end(open_it: Callable[[Path], Any], folder: Path) -> None:
+    (folder / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(ComcatError, match="nested too deep"):
+        open_it(folder)
+
+
+def test_weights_of_another_kind_of_number(folder: Path) -> None:
+    tensors = {name: tensor.int() for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(StoreError, match=r"do not fit: .* is torch\.int32, expected torch\.float32"):
+        comcat.load(signed(folder))
+
+
+NO_MODEL: dict[str, Callable[[Path], Any]] = {
+    "compress": lambda folder: comcat.compress("timm:vit", reduce=0.3),  # type: ignore[arg-type]
+    "find_sites": lambda folder: comcat.find_sites("timm:vit"),  # type: ignore[arg-type]
+    "save": lambda folder: comcat.save("timm:vit", folder / "x"),  # type: ignore[arg-type]
+    "load into": lambda folder: comcat.load(folder, into="timm:vit"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("name", list(NO_MODEL))
+def test_a_name_where_a_module_is_due(name: str, folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"got 'timm:vit' \(str\), expected a module; comcat\.load_model\(name\)"):
+        NO_MODEL[name](folder)
+
+
+def test_a_file_where_a_plan_is_due(folder: Path) -> None:
+    for attempt in (
+        lambda: comcat.apply_(tiny_vit(), str(folder / PLAN)),  # type: ignore[arg-type]
+        lambda: comcat.compress(tiny_vit(), [torch.ones(1, 3, 32, 32)], plan=str(folder / PLAN)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(PlanError, match=r"expected a comcat\.Plan; comcat\.Plan\.load\(file\) reads one"):
+            attempt()
+
+
+def test_places_that_cannot_be_claimed_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    places = {
+        "/": "'/' itself",
+        tmp_path / "file" / "x": r"file/x': '.*file' is a file",
+        tmp_path / ("n" * 300): "nnn'",
+    }
+    for place, said in places.items():
+        with pytest.raises(StoreError, match=said), claimed(place):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
