@@ -160,7 +160,7 @@ def fixed_batch(family: Family, side: int) -> Optimisation:
     """A run whose every step sees the same pictures at the same times."""
     adapter = cd.attach(family.pipe, rank=2, init="random", seed=1)
     latents = encode(family, tiny.pictures(2, (side, side)), side, crops=1, flip=False, seed=0)
-    stream = Stream(latents, Rotation(latents.frames_of, 0, "a"), PROMPT, 2, 1.0)
+    stream = Stream(latents, Rotation(latents.frames_of, 0, "a"), [PROMPT], 2, 1.0)
     source = CachedSource(family, [stream], live=False)
     settings = CustomizeSettings(steps=10, lr=1e-3, checkpoint_every=0)
     noising = noising_of(family.pipe.scheduler)
