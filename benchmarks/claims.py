@@ -38,7 +38,8 @@ _UNIT = r"(?:%|×(?!\s*\d)|ms\b|s\b|seconds?\b|minutes?\b|hours?\b|points?\b|tim
 _AND = r"\s*(?:,|to|or|and|–|-)\s*"
 FIGURE = re.compile(
     rf"(?:{_NUMBER}|{_WORD})(?:{_AND}(?:{_NUMBER}|{_WORD}))*\s*{_UNIT}"  # with a unit
-    r"|(?<![\w.§])\d+\.\d+(?:\s*×)?(?![.\w])"  # or with decimals
+    # or with decimals, that are no release of something
+    r"|(?<![\w.§])(?<!SD )(?<!Python )(?<!Diffusion )(?<!CUDA )(?<!torch )(?<!timm )\d+\.\d+(?:\s*×)?(?![.\w])"
 )
 
 

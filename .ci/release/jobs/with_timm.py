@@ -20,7 +20,7 @@ about = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args"
 pictures = str(picture_folder())
 assert main(["inspect", "theirs"]) == 0
 assert main(["compress", "theirs", "--data", pictures, "--pictures", "16", "--reduce", "0.4", "--out", "small"]) == 0
-assert main(["explore", "theirs", "--data", pictures, "--pictures", "16", "--out", "page"]) == 0
+assert main(["explore", "theirs", "--data", pictures, "--pictures", "16", "--out", "page.html"]) == 0
 assert main(["merge", "theirs", "--data", pictures, "--keep", "0.7", "--out", "merged"]) == 0
 assert main(["eval", "small", "--data", pictures]) == 0
 assert main(["bench", "small", "--against", "theirs", "--repeats", "2"]) == 0

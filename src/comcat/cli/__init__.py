@@ -24,6 +24,7 @@ VERBS = {
     "tune": ("shrink.tune:Tune", "win back by training what compression lost"),
     "eval": ("judge.evaluate:Eval", "accuracy of a model, and agreement with another"),
     "export": ("export:Export", "write a model as a file that another runtime loads"),
+    "import": ("importing:Import", "what the paper's published code has written, as files of ours"),
     "bench": ("judge.bench:Bench", "time a model, beside another in one interleaved run"),
     "customize": ("personal.customize:Customize", "teach a text-to-image pipeline a concept"),
     "generate": ("personal.generate:Generate", "pictures from prompts, with adapters"),
