@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import SettingsError
 from .common import Positional
@@ -47,7 +47,7 @@ def _model(command: Import) -> int:
     from ..workflows.places import check_out
 
     check_out(command.out, command.overwrite)
-    model = import_paper(command.file, command.ranks, command.base)
+    model: Any = import_paper(command.file, command.ranks, command.base)
     folder = save(model, command.out)
     print(f"{count_parameters(model):,} parameters, {len(model.comcat_record.plan.sites)} sites smaller than in "
         f"{command.base}.\nSaved to {folder}")  # fmt: skip
