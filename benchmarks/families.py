@@ -38,7 +38,24 @@ def randomised(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             noise = torch.randn(p.shape, generator=generator)
-            p.copy_(noise * p[0].numel() ** -0.5 if p.ndim > 1 else p + 0.1 * noise)
+            if p.numel():
+                p.copy_(noise * p[0].numel() ** -0.5 if p.ndim > 1 else p + 0.1 * noise)
+    model.eval()
+    return model
+
+
+@torch.no_grad()
+def settled(model: nn.Module, inputs: Any) -> nn.Module:
+    """The model with batch norms that know what flows through them: else numbers grow, and rounding hides all."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    if norms:
+        run(model, inputs)
+    for norm, momentum in zip(norms, before, strict=True):
+        norm.momentum = momentum
     model.eval()
     return model
 
@@ -77,6 +94,7 @@ def examine(family: Family) -> dict[str, Any]:
     row: dict[str, Any] = {"library": family.library, "family": family.name, "model": family.model}
     model = randomised(family.build())
     inputs = family.inputs(model)
+    settled(model, inputs)
     before = run(model, inputs)
     sites = find_sites(model)
     row |= found(model, sites)

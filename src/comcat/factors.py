@@ -79,7 +79,7 @@ class Weights:
 
     def grams(self, model: nn.Module, site: Site) -> tuple[Tensor, Tensor]:
         if isinstance(site, HiddenSite):
-            weight = part(model, site.down).get_parameter("weight")
+            weight = part(model, site.down).get_parameter("weight").flatten(1)
             eyes = (torch.eye(n, dtype=torch.float64, device=weight.device) for n in (site.full, site.out_features))
             return tuple(eyes)  # type: ignore[return-value]
         a, b = weight_factors(model, site)
@@ -209,7 +209,7 @@ def decompose_site(model: nn.Module, site: Site, statistic: Statistic) -> Spectr
         prices, order = scores.double().sort(descending=True, stable=True)
         return Elimination(order, prices)
     covariance, metric = statistic.grams(model, site)
-    return eliminate(covariance, _checked(site, part(model, site.down).get_parameter("weight")), metric)
+    return eliminate(covariance, _checked(site, part(model, site.down).get_parameter("weight").flatten(1)), metric)
 
 
 def spectra(model: nn.Module, sites: Mapping[str, Site], statistic: Statistic | None = None) -> dict[str, Spectrum]:
@@ -221,7 +221,7 @@ def spectra(model: nn.Module, sites: Mapping[str, Site], statistic: Statistic | 
 def narrow_site(model: nn.Module, site: HiddenSite, found: Elimination, keep: int, statistic: Statistic) -> Units:
     """The best ``keep`` hidden units, with the weight and bias that read them refitted, in float64."""
     down = part(model, site.down)
-    weight = down.get_parameter("weight").detach().double()
+    weight = down.get_parameter("weight").detach().flatten(1).double()
     kept = found.kept(keep)
     out = refit_units(statistic.grams(model, site)[0], weight, kept)
     bias = weight.new_zeros(site.out_features) if down.bias is None else down.bias.detach().double()

@@ -137,7 +137,9 @@ class HiddenSite:
 
     ``ups`` are the rows that make the units: one projection, or two for a gated one (which may lie in one packed
     layer). ``down`` is the path of the layer that reads them. ``path`` is the module that holds both. ``full`` is the
-    number of units as they stand. ``biases`` are all biases of these layers, ``bias_per_unit`` those of one unit.
+    number of units as they stand. ``between`` are paths of what acts on each unit alone (batch norms, convolutions with
+    a group a channel), with ``taps`` weights of such convolutions a unit. ``biases`` are all biases of these layers,
+    and all parameters of what is between; ``bias_per_unit`` those of one unit.
     """
 
     name: str
@@ -149,6 +151,8 @@ class HiddenSite:
     down: str
     biases: int = 0
     bias_per_unit: int = 0
+    between: tuple[str, ...] = ()
+    taps: int = 0
     kind: Kind = "units"
 
     @property
@@ -162,7 +166,7 @@ class HiddenSite:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return (*dict.fromkeys(up.path for up in self.ups), self.down)
+        return (*dict.fromkeys(up.path for up in self.ups), *self.between, self.down)
 
     @property
     def parameters_per_unit(self) -> int:
@@ -186,7 +190,7 @@ class HiddenSite:
     def macs(self, units: int | None, tokens: float, pairs: float = 0.0) -> float:
         """Multiply-accumulates a picture through which ``tokens`` rows flow."""
         kept = self.full if units is None else units
-        return tokens * kept * (len(self.ups) * self.in_features + self.out_features)
+        return tokens * kept * (len(self.ups) * self.in_features + self.out_features + self.taps)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,8 @@ def _before(gate: Gate) -> Callable[[nn.Module, tuple], tuple]:
     """A forward pre-hook: the layer reads gated units."""
 
     def hook(module: nn.Module, inputs: tuple) -> tuple:
+        if isinstance(module, nn.Conv2d):
+            return (gate(channels_last(module, inputs[0])).movedim(-1, 1), *inputs[1:])
         return (gate(inputs[0]), *inputs[1:])
 
     return hook

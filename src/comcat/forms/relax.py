@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..factors import Linears, Spectrum, Statistic, decompose_site, truncate_site
 from ..hosts import host_of
 from ..hosts.mounting import exchange
+from ..hosts.narrowing import reorder_
 from ..linalg import Elimination, Factorization
 from ..modules.relaxed import RelaxedLinear, SoftRank
 from ..sites import HiddenSite, LinearSite, Projection, Sites, Undo, channels_last, part
@@ -184,6 +185,8 @@ def _put_in_order(model: nn.Module, site: HiddenSite, found: Elimination, statis
             rows, bias = up.weight(model), up.bias_or_none(model)
             here = order.to(rows.device)
             up.write_(model, rows[here], None if bias is None else bias[here])
+        for path in site.between:
+            reorder_(part(model, path), order)
         down.weight.copy_(down.weight[:, order.to(down.weight.device)])
         if mean is not None:
             center.copy_(mean[order])
@@ -193,8 +196,9 @@ def _mask_input(soft: SoftRank, center: Tensor) -> Callable[[nn.Module, tuple], 
     """A forward pre-hook: hidden units rest at their mean as far as they are cut, ``h → h ⊙ m + c ⊙ (1 − m)``."""
 
     def hook(module: nn.Module, inputs: tuple) -> tuple:
-        mask = soft.mask().to(inputs[0].dtype)
-        return (torch.addcmul(center.to(mask) * (1 - mask), inputs[0], mask), *inputs[1:])
+        mask, last = soft.mask().to(inputs[0].dtype), channels_last(module, inputs[0])
+        masked = torch.addcmul(center.to(mask) * (1 - mask), last, mask)
+        return (masked if last is inputs[0] else masked.movedim(-1, 1), *inputs[1:])
 
     return hook
 

@@ -9,11 +9,11 @@ from torch import nn
 
 from ..errors import PlanError
 from ..factors import narrow_site
-from ..hosts.feedforward import narrowed
 from ..hosts.mounting import all_of, exchange
+from ..hosts.narrowing import layer_of, narrowed
 from ..plan import SitePlan
 from ..sites import HiddenSite, Undo, part
-from .protocol import Flow, Material, Planned, factory_of, fill
+from .protocol import Flow, Material, Planned, fill
 
 
 class Units:
@@ -37,12 +37,12 @@ class Units:
         down = part(model, site.down)
         if material.fill:
             thin = narrow_site(model, site, material.spectrum(model, site), keep, material.statistic)
-            layers = narrowed(model, site.ups, site.down, thin.kept.to(down.weight.device))
+            kept = thin.kept.to(down.weight.device)
         else:
-            thin, layers = None, narrowed(model, site.ups, site.down, torch.arange(keep, device=down.weight.device))
-        reader = nn.Linear(
-            keep, site.out_features, **factory_of(down)
-        )  # refitting may need a bias where there was none
+            thin, kept = None, torch.arange(keep, device=down.weight.device)
+        layers = narrowed(model, site.ups, site.down, kept, site.between)
+        # refitting may need a bias where there was none
+        reader = layer_of(down, down.weight[:, :keep], down.weight.new_zeros(site.out_features))
         if thin is not None:
             fill(reader.weight, thin.out)
             fill(reader.bias, thin.out_bias)

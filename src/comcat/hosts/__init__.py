@@ -65,7 +65,7 @@ class _Finder:
         self.attentions: dict[str, int] = {}  # paths of attention whose other layers may shrink, and its channels
         self.known: dict[tuple, tuple[str, Attention | Refusal]] = {}
         self.uses, self.classes = _uses(model), classes_of(model)
-        self.linears: dict[str, nn.Linear] = {}
+        self.linears: dict[str, nn.Module] = {}
 
     def look_at(self, path: str, module: nn.Module) -> None:
         if any(c in ("", path) or path.startswith(f"{c}.") for c in self.closed):
@@ -128,7 +128,7 @@ class _Finder:
             self.refuse(path, reason)
         elif type(module) in (nn.Linear, nn.Conv2d):
             site = _linear_site(path, module, self.classes)
-            if type(module) is nn.Linear and (around is None or path.rpartition(".")[0] != around):
+            if around is None or path.rpartition(".")[0] != around:
                 self.linears[path] = module
             if _shared(module, self.uses):
                 self.refuse(path, "shared between several parts of the model")

@@ -8,6 +8,7 @@ reckons with.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ..sites import Attention, Projection, Refusal, Replacement, Undo, part
 from .biased import BY_SIGNATURE, own_bias, stand_in
 from .calls import Call, Reads, Uncallable, calls_of
 from .mounting import all_of, drop_parameter, exchange, set_attribute
-from .reasons import foreign_dropout, qk_reason, vo_reason
+from .reasons import foreign_dropout, no_reading, qk_reason, unequal, vo_reason
 from .structures import WIDTHS, Structure, below, resembles, rows_in, rows_out, structures
 from .symmetry import (
     TOLERANCE,
@@ -58,7 +59,7 @@ class AttentionHost:
     def recognise(self, model: nn.Module, path: str, module: nn.Module) -> Attention | Refusal:
         readings = list(structures(module))
         if not readings:
-            return Refusal(path, "queries, keys and values differ in width (grouped or multi-query attention)")
+            return Refusal(path, no_reading(module))
         undo = self.observe(module)
         try:
             found = _proven(module, readings)
@@ -83,6 +84,8 @@ class AttentionHost:
         if mount == "padded" and no_vo is None and dropout > 0 and local.v.bias is not None:
             no_vo = "attention dropout forbids to fold the value bias, which stands apart from its projection"
         if no_qk is not None and no_vo is not None:
+            if not symmetry.vo and _is_no_softmax(copied, local):
+                no_qk = "it is no softmax over keys (attention across channels, linear attention, or queries added)"
             return Refusal(path, f"attention of no known shape: {no_qk}; {no_vo}")
         if mount != "whole" and past is not None:  # the forward stays, and would put thin weights together again
             return Refusal(path, f"its forward computes with the weights of {past} and does not call the layer", True)
@@ -170,11 +173,24 @@ def _tried(module: nn.Module, copied: nn.Module, local: Attention) -> tuple[Symm
     return why
 
 
+def _is_no_softmax(copied: nn.Module, a: Attention) -> bool:
+    """Whether queries matter where there is a single key: a softmax gives it all, whatever they are."""
+    q, k = (p.weight(copied).shape[1] for p in (a.q, a.k))
+    try:
+        calls, _ = calls_of(copied, [Reads(q, k, a.width, 1, 1)])
+    except Uncallable:
+        return False
+    other = copy.deepcopy(copied)
+    a.q.write_(other, a.q.weight(other) * -2)
+    with torch.no_grad():
+        return not torch.allclose(calls[0](other), calls[0](copied))
+
+
 def _attention(module: nn.Module, s: Structure) -> Attention | str:
     """A reading as an anatomy with paths within the module, or why it is none."""
     holder, out = below(module, s.holder), part(module, s.out)
     if s.k.count != s.q.count or s.v.count != s.q.count or s.q.count % s.heads:
-        return "queries, keys and values differ in width (grouped or multi-query attention)"
+        return unequal(s.q.count, s.k.count, s.v.count)
     if rows_in(out) != s.v.count:
         return f"its output projection reads {rows_in(out)} channels, expected {s.v.count}"
     parameters = tuple(inspect.signature(module.forward).parameters)
@@ -199,10 +215,13 @@ def _attention(module: nn.Module, s: Structure) -> Attention | str:
 def _reads(module: nn.Module, a: Attention) -> Iterator[Reads]:
     """What a module may read, the likeliest first."""
     q, k = (p.weight(module).shape[1] for p in (a.q, a.k))
+    holder = below(module, a.q.path.rpartition(".")[0])
+    patch = getattr(getattr(holder, "config", None), "patch_size", None)
+    patch = patch if isinstance(patch, int) else 1
     for height, across in dict.fromkeys(_grids(module, a)):
-        yield Reads(q, k, a.width, height, across)
+        yield Reads(q, k, a.width, height, across, patch)
         if q != k:  # queries that the module makes itself
-            yield Reads(k, k, a.width, height, across)
+            yield Reads(k, k, a.width, height, across, patch)
 
 
 def _grids(module: nn.Module, a: Attention) -> Iterator[tuple[int, int]]:

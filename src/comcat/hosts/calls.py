@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ ROTARY = re.compile("rot|rope|freqs|position_embeddings")
 class Reads:
     """What an attention reads: channels of queries' and of keys' inputs, and tokens on a grid.
 
-    ``width`` is a head's.
+    ``width`` is a head's, ``patch`` the pixels of a token's side, where a module asks for the size of the picture.
     """
 
     queries: int
@@ -34,6 +34,7 @@ class Reads:
     width: int
     height: int
     across: int
+    patch: int = 1
 
     @property
     def tokens(self) -> int:
@@ -58,7 +59,8 @@ ARGUMENTS: tuple[tuple[str, Callable[[Reads], list[Any]]], ...] = (
     ("cu_seqlens|cu_window", lambda r: [torch.tensor([0, r.tokens], dtype=torch.int32)]),
     ("grid_thw|grid_hw", lambda r: [torch.tensor([[1, r.height, r.across]])]),
     ("max_seqlen", lambda r: [r.tokens]),
-    ("size|shape|resolution", lambda r: [(r.height, r.across), [r.height, r.across]]),
+    ("size|shape|resolution", lambda r: [
+        (r.height, r.across), [r.height, r.across], (r.height * r.patch, r.across * r.patch)]),
     ("mask|bias|past|cache", lambda r: [None]),
     ("^output_|^use_|^is_|^return_", lambda r: [False]),
     ("^cos$", lambda r: [_rotary(r)[0][0]]),
@@ -96,11 +98,13 @@ def calls_of(module: nn.Module, reads: Sequence[Reads]) -> tuple[list[Call], boo
                 call = _call(r, layout, given)
                 if _works(call, module):
                     return _with_optional(module, r, layout, given, optional, call)
+        first = next(_choices(required, r))
         for name in optional:  # one that says it is optional and cannot do without
-            for value in _values(name, r):
-                call = _call(r, "tokens", {name: value})
-                if value is not None and _works(call, module):
-                    return _with_optional(module, r, "tokens", {name: value}, optional, call)
+            for layout in LAYOUTS:
+                for value in _values(name, r):
+                    given = {**first, name: value}
+                    if value is not None and _works(call := _call(r, layout, given), module):
+                        return _with_optional(module, r, layout, given, optional, call)
     raise Uncallable
 
 
@@ -125,11 +129,12 @@ def _values(name: str, r: Reads) -> list[Any]:
     return next((make(r) for pattern, make in ARGUMENTS if re.search(pattern, name.lower())), [None])
 
 
-def _choices(names: Sequence[str], r: Reads) -> list[dict[str, Any]]:
+def _choices(names: Sequence[str], r: Reads) -> Iterator[dict[str, Any]]:
     """Values for all required arguments: the first of each, then the others of each in turn."""
     values = {name: _values(name, r) for name in names}
     first = {name: found[0] for name, found in values.items()}
-    return [first, *({**first, name: v} for name, found in values.items() for v in found[1:])]
+    yield first
+    yield from ({**first, name: v} for name, found in values.items() for v in found[1:])
 
 
 def _call(r: Reads, layout: str, given: Mapping[str, Any]) -> Call:

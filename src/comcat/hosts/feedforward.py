@@ -1,14 +1,15 @@
 """Which linear layers form a feed-forward whose hidden units can be chosen: found by structure, proven by a trial.
 
 One module holds a layer a → h and a layer h → b, or two layers a → h and one h → b (gated; the two of a gate may be one
-packed layer a → 2h). That they are a feed-forward is proven in a copy with random weights: with fewer units, in another
+packed layer a → 2h). A layer is linear, or a 1×1 convolution; batch norms and convolutions of each channel alone may
+stand in between. That they are a feed-forward is proven in a copy with random weights: with fewer units, in another
 order, the module must give what the whole one gives when the other units are not read. A norm, a softmax or anything
 else that lets units see each other breaks this, and so does a forward that reckons with the old width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sites import HiddenSite, Projection, Refusal, part
+from .calls import Reads, Uncallable, calls_of
+from .narrowing import acts_on_each, narrowed, per_unit
+from .structures import rows_in, rows_out
 from .symmetry import TOLERANCE, random_copy
 
 
@@ -27,6 +31,7 @@ class _Pair:
 
     ups: tuple[Projection, ...]
     down: str
+    between: tuple[str, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -34,12 +39,13 @@ class _Pair:
 
 
 def find_feedforwards(
-    model: nn.Module, linears: Mapping[str, nn.Linear], shared: frozenset[str], structure: Any
+    model: nn.Module, linears: Mapping[str, nn.Module], shared: frozenset[str], structure: Any
 ) -> Iterator[HiddenSite | Refusal]:
     """The hidden sites among some linear layers, and pairs of layers that look like one but are none, with the reason.
 
     Args:
-        linears: by path, those that may change. shared: paths of those that several parts of the model use.
+        linears: by path, those that may change, 1×1 convolutions among them.
+        shared: paths of those that several parts of the model use.
         structure: a function of a module, equal for modules that need to be proven only once.
     """
     proven: dict[tuple, str | None] = {}
@@ -49,9 +55,12 @@ def find_feedforwards(
             if not holder and not _is_all(model, pair):
                 continue
             name = f"{holder or pair.down}:units"
+            pair = replace(pair, between=_between_layers(module, pair))
             key = (structure(module), pair)
             if key not in proven:
                 proven[key] = _objection(module, pair)
+            if proven[key] is not None and _is_another_thing(module, pair):
+                continue
             moved = _moved(pair, holder)
             if tied := next((path for path in moved.layers if path in shared), None):
                 yield Refusal(name, f"{tied} is shared with another part of the model")
@@ -61,7 +70,24 @@ def find_feedforwards(
                 yield _site(model, name, holder, moved)
 
 
-def _companies(linears: Mapping[str, nn.Linear]) -> dict[str, list[str]]:
+def _between_layers(module: nn.Module, pair: _Pair) -> tuple[str, ...]:
+    """Paths of what acts on each hidden unit alone, and stands between the layers in the order of their definition."""
+    hidden = rows_in(part(module, pair.down))
+    paths = [path for path, _ in module.named_modules()]
+    first, last = paths.index(pair.ups[0].path), paths.index(pair.down)
+    return tuple(path for path in paths[first + 1 : last] if acts_on_each(part(module, path), hidden))
+
+
+def _is_another_thing(module: nn.Module, pair: _Pair) -> bool:
+    """Whether layers that fit by their sizes are those of an attention, or of a convolutional network."""
+    name = type(module).__name__.lower()
+    if "attention" in name or "attn" in name:
+        return True
+    words = ("mlp", "ffn", "feedforward", "feed_forward", "glu")
+    return isinstance(part(module, pair.down), nn.Conv2d) and not any(word in name for word in words)
+
+
+def _companies(linears: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     """Linear layers by the closest module around each that holds another one, which may be the model itself."""
     holders: dict[str, int] = {}
     for path in linears:
@@ -90,7 +116,7 @@ def _is_all(model: nn.Module, pair: _Pair) -> bool:
     return 2 * own > sum(p.numel() for p in model.parameters())
 
 
-def _pairs(holder: str, linears: Mapping[str, nn.Linear]) -> Iterator[_Pair]:
+def _pairs(holder: str, linears: Mapping[str, nn.Module]) -> Iterator[_Pair]:
     """Pairs that fit by their sizes, each layer in one at most. Up to three layers may stand in any order."""
     names = [path.removeprefix(f"{holder}.") if holder else path for path in linears]
     by_name = dict(zip(names, linears.values(), strict=True))
@@ -109,66 +135,47 @@ def _pairs(holder: str, linears: Mapping[str, nn.Linear]) -> Iterator[_Pair]:
             return
 
 
-def _fit(linears: Mapping[str, nn.Linear], names: Sequence[str], count: int) -> _Pair | None:
+def _fit(linears: Mapping[str, nn.Module], names: Sequence[str], count: int) -> _Pair | None:
     if len(names) != count:
         return None
     *ups, down = (linears[name] for name in names)
-    hidden = down.in_features
-    if len(ups) == 2 and all(up.out_features == hidden and up.in_features == ups[0].in_features for up in ups):
+    if len({isinstance(layer, nn.Conv2d) for layer in (*ups, down)}) > 1:
+        return None
+    hidden = rows_in(down)
+    if len(ups) == 2 and all(rows_out(up) == hidden and rows_in(up) == rows_in(ups[0]) for up in ups):
         return _Pair(tuple(Projection(name, 0, hidden) for name in names[:2]), names[2])
-    if len(ups) == 1 and ups[0].out_features == hidden:
+    if len(ups) == 1 and rows_out(ups[0]) == hidden:
         return _Pair((Projection(names[0], 0, hidden),), names[1])
-    if len(ups) == 1 and ups[0].out_features == 2 * hidden:
+    if len(ups) == 1 and rows_out(ups[0]) == 2 * hidden:
         return _Pair((Projection(names[0], 0, hidden), Projection(names[0], hidden, 2 * hidden)), names[1])
     return None
 
 
 def _moved(pair: _Pair, holder: str) -> _Pair:
     prefix = f"{holder}." if holder else ""
-    return _Pair(tuple(replace(up, path=prefix + up.path) for up in pair.ups), prefix + pair.down)
+    ups = tuple(replace(up, path=prefix + up.path) for up in pair.ups)
+    return _Pair(ups, prefix + pair.down, tuple(prefix + path for path in pair.between))
 
 
 def _site(model: nn.Module, name: str, holder: str, pair: _Pair) -> HiddenSite:
     down = part(model, pair.down)
     biased = sum(part(model, up.path).bias is not None for up in pair.ups)
-    biases = down.in_features * biased + (0 if down.bias is None else down.out_features)
+    extra = [per_unit(part(model, path)) for path in pair.between]
+    own = biased + sum(parameters for parameters, _ in extra)
+    biases = rows_in(down) * own + (0 if down.bias is None else rows_out(down))
     return HiddenSite(
         name,
         holder,
-        full=down.in_features,
-        in_features=part(model, pair.ups[0].path).in_features,
-        out_features=down.out_features,
+        full=rows_in(down),
+        in_features=rows_in(part(model, pair.ups[0].path)),
+        out_features=rows_out(down),
         ups=pair.ups,
         down=pair.down,
         biases=biases,
-        bias_per_unit=biased,
+        bias_per_unit=own,
+        between=pair.between,
+        taps=sum(taps for _, taps in extra),
     )
-
-
-def narrowed(module: nn.Module, ups: Sequence[Projection], down: str, kept: Tensor) -> dict[str, nn.Linear]:
-    """Plain linear layers by path that hold the kept units alone, in the order of ``kept``; the weights are shared
-    rows.
-    """
-    rows: dict[str, list[Tensor]] = {}
-    for up in ups:
-        rows.setdefault(up.path, []).append(kept + up.start)
-    made = {}
-    for path, chosen in rows.items():
-        dense, index = part(module, path), torch.cat(chosen)
-        made[path] = _linear(dense.weight[index], None if dense.bias is None else dense.bias[index])
-    reader = part(module, down)
-    made[down] = _linear(reader.weight[:, kept], reader.bias)
-    return made
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer with copies of a weight (out, in) and a bias."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        if bias is not None:
-            layer.bias.copy_(bias)
-    return layer
 
 
 def _objection(module: nn.Module, pair: _Pair) -> str | None:
@@ -176,28 +183,27 @@ def _objection(module: nn.Module, pair: _Pair) -> str | None:
     generator = torch.Generator().manual_seed(0)
     copied = random_copy(module, generator)
     down, first = part(copied, pair.down), part(copied, pair.ups[0].path)
-    hidden = down.in_features
+    hidden = rows_in(down)
     if hidden < 2:
         return "it has a single hidden unit"
     kept = torch.randperm(hidden, generator=generator)[: max(1, hidden // 2)]
-    x = torch.randn(2, 4, first.in_features, generator=generator, dtype=torch.float64)
     with torch.no_grad():
-        try:
-            whole = _called(copied, pair, x)
-        except Exception:  # whatever a stranger's forward makes of tokens
-            return "comcat could not call the module that holds its layers on tokens alone"
+        call = _call(copied, pair, rows_in(first))
+        if call is None:
+            return "comcat does not know how to call the module that holds its layers"
+        whole = call(copied)
         others = torch.ones(hidden, dtype=torch.bool)
         others[kept] = False
-        small = narrowed(copied, pair.ups, pair.down, kept)
+        small = narrowed(copied, pair.ups, pair.down, kept, pair.between)
         down.weight[:, others] = 0
-        unread = _called(copied, pair, x)
+        unread = call(copied)
         if torch.equal(whole, unread):
             return "its output does not depend on its hidden units"
         for path, layer in small.items():
             owner, _, name = path.rpartition(".")
             setattr(copied.get_submodule(owner), name, layer)
         try:
-            fewer = _called(copied, pair, x)
+            fewer = call(copied)
         except Exception:
             return _between(module, pair) or "its forward reckons with the number of its hidden units"
     if fewer.shape == unread.shape and (fewer - unread).abs().max() <= TOLERANCE * (1 + unread.abs().max()):
@@ -207,23 +213,28 @@ def _objection(module: nn.Module, pair: _Pair) -> str | None:
 
 def _between(module: nn.Module, pair: _Pair) -> str | None:
     """A norm over the hidden units, by the shape of its weight."""
-    hidden = part(module, pair.down).in_features
+    hidden = rows_in(part(module, pair.down))
     for name, inner in module.named_modules():
         weight = getattr(inner, "weight", None)
-        if not isinstance(inner, nn.Linear) and isinstance(weight, Tensor) and weight.shape == (hidden,):
+        if name in pair.between or isinstance(inner, nn.Linear):
+            continue
+        if isinstance(weight, Tensor) and weight.shape == (hidden,):
             return f"a norm ({name}) sits between its layers"
     return None
 
 
-def _called(module: nn.Module, pair: _Pair, x: Tensor) -> Tensor:
-    """The module on tokens (batch, tokens, in), on a grid of them, or its two halves one after the other."""
-    ways = (lambda: module(x), lambda: module(x[:, None]), lambda: _halves(module, pair, x))
-    for way in ways[:-1]:
-        try:
-            return _tensor(way())
-        except Exception:  # whatever a stranger's forward makes of tokens
-            continue
-    return _tensor(ways[-1]())
+def _call(copied: nn.Module, pair: _Pair, channels: int) -> Callable[[nn.Module], Tensor] | None:
+    """A way to call the module that works: on tokens, a grid, a map, or its two halves one after the other."""
+    x = torch.randn(2, 4, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    try:
+        return calls_of(copied, [Reads(channels, channels, channels, h, w) for h, w in ((1, 4), (4, 4))])[0][0]
+    except Uncallable:
+        pass
+    try:
+        _tensor(_halves(copied, pair, x))
+    except Exception:  # whatever a stranger's forward makes of tokens
+        return None
+    return lambda module: _tensor(_halves(module, pair, x))
 
 
 def _tensor(output: Any) -> Tensor:

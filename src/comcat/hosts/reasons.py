@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .calls import ROTARY
+from .structures import below, places, rows_in, rows_out
 from .symmetry import norm_and_gate
 
 _NORMS = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "qk_norm", "query_norm", "key_norm")
@@ -37,6 +38,29 @@ def vo_reason(module: nn.Module) -> str:
     if gate is not None:
         return "a gate sits between W_V and W_O"
     return "its output depends on more of W_V and W_O than their product"
+
+
+def no_reading(module: nn.Module) -> str:
+    """Why layers that look like those of an attention cannot be read as one."""
+    for inner, names, out in places(module):
+        holder, read = below(module, inner), rows_in(below(module, out))
+        made = [rows_out(below(holder, name)) for name in names]
+        if len(names) == 3:
+            return unequal(*made)
+        if len(names) == 1:
+            rest = made[0] - read
+            if rest % 2 == 0 and 0 < rest < 2 * read and read % (rest // 2) == 0 and rest // 2 > 1:
+                return unequal(read, rest // 2, rest // 2)
+        rows = " and ".join(f"{name} {count}" for name, count in zip(names, made, strict=True))
+        return f"its layers put out {rows} channels, which are no queries, keys and values for the {read} of {out}"
+    return "its layers are no queries, keys and values"
+
+
+def unequal(queries: int, keys: int, values: int) -> str:
+    """That heads differ in width, or share keys and values."""
+    if keys == values and queries % keys == 0:
+        return "queries, keys and values differ in width (grouped or multi-query attention)"
+    return f"queries, keys and values differ in width: {queries}, {keys} and {values} channels"
 
 
 def foreign_dropout(module: nn.Module) -> bool:

@@ -71,12 +71,12 @@ def projections_of(holder: nn.Module | None) -> tuple[str, ...] | None:
 
 def resembles(module: nn.Module) -> bool:
     """Whether a module has the layers of an attention."""
-    return next(_places(module), None) is not None
+    return next(places(module), None) is not None
 
 
 def structures(module: nn.Module) -> Iterator[Structure]:
     """Every reading of a module as attention, the likeliest first."""
-    for inner, names, out in _places(module):
+    for inner, names, out in places(module):
         holder = below(module, inner)
         width = rows_in(below(module, out))
         for heads in _numbers_of_heads(holder, module, width):
@@ -112,7 +112,7 @@ def _child(module: nn.Module, name: str) -> nn.Module | None:
     return module._modules.get(name)
 
 
-def _places(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
+def places(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
     """Path of what holds the projections, their names, and the path of the output layer."""
     for inner in INNER:
         holder = below(module, inner)

@@ -134,14 +134,15 @@ class Recorder:
         )  # keeps the same gradient's moments
 
         def keep_units(module: nn.Module, inputs: tuple) -> None:
-            if inputs[0].shape[:-1].numel() % self.pictures == 0:
-                h = _as_rows(inputs[0], self.pictures)
+            rows = channels_last(module, inputs[0])
+            if rows.shape[:-1].numel() % self.pictures == 0:
+                h = _as_rows(rows, self.pictures)
                 self.rows[site.name] = h.shape[1]
                 self._of(site, "h", 1, site.full).add(h, self.pictures, centred="all")
 
         def keep_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if output.shape[:-1].numel() % self.pictures == 0:
-                self._on_gradient(output, site, site.out_features, "g")
+            if channels_last(module, output).shape[:-1].numel() % self.pictures == 0:
+                self._on_gradient(output, site, site.out_features, "g", module)
 
         module = model.get_submodule(site.down)
         stack.enter_context(_hook(module.register_forward_pre_hook(keep_units)))

@@ -49,7 +49,7 @@ class Scored:
 def magnitudes(model: nn.Module, site: HiddenSite) -> Tensor:
     """``‖w_j^in‖ · ‖w_j^out‖`` of every unit, (units,), float64; of a gated one the rows of both its layers."""
     rows = [up.weight(model).detach().double().square().sum(1) for up in site.ups]
-    column = part(model, site.down).get_parameter("weight").detach().double().square().sum(0)
+    column = part(model, site.down).get_parameter("weight").detach().flatten(1).double().square().sum(0)
     return (sum(rows[1:], rows[0]) * column).sqrt()
 
 
