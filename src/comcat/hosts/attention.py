@@ -8,7 +8,6 @@ reckons with.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ from ..sites import Attention, Projection, Refusal, Replacement, Undo, part
 from .biased import BY_SIGNATURE, own_bias, stand_in
 from .calls import Call, Reads, Uncallable, calls_of
 from .mounting import all_of, drop_parameter, exchange, set_attribute
-from .reasons import foreign_dropout, no_reading, qk_reason, unequal, vo_reason
+from .reasons import foreign_dropout, is_no_softmax, no_reading, qk_reason, unequal, vo_reason
 from .structures import WIDTHS, Structure, below, resembles, rows_in, rows_out, structures
 from .symmetry import (
     TOLERANCE,
@@ -31,6 +30,7 @@ from .symmetry import (
     Symmetry,
     Trial,
     attention_dropout,
+    checks_types,
     is_plain,
     probe,
     random_copy,
@@ -67,6 +67,7 @@ class AttentionHost:
                 return Refusal(path, f"attention of no known shape: {found}")
             local, symmetry, calls, copied, unsure = found
             past = read_past(copied, local, calls)
+            typed = past is None and checks_types(copied, local, calls)
             whole = _can_stand_in(module, local) and not foreign_dropout(module)
             widths = _width_attributes(copied, local, calls)
         finally:
@@ -84,11 +85,13 @@ class AttentionHost:
         if mount == "padded" and no_vo is None and dropout > 0 and local.v.bias is not None:
             no_vo = "attention dropout forbids to fold the value bias, which stands apart from its projection"
         if no_qk is not None and no_vo is not None:
-            if not symmetry.vo and _is_no_softmax(copied, local):
+            if not symmetry.vo and is_no_softmax(copied, local):
                 no_qk = "it is no softmax over keys (attention across channels, linear attention, or queries added)"
             return Refusal(path, f"attention of no known shape: {no_qk}; {no_vo}")
         if mount != "whole" and past is not None:  # the forward stays, and would put thin weights together again
             return Refusal(path, f"its forward computes with the weights of {past} and does not call the layer", True)
+        if mount != "whole" and typed:
+            return Refusal(path, "its forward checks the classes of its layers, so none can be exchanged", True)
         return replace(
             _below(local, path),
             mount=mount,
@@ -171,19 +174,6 @@ def _tried(module: nn.Module, copied: nn.Module, local: Attention) -> tuple[Symm
         except NotItsOwn:
             why = "a copy of it does not compute with its own weights"
     return why
-
-
-def _is_no_softmax(copied: nn.Module, a: Attention) -> bool:
-    """Whether queries matter where there is a single key: a softmax gives it all, whatever they are."""
-    q, k = (p.weight(copied).shape[1] for p in (a.q, a.k))
-    try:
-        calls, _ = calls_of(copied, [Reads(q, k, a.width, 1, 1)])
-    except Uncallable:
-        return False
-    other = copy.deepcopy(copied)
-    a.q.write_(other, a.q.weight(other) * -2)
-    with torch.no_grad():
-        return not torch.allclose(calls[0](other), calls[0](copied))
 
 
 def _attention(module: nn.Module, s: Structure) -> Attention | str:

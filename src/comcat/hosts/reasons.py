@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from torch import nn
 
-from .calls import ROTARY
+from ..sites import Attention
+from .calls import ROTARY, Reads, Uncallable, calls_of
 from .structures import below, places, rows_in, rows_out
 from .symmetry import norm_and_gate
 
@@ -61,6 +64,19 @@ def unequal(queries: int, keys: int, values: int) -> str:
     if keys == values and queries % keys == 0:
         return "queries, keys and values differ in width (grouped or multi-query attention)"
     return f"queries, keys and values differ in width: {queries}, {keys} and {values} channels"
+
+
+def is_no_softmax(copied: nn.Module, a: Attention) -> bool:
+    """Whether queries matter where there is a single key: a softmax gives it all, whatever they are."""
+    q, k = (p.weight(copied).shape[1] for p in (a.q, a.k))
+    try:
+        calls, _ = calls_of(copied, [Reads(q, k, a.width, 1, 1)])
+    except Uncallable:
+        return False
+    other = copy.deepcopy(copied)
+    a.q.write_(other, a.q.weight(other) * -2)
+    with torch.no_grad():
+        return not torch.allclose(calls[0](other), calls[0](copied))
 
 
 def foreign_dropout(module: nn.Module) -> bool:

@@ -116,6 +116,38 @@ def read_past(copied: nn.Module, attention: Attention, calls: Sequence[Callable[
     return next((path for path in paths if path not in called), None)
 
 
+class _Other(nn.Module):
+    """What computes as a layer does, and is of another class."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@torch.no_grad()
+def checks_types(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.Module], Tensor]]) -> bool:
+    """Whether a forward fails where its projections are modules of other classes that compute the same."""
+    others = copy.deepcopy(copied)
+    for path in dict.fromkeys((attention.q.path, attention.k.path, attention.v.path, attention.out)):
+        owner, _, name = path.rpartition(".")
+        setattr(others.get_submodule(owner), name, _Other(part(others, path)))
+    try:
+        for call in calls:
+            call(others)
+    except Exception:  # whatever a stranger's check raises
+        return True
+    return False
+
+
 def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode with random weights in float64, on the CPU, that calls no one's hooks."""
     copied = copy.deepcopy(module).to("cpu", torch.float64)

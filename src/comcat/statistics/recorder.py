@@ -22,6 +22,7 @@ class Recorder:
         self.moments: dict[tuple[str, str], Moments] = {}
         self.rows: dict[str, float] = {}
         self.pairs: dict[str, float] = {}
+        self._counted: set[str] = set()
 
     def attached(self, model: nn.Module) -> ExitStack:
         stack = ExitStack()
@@ -45,6 +46,7 @@ class Recorder:
     def begin(self, pictures: int) -> None:
         """Say how many pictures the next forward pass holds."""
         self.pictures = pictures
+        self._counted.clear()
 
     def _of(self, site: Site, side: str, heads: int, width: int, groups: int = 1) -> Moments:
         key = (site.name, side)
@@ -56,21 +58,29 @@ class Recorder:
         def rows_of(projection: Projection, output: Tensor) -> Tensor:
             return output[..., projection.channels]
 
+        waiting: dict[str, float] = {}
+
+        def note(**seen: float) -> None:
+            """Queries and keys of one call, whichever are made first."""
+            waiting.update(seen)
+            if len(waiting) == 2:
+                self._count(site, waiting["queries"], waiting["queries"] * waiting["keys"])
+                waiting.clear()
+
         def keep_q(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             q = rows_of(a.q, channels_last(module, output)).detach()
             q = q.flatten(1, -2) if q.ndim > 3 else q
             if a.q.bias is not None:
                 q = q + a.q.bias_or_none(model)  # type: ignore[operator]
             tokens = q.shape[:-1].numel() / self.pictures
-            self.rows[site.name] = tokens
-            self.pairs[site.name] = tokens  # for every key, see below
+            note(queries=tokens)
             if not self.gradients:
                 self._of(site, "a", a.heads, a.width).add(q, self.pictures)
 
         def keep_k(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             k = rows_of(a.k, channels_last(module, output))
             k = k.flatten(1, -2) if isinstance(module, nn.Conv2d) else k
-            self.pairs[site.name] = self.rows.get(site.name, 0.0) * (k.shape[-2] if k.ndim > 2 else 1)
+            note(keys=k.shape[-2] if k.ndim > 2 else 1)
             self._of(site, "b", a.heads, a.width).add(k, self.pictures, centred="set")
             if self.gradients and output.requires_grad:
                 moments, pictures = self._of(site, "a", a.heads, a.width), self.pictures
@@ -86,9 +96,8 @@ class Recorder:
             o = inputs[0].view_as(inputs[0])  # a tensor of its own, so that its gradient is this layer's alone
             rows = channels_last(module, o)
             tokens = rows.shape[:-1].numel() / self.pictures
-            self.rows[site.name] = tokens
             keys = rows.shape[-2] if rows.ndim == 3 else rows.shape[1:-1].numel()
-            self.pairs[site.name] = tokens * keys
+            self._count(site, tokens, tokens * keys)
             self._of(site, "joint", 1, a.heads * a.width, a.heads).add(rows, self.pictures, centred="all")
             if self.gradients and o.requires_grad:
                 moments, pictures = self._of(site, "b", a.heads, a.width), self.pictures
@@ -105,7 +114,7 @@ class Recorder:
                 return None  # a table of positions, say: no rows of pictures
             x = inputs[0].view_as(inputs[0])
             x3 = _as_rows(channels_last(module, x), self.pictures)
-            self.rows[site.name] = x3.shape[1]
+            self._count(site, x3.shape[1])
             if narrow_in:
                 self._of(site, "a", 1, width).add(x3, self.pictures, centred="all")
                 self._on_gradient(x, site, width, module=module)
@@ -137,7 +146,7 @@ class Recorder:
             rows = channels_last(module, inputs[0])
             if rows.shape[:-1].numel() % self.pictures == 0:
                 h = _as_rows(rows, self.pictures)
-                self.rows[site.name] = h.shape[1]
+                self._count(site, h.shape[1])
                 self._of(site, "h", 1, site.full).add(h, self.pictures, centred="all")
 
         def keep_gradient(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -148,6 +157,14 @@ class Recorder:
         stack.enter_context(_hook(module.register_forward_pre_hook(keep_units)))
         if not shared:
             stack.enter_context(_hook(module.register_forward_hook(keep_gradient)))
+
+    def _count(self, site: Site, rows: float, pairs: float | None = None) -> None:
+        """Note what flows through a site in a call; several calls in one forward add up."""
+        again = site.name in self._counted
+        self._counted.add(site.name)
+        self.rows[site.name] = rows + (self.rows[site.name] if again else 0)
+        if pairs is not None:
+            self.pairs[site.name] = pairs + (self.pairs[site.name] if again else 0)
 
     def _on_gradient(self, x: Tensor, site: Site, width: int, side: str = "b", module: nn.Module | None = None) -> None:
         def keep(g: Tensor) -> None:
