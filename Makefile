@@ -60,7 +60,7 @@ test-slow: setup
 OLDEST := .venv-oldest
 test-oldest: setup
 	$(UV) venv --quiet --clear --python $(BIN)/python $(OLDEST)
-	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[timm,transformers,dev]'
+	$(UV) pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[timm,transformers,train,dev]'
 	$(OLDEST)/bin/python -c 'import timm, torch, transformers as t; print(torch.__version__, timm.__version__, t.__version__)'
 	CI=1 $(OLDEST)/bin/pytest -n auto -m 'not slow and not gpu' tests/hosts
 

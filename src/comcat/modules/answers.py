@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+_AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia") if torch.amp.is_autocast_available(d))
+"""Devices with autocast; asked for here, since torch 2.11 cannot compile the question."""
+
 
 class StandsForLinear(nn.Module):
     """Answers ``weight``, ``bias``, ``in_features`` and ``out_features`` as the dense layer would.
@@ -34,4 +37,4 @@ class StandsForLinear(nn.Module):
 def _without_autocast(module: nn.Module) -> AbstractContextManager:
     """Who reads a weight reads its dtype too, and autocast changes that of no weight."""
     device = next((p.device.type for p in module.parameters()), "meta")
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if device in _AUTOCAST else nullcontext()
