@@ -176,12 +176,14 @@ def main() -> None:
     p.add_argument("--count", type=int, default=256, help="pictures")
     p.add_argument("--reduce", type=float, default=0.5)
     p.add_argument("--batches", type=int, nargs="*", default=[1, 16])
-    p.add_argument("--repeats", type=int, default=15)
+    p.add_argument("--repeats", type=int, default=31)
     p.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     a = p.parse_args()
-    result = {part: PARTS[part](a) for part in a.parts}
-    if not a.no_write:
-        write("export", {"threads": torch.get_num_threads(), "tiny": a.tiny, **result})
+    for part in a.parts:
+        rows = PARTS[part](a)
+        if not a.no_write:
+            about = {"pictures": a.count, "reduce": a.reduce, "threads": torch.get_num_threads(), "tiny": a.tiny}
+            write(f"export-{part}", {**about, "rows": rows})
 
 
 if __name__ == "__main__":

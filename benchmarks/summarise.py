@@ -351,6 +351,20 @@ def cait(r: dict[str, Any]) -> str:
     )
 
 
+def export_speed(r: dict[str, Any]) -> str:
+    head = ["runtime", "batch", "speed-up", "quartiles", "of PyTorch's", "MAC ratio", "compressed, ms", "× PyTorch"]
+    rows = [
+        [x["runtime"], x["batch"], f"{x['speed_up']:.2f}", "–".join(f"{q:.2f}" for q in x["quartiles"]),
+         f"{x['of_pytorch']:.2f}", f"{x['mac_ratio']:.2f}", f"{1e3 * x['latency_s']['compressed']:.1f}",
+         f"{x['against_pytorch']:.2f}"]
+        for x in r["rows"]
+    ]  # fmt: skip
+    return (
+        f"DeiT-small at −{100 * r['reduce']:g} % of the parameters against the dense one, inside each runtime; all in "
+        f"one interleaved run, fp32, {r['threads']} threads.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    )
+
+
 SECTIONS = [
     ("Real weights: DINOv2-small", "real-", real),
     ("Real weights: time of a forward", "forward-", times),
@@ -365,6 +379,7 @@ SECTIONS = [
     ("Prediction against outcome, product against unilateral", "prediction", prediction),
     ("Speed against MACs", "speed", speed),
     ("A budget of time: predicted and measured", "latency", latency),
+    ("Exported files inside their runtimes", "export-speed", export_speed),
     ("Tokens and channels after a short tuning", "cait", cait),
     ("Where the time of a forward goes", "time-by-operation", time_by_operation),
     ("Factorisation", "factorize", factorise),
