@@ -71,3 +71,16 @@ def brief_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     ``tests/measure/test_timing.py`` tests the seconds too and leaves this out.
     """
     monkeypatch.setattr("comcat.measure.timing._long_enough", lambda spent, least: True)
+
+
+@pytest.fixture(autouse=True)
+def plain_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports that a test makes by the way have no drawn figures, which take longer than compressing a tiny model.
+
+    ``tests/test_report.py``, which looks at figures, leaves this out; fixtures of a module draw them, too.
+    """
+
+    def captioned(name: str, kind: str, caption: str, *_: object) -> dict[str, str]:
+        return {"caption": caption, "wide": "", "narrow": ""}
+
+    monkeypatch.setattr("comcat.report.page._picture", captioned)

@@ -35,6 +35,13 @@ from comcat.report.figures import parameters_for_energy, rank_panels
 from comcat.report.history import POINTS, search_facts, tuning_facts
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col", "wbr"}
+
+
+@pytest.fixture
+def plain_figures() -> None:
+    """In this file figures are drawn."""
+
+
 HOSTILE = "</title><script>alert('$x_{')</script>&<b \"q\">"
 
 
