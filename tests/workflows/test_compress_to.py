@@ -134,7 +134,7 @@ def other_model(kind, model):
     if kind == "convolutions":
         import timm
 
-        return timm.create_model("resnet10t", num_classes=5).eval()
+        return timm.create_model("resnet10t", num_classes=5, avg_down=False, down_kernel_size=3).eval()
     if kind == "own":
         return nn.Sequential(nn.Flatten(), nn.Linear(3072, 5))
     if kind == "compressed":
