@@ -1,8 +1,9 @@
-"""Draws ``docs/real-weights.svg``, the picture that README opens with, from the committed results.
+"""Draws the pictures of README and the page of results from the committed results.
 
-What is left of a real model's accuracy, against what is left of its parameters and of its time: one line a method. A
-method or a panel without a committed result is not drawn. Parameters are judged by ``real_weights.py``, time by
-``real/times.py``.
+``docs/real-weights.svg`` is what README opens with: what is left of a real model's accuracy, against what is left of
+its parameters and of its time, one line a method. A method or a panel without a committed result is not drawn.
+Parameters are judged by ``real_weights.py``, time by ``real/times.py``. ``docs/paper-tables.svg`` has COMCAT's Tables 1
+and 4 as they come out on the small CIFAR transformer.
 
 python benchmarks/picture.py
 """
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PICTURE = Path(__file__).resolve().parents[1] / "docs" / "real-weights.svg"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PICTURE, PAPER = DOCS / "real-weights.svg", DOCS / "paper-tables.svg"
 METHODS = {
     "ranks + units": ("ranks and hidden units (ours)", "a"),
     "ranks": ("ranks alone (ours)", "b"),
@@ -25,14 +27,30 @@ METHODS = {
     "tokens alike": ("merging of look-alikes", "d"),
     "product + magnitude": ("pruning without refit", "e"),
 }
+PAPER_METHODS = {
+    "loss waterfill": ("ranks by the loss (ours)", "a"),
+    "weights uniform": ("SVD of heads or matrices, exact", "b"),
+    "paper code uniform": ("the paper's code, biases zeroed", "d"),
+    "matrix-level SVD": ("matrix-level SVD", "c"),
+    "Tucker": ("Tucker", "f"),
+    "tensor train": ("tensor train", "e"),
+}
+PAPER_TABLES = {
+    "mha": "Table 1: top-1, %, attention alone shrinks",
+    "ffn": "Table 4: top-1, %, feed-forwards alone",
+}
+SAID = "What a DINOv2-small keeps of its accuracy when it is made smaller, nothing tuned"
+PAPER_SAID = "COMCAT's Tables 1 and 4 on a small transformer trained on CIFAR-10, nothing tuned: not ImageNet"
 TASKS = {"classifier": "top-1, %", "saliency": "IoU with the dense model's mask, %"}
 WIDTH, PANEL, HEIGHT, LEFT, TOP, GAP = 760, 320, 190, 46, 92, 62
 STYLE = """text{font:12px system-ui,sans-serif;fill:#1f2328}.dim{fill:#59636e}.title{font-weight:600}
 .grid{stroke:#d1d9e0;stroke-width:1}.line{fill:none;stroke-width:2}.bar{stroke-width:1.2}
 .a{stroke:#0969da}.b{stroke:#bc4c00}.c{stroke:#6e7781}.d{stroke:#1a7f37}.e{stroke:#8250df}
+.f{stroke:#0e8a9a}.dot.f{fill:#0e8a9a}
 .dot.a{fill:#0969da}.dot.b{fill:#bc4c00}.dot.c{fill:#6e7781}.dot.d{fill:#1a7f37}.dot.e{fill:#8250df}
 @media(prefers-color-scheme:dark){text{fill:#f0f6fc}.dim{fill:#9198a1}.grid{stroke:#3d444d}
 .a{stroke:#4493f8}.b{stroke:#f0883e}.c{stroke:#9198a1}.d{stroke:#3fb950}.e{stroke:#ab7df8}
+.f{stroke:#39c5cf}.dot.f{fill:#39c5cf}
 .dot.a{fill:#4493f8}.dot.b{fill:#f0883e}.dot.c{fill:#9198a1}.dot.d{fill:#3fb950}.dot.e{fill:#ab7df8}}"""
 
 
@@ -55,13 +73,32 @@ class Panel:
 
 
 def main() -> None:
-    PICTURE.write_text(picture())
-    print(f"wrote {PICTURE}")
+    for path, content in pictures().items():
+        path.write_text(content)
+        print(f"wrote {path}")
 
 
-def picture() -> str:
-    """The whole picture, from the results that are committed."""
-    return svg(panels([json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/*.json"))]))
+def pictures() -> dict[Path, str]:
+    """Every picture by its path, from the results that are committed."""
+    found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/*.json"))]
+    return {PICTURE: svg(panels(found), SAID, METHODS), PAPER: svg(paper_panels(found), PAPER_SAID, PAPER_METHODS)}
+
+
+def paper_panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Tables 1 and 4, a panel each: the first result that has the part, without units."""
+    found = []
+    for part, title in PAPER_TABLES.items():
+        for r in results:
+            rows = [x for x in r["rows"] if x["part"] == part] if r["benchmark"].startswith("accuracy") else []
+            flat = [
+                ({"method": m, "reduce": x["reduce"], "mean": v["mean"], "std": v.get("std")}, 100 * (1 - x["reduce"]))
+                for x in rows for m, v in x["top1"].items() if m in PAPER_METHODS
+            ]  # fmt: skip
+            if flat:
+                lines = _lines(r["dense_top1"], iter(flat), PAPER_METHODS)
+                found.append(Panel(title, "parameters of that part left, %", lines))
+                break
+    return found
 
 
 def panels(results: Sequence[dict[str, Any]]) -> list[Panel]:
@@ -90,20 +127,21 @@ def _tuned(r: dict[str, Any]) -> bool:
     return bool(r["settings"].get("tune"))
 
 
-def _lines(dense: float, rows: Iterable[tuple[dict[str, Any], float]]) -> dict[str, list[Point]]:
+def _lines(
+    dense: float, rows: Iterable[tuple[dict[str, Any], float]], methods: Iterable[str] = METHODS
+) -> dict[str, list[Point]]:
     lines: dict[str, dict[float, Point]] = {}
     for x, left in rows:
         lines.setdefault(x["method"], {}).setdefault(x["reduce"], Point(left, x["mean"], x["std"] or 0.0))
     start = Point(100, dense, 0.0)
-    return {m: [start, *(p for _, p in sorted(lines[m].items()))] for m in METHODS if m in lines}
+    return {m: [start, *(p for _, p in sorted(lines[m].items()))] for m in methods if m in lines}
 
 
-def svg(drawn: Sequence[Panel]) -> str:
+def svg(drawn: Sequence[Panel], said: str, methods: dict[str, tuple[str, str]]) -> str:
     """Panels two in a row under one legend, readable on light and dark ground."""
     rows = (len(drawn) + 1) // 2
     height = TOP + rows * (HEIGHT + GAP)
-    shown = [m for m in METHODS if any(m in p.lines for p in drawn)]
-    said = "What a DINOv2-small keeps of its accuracy when it is made smaller, nothing tuned"
+    shown = [m for m in methods if any(m in p.lines for p in drawn)]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img"',
         f' aria-label="{escape(said)}">',
@@ -111,7 +149,7 @@ def svg(drawn: Sequence[Panel]) -> str:
         f'<text class="title" x="{LEFT}" y="18">{escape(said)}</text>',
     ]
     for i, method in enumerate(shown):
-        name, kind = METHODS[method]
+        name, kind = methods[method]
         x, y = LEFT + (i % 3) * 232, 40 + (i // 3) * 18
         parts += [
             f'<path class="line {kind}" d="M{x} {y - 4}h20"/>',
@@ -119,11 +157,11 @@ def svg(drawn: Sequence[Panel]) -> str:
             f'<text x="{x + 26}" y="{y}">{escape(name)}</text>',
         ]
     for i, panel in enumerate(drawn):
-        parts.append(_panel(panel, LEFT + (i % 2) * (PANEL + LEFT + 14), TOP + (i // 2) * (HEIGHT + GAP)))
+        parts.append(_panel(panel, methods, LEFT + (i % 2) * (PANEL + LEFT + 14), TOP + (i // 2) * (HEIGHT + GAP)))
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _panel(panel: Panel, x0: float, y0: float) -> str:
+def _panel(panel: Panel, methods: dict[str, tuple[str, str]], x0: float, y0: float) -> str:
     points = [p for line in panel.lines.values() for p in line]
     low, high = _ticks(min(p.score - p.spread for p in points), max(p.score + p.spread for p in points))
     first, last = _ticks(min(p.left for p in points), max(p.left for p in points))
@@ -145,7 +183,7 @@ def _panel(panel: Panel, x0: float, y0: float) -> str:
         f'<text class="dim" x="{middle}" y="{y0 + HEIGHT + 34}" text-anchor="middle">{escape(panel.across)}</text>'
     )
     for method, line in panel.lines.items():
-        kind = METHODS[method][1]
+        kind = methods[method][1]
         way = "L".join(f"{x(p.left)} {y(p.score)}" for p in line)
         parts.append(f'<path class="line {kind}" d="M{way}"/>')
         for p in line:

@@ -45,7 +45,8 @@ def page() -> str:
     for title, prefix, render in SECTIONS:
         texts = [render(r) for r in found if r["benchmark"].startswith(prefix)]
         if texts:
-            sections.append(f"## {title}\n\n" + "\n\n".join(texts) + "\n")
+            before = [PICTURES[prefix]] if prefix in PICTURES else []
+            sections.append(f"## {title}\n\n" + "\n\n".join([*before, *texts]) + "\n")
     return "\n".join(sections)
 
 
@@ -365,6 +366,8 @@ def export_speed(r: dict[str, Any]) -> str:
     )
 
 
+PICTURES = {"accuracy": "![COMCAT's Tables 1 and 4 on the small CIFAR transformer, not on ImageNet](paper-tables.svg)"}
+"""What stands before a section's tables."""
 SECTIONS = [
     ("Real weights: DINOv2-small", "real-", real),
     ("Real weights: time of a forward", "forward-", times),

@@ -36,8 +36,8 @@ def test_the_page_of_results_is_written_from_the_results() -> None:
 
 
 def test_the_picture_is_drawn_from_the_results() -> None:
-    picture = script("picture")
-    assert picture.PICTURE.read_text() == picture.picture(), "run `make results`"
+    for path, content in script("picture").pictures().items():
+        assert path.read_text() == content, "run `make results`"
 
 
 def test_a_line_stands_where_its_result_says() -> None:
@@ -57,9 +57,18 @@ def test_a_line_stands_where_its_result_says() -> None:
     assert [(p.left, p.score) for p in by_size.lines["ranks"]] == [(100, 80.0), (80.0, 75.0), (50.0, 60.0)]
     assert set(by_size.lines) == {"ranks"} and set(by_time.lines) == {"tokens alike"}
     assert [(p.left, p.score) for p in by_time.lines["tokens alike"]] == [(100, 80.0), (50.0, 70.0)]
-    drawn = ElementTree.fromstring(picture.svg([by_size, by_time]))
+    drawn = ElementTree.fromstring(picture.svg([by_size, by_time], picture.SAID, picture.METHODS))
     assert sum("L" in e.get("d", "") for e in drawn.iter()) == 2, "two lines through points, beside the legend's"
-    assert "prefers-color-scheme:dark" in picture.svg([by_size])
+    assert "prefers-color-scheme:dark" in picture.svg([by_size], picture.SAID, picture.METHODS)
+
+
+def test_the_papers_tables_are_two_panels_of_the_small_transformer() -> None:
+    picture = script("picture")
+    row = {"part": "mha", "reduce": 0.4, "top1": {"matrix-level SVD": {"mean": 50.0}, "other": {"mean": 1.0}}}
+    (panel,) = picture.paper_panels([{"benchmark": "accuracy-mha", "dense_top1": 80.0, "rows": [row]}])
+    assert [(p.left, p.score) for p in panel.lines["matrix-level SVD"]] == [(100, 80.0), (60.0, 50.0)]
+    assert set(panel.lines) == {"matrix-level SVD"} and panel.title.startswith("Table 1")
+    assert len(picture.paper_panels([json.loads(p.read_text()) for p in sorted(picture.RESULTS.glob("*/*.json"))])) == 2
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['page']}: {e['says'][:40]}")
