@@ -13,7 +13,7 @@ from typing import Any
 from card.page import card_accuracy, card_speed, caveat
 from common import RESULTS, quartiles, rows_of, spread, where
 from growth import page as growth
-from real.page import heads, real, times
+from real.page import heads, nuclei, real, times, token_overhead
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 INTRO = """# Results
@@ -384,6 +384,8 @@ SECTIONS = [
     ("A budget of time: predicted and measured", "latency", latency),
     ("Exported files inside their runtimes", "export-speed", export_speed),
     ("Tokens and channels after a short tuning", "cait", cait),
+    ("A segmenter of nuclei, tuned on its teacher's maps", "nuclei", nuclei),
+    ("What merging tokens costs", "token-overhead", token_overhead),
     ("Where the time of a forward goes", "time-by-operation", time_by_operation),
     ("Factorisation", "factorize", factorise),
     ("Calibration", "calibrate", calibrate),

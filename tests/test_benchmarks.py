@@ -21,6 +21,8 @@ TUNED = (
     "factorize",
     "prediction",
     "search_step",
+    "token_overhead",
+    "nuclei",
 )
 
 
@@ -195,6 +197,57 @@ def test_time_by_operation(scripts):
     assert all(rows["dense"][kind] > 0 for kind in ("products", "attention", "rest"))
     assert rows["dense"]["most_of_mac_ratio"] == pytest.approx(1) and 0 < rows["uniform"]["most_of_mac_ratio"] < 1
     assert time_by_operation.kind_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+
+
+def test_what_merging_costs(scripts):
+    import token_overhead
+    from real.page import token_overhead as told
+
+    token_overhead.main(["--tiny", "--rounds", "3", "--batch", "2", "--device", "cpu"])
+    result = json.loads(next(scripts.rglob("token-overhead.json")).read_text())
+    assert list(result["rows"]) == ["similar", "grid"] and not list(scripts.rglob("*.tmp"))
+    for row in result["rows"].values():
+        assert 0 < row["low"] <= row["share"] <= row["high"] and row["reached"] == (row["share"] <= row["goal"])
+    assert "| windows of the grid |" in told(result)
+
+
+def test_merging_alone_is_what_blocks_do_beside_running(scripts):
+    """Blocks that hand their tokens back at once leave every token as it was, by look-alikes as by windows."""
+    import token_overhead
+
+    import comcat
+
+    seen = []
+    model = tiny_vit()
+    comcat.apply_(model, comcat.merge(model, example=torch.zeros(1, 3, 32, 32), keep=0.6))
+    work = token_overhead.merging(model, torch.randn(2, 3, 32, 32))
+    for block in model.blocks:
+        block.token_reduction.register_forward_hook(lambda m, args, out: seen.append((args[2][0], out)))
+    with torch.inference_mode():
+        work()
+    assert len(seen) == len([m for m in model.modules() if hasattr(m, "token_reduction")])
+    assert all(torch.allclose(before, after, atol=1e-6) for before, after in seen)
+
+
+def test_the_segmenter_of_nuclei_in_tiny(scripts, tmp_path):
+    import nuclei
+    from real.page import nuclei as told
+
+    given = ["--tiny", "--pictures", "8", "--steps", "2", "--rounds", "1", "--batch", "4", "--reduce", "0.2",
+             "--precision", "fp32", "--device", "cpu", "--work", str(tmp_path / "work")]  # fmt: skip
+    first = nuclei.main(given)
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()}
+    assert len(kept) == 4
+    again = nuclei.main(given)  # goes on from the rows that are there
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "work").iterdir()} == kept
+    assert [r["before"] for r in again["rows"]] == [r["before"] for r in first["rows"]]
+    rows = {r["row"]: r for r in first["rows"]}
+    assert rows["dense"]["before"] == first["dense"] and rows["dense"]["macs"] == 1
+    assert (
+        all(rows[name]["macs"] <= 0.801 for name in ("tokens", "channels", "all")) and rows["tokens"]["parameters"] == 1
+    )
+    written = json.loads(next(scripts.rglob("nuclei-tiny.json")).read_text())
+    assert "| channels |" in told(written)
 
 
 def test_a_kept_result_is_of_the_same_settings(scripts, tmp_path):

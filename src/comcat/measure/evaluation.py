@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from ..data.batches import parts_of_batch
 from ..errors import DataError, ModelError, NumericsError, SettingsError, counted
-from .outputs import is_classifier, model_output
+from ..hosts.classes import classes_of
+from .maps import Kind, agreements, divergences, kind_of
+from .outputs import as_rows, is_classifier, whole_output
 from .running import AUTOCAST, evaluating
 
 
@@ -21,8 +23,9 @@ class Evaluation:
     """How a model does on pictures; None where there are no labels, no reference or no classes to say it by.
 
     ``count`` is the number of pictures. ``top1``, ``top5`` (of more than five classes) and ``agreement`` (whose arg max
-    equals the reference's) are percentages, ``loss`` is the mean cross-entropy and ``divergence`` the mean
-    KL(reference || model), both in nats, ``cosine`` the mean cosine of the outputs to the reference's.
+    equals the reference's; of maps the share of pixels) are percentages. ``loss`` is the mean cross-entropy and
+    ``divergence`` the mean KL(reference || model), summed over the pixels of maps, both in nats. ``cosine`` is the mean
+    cosine of the outputs to the reference's.
     """
 
     count: int
@@ -78,14 +81,36 @@ def _speaker(model: nn.Module, device: Any, dtype: torch.dtype | None, who: str)
         images = images.to(device=home or images.device, dtype=own, non_blocking=True)
         cast = dtype not in (None, own)
         with torch.autocast(images.device.type, dtype=dtype) if cast else nullcontext():
-            output = model_output(model, images).float()
-        sound = output.isfinite().all(1)
+            output = whole_output(model, images).float()
+        output = output if output.dim() == 4 else as_rows(output)
+        sound = output.isfinite().flatten(1).all(1)
         if not sound.all():
             first = int((~sound).nonzero()[0])
             raise NumericsError(f"{where}: the {who}'s output for picture {first} has NaN or infinity in it")
         return output
 
     return speak
+
+
+def _numbers(output: Tensor) -> str:
+    return " × ".join(map(str, output.shape[1:]))
+
+
+class _Told:
+    """Whether two models' outputs are distributions that can be compared, and of what."""
+
+    def __init__(self, model: nn.Module, against: nn.Module | None) -> None:
+        self.both = against is not None and is_classifier(model) and is_classifier(against)
+        self.classes = frozenset() if against is None else classes_of(against)
+        self.found: Kind | None = None
+
+    def kind(self, other: Tensor) -> Kind | None:
+        """Of the reference's output; once it was a map, all are, whatever its values are."""
+        if other.dim() == 2:
+            self.found = "scores" if self.both else None
+        elif self.found is None and (kind := kind_of(other, self.classes)) != "values":
+            self.found = kind
+        return self.found
 
 
 def evaluate(
@@ -114,7 +139,7 @@ def evaluate(
     if reference is not None:
         warnings.warn("evaluate(reference=…) is deprecated, say against=…", DeprecationWarning, stacklevel=2)
         against = reference
-    scores, votes = is_classifier(model), against is not None and is_classifier(model) and is_classifier(against)
+    scores, told = is_classifier(model), _Told(model, against)
     speak = _speaker(model, device, dtype, "model")
     refer = None if against is None else _speaker(against, device, dtype, "other model")
     sums = dict.fromkeys(("top1", "top5", "loss", "agreement", "cosine", "divergence"), 0.0)
@@ -134,7 +159,7 @@ def evaluate(
                 raise DataError(f"{where} has {has} and those before have {had}; expected all alike")
             labelled = labels is not None
             output = speak(images, where)  # (batch, classes or features)
-            count, width = count + len(output), output.shape[1]
+            count, width, scores = count + len(output), output.shape[1], scores and output.dim() == 2
             if scores and labels is not None:
                 labels = labels.to(output.device)
                 wrong = labels[(labels < 0) | (labels >= width)]
@@ -150,20 +175,20 @@ def evaluate(
                 other = refer(images, where).to(output.device)
                 if other.shape != output.shape:
                     raise ModelError(
-                        f"the model gives {width} numbers a picture, the other model {other.shape[1]}; expected as many"
+                        f"the model gives {_numbers(output)} numbers a picture, the other model {_numbers(other)}; "
+                        "expected as many"
                     )
-                sums["cosine"] += F.cosine_similarity(output, other).sum().item()
-                if votes:
-                    sums["agreement"] += (output.argmax(1) == other.argmax(1)).sum().item()
-                    logs, aims = output.log_softmax(1), other.log_softmax(1)
-                    sums["divergence"] += F.kl_div(logs, aims, log_target=True, reduction="sum").item()
+                sums["cosine"] += F.cosine_similarity(output.flatten(1), other.flatten(1)).sum().item()
+                if (kind := told.kind(other)) is not None:
+                    sums["agreement"] += agreements(other, output, kind).sum().item()
+                    sums["divergence"] += divergences(other, output, kind).sum().item()
     if not count:
         raise DataError("no pictures to evaluate on: the batches are empty")
     known = set()
     if scores and labelled:
         known |= {"top1", "loss"} | ({"top5"} if width > 5 else set())
     if refer is not None:
-        known |= {"cosine"} | ({"agreement", "divergence"} if votes else set())
+        known |= {"cosine"} | ({"agreement", "divergence"} if told.found else set())
     percent = {"top1", "top5", "agreement"}
     sums["divergence"] = max(0.0, sums["divergence"])  # rounding alone takes it below
     return Evaluation(count=count, **{key: sums[key] / count * (100 if key in percent else 1) for key in sorted(known)})

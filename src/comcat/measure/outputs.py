@@ -9,28 +9,48 @@ from ..errors import ModelError, counted
 from ..hosts.classes import classes_of
 from .running import call, describe, unwrap
 
+_TOLD = ("logits", "predicted_depth", "image_embeds", "pooler_output", "last_hidden_state")
+"""What models of transformers call what they say, the first that is there."""
+
 
 def model_output(model: nn.Module, images: Tensor) -> Tensor:
     """What a model says of pictures, as one tensor: class logits where it gives any, else features.
 
     ``images`` is (batch, channels, height, width); the result is (batch, classes or features). The model's mode and the
     gradients are the caller's business. Models of transformers are called with ``pixel_values=`` and give ``logits``,
-    else ``image_embeds``, ``pooler_output``, or ``last_hidden_state`` averaged over tokens; a model of images and text
-    gives its image features. A tuple or list of equal (batch, classes) tensors, as distilled models in training mode
-    return for their two heads, is averaged. Plain tokens (batch, tokens, features) are averaged over tokens; tensors
-    with more dimensions are flattened to one row a picture.
+    else ``predicted_depth``, ``image_embeds``, ``pooler_output``, or ``last_hidden_state`` averaged over tokens; a
+    model of images and text gives its image features. A tuple or list of equal (batch, classes) tensors, as distilled
+    models in training mode return for their two heads, is averaged. Plain tokens (batch, tokens, features) are averaged
+    over tokens; tensors with more dimensions, as maps, are flattened to one row a picture (:func:`whole_output` gives
+    them as they are).
 
     Raises ModelError where the model fails on these pictures or returns something else.
+    """
+    return as_rows(whole_output(model, images))
+
+
+def as_rows(output: Tensor) -> Tensor:
+    """An output (batch, …) as one row a picture; tokens are averaged."""
+    if output.dim() == 3:
+        return output.mean(1)
+    return output.unsqueeze(1) if output.dim() == 1 else output.flatten(1)
+
+
+def whole_output(model: nn.Module, images: Tensor) -> Tensor:
+    """The tensor of :func:`model_output` in its own shape: (batch, classes), (batch, channels, height, width), …
+
+    Depths (batch, height, width) of transformers are a map of one channel.
     """
     output = call(model, images)
     label = type(unwrap(model)).__name__
     if isinstance(output, Mapping):
-        keys = [key for key in ("logits", "image_embeds", "pooler_output", "last_hidden_state") if key in output]
+        depth = output.get("predicted_depth")
+        output = {**output, "predicted_depth": depth.unsqueeze(1)} if isinstance(depth, Tensor) else output
+        keys = [key for key in _TOLD if key in output]
         said = next((output[key] for key in keys if output[key] is not None), None)
         if said is None:
             raise ModelError(
-                f"model {label} returns {sorted(map(str, output))}; "
-                "expected logits, image_embeds, pooler_output or last_hidden_state"
+                f"model {label} returns {sorted(map(str, output))}; expected {', '.join(_TOLD[:-1])} or {_TOLD[-1]}"
             )
         output = said
     if isinstance(output, tuple | list) and output and all(isinstance(part, Tensor) for part in output):
@@ -47,9 +67,7 @@ def model_output(model: nn.Module, images: Tensor) -> Tensor:
             f"model {label} returns shape {tuple(output.shape)} for {counted(images.shape[0], 'picture')}; "
             "expected one row a picture"
         )
-    if output.dim() == 3:
-        return output.mean(1)
-    return output.unsqueeze(1) if output.dim() == 1 else output.flatten(1)
+    return output
 
 
 def is_classifier(model: nn.Module) -> bool:

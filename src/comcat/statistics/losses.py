@@ -9,7 +9,7 @@ to length one, so that each direction counts as much as it turns the output.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError, NumericsError
+from ..measure.maps import divergences, feature, kind_of
 
 _SAID = (
     ("logits", "pred_boxes", "pred_masks"),
@@ -60,29 +61,12 @@ def told(output: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _kind(values: Tensor, classes: frozenset[int]) -> Literal["scores", "map of scores", "map of one score", "values"]:
-    """What one output tensor (batch, …) says."""
-    if values.ndim == 2 and values.shape[1] in classes:
-        return "scores"
-    if values.ndim == 4 and values.shape[1] > 1 and values.shape[1] in classes:
-        return "map of scores"
-    if values.ndim == 4 and values.shape[1] == 1 and values.min() < 0 < values.max():
-        return "map of one score"
-    return "values"
-
-
-def _feature(output: Tensor) -> Tensor:
-    """Values brought to length one, (batch, values)."""
-    output = output.mean(1) if output.ndim == 3 else output  # tokens say together what they say in the mean
-    return F.normalize(output.flatten(1), dim=-1)
-
-
 def _of_tensor(output: Tensor, classes: frozenset[int], generator: torch.Generator) -> Tensor:
     """The loss of one tensor (batch, …)."""
     values = output.detach()
     if not torch.isfinite(values).all():
         raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
-    kind = _kind(values, classes)
+    kind = kind_of(values, classes)
     if kind == "scores":
         return F.cross_entropy(output, _drawn(values, generator), reduction="sum")
     if kind == "map of scores":
@@ -92,8 +76,8 @@ def _of_tensor(output: Tensor, classes: frozenset[int], generator: torch.Generat
         chances = values.sigmoid().cpu()
         labels = (torch.rand(chances.shape, generator=generator) < chances).to(output)
         return F.binary_cross_entropy_with_logits(output, labels, reduction="sum")
-    feature = _feature(output)
-    return (feature * torch.randn(feature.shape, generator=generator).to(feature)).sum()
+    said = feature(output)
+    return (said * torch.randn(said.shape, generator=generator).to(said)).sum()
 
 
 def divergence(before: Any, after: Any, classes: frozenset[int]) -> float:
@@ -104,19 +88,10 @@ def divergence(before: Any, after: Any, classes: frozenset[int]) -> float:
     of a Gaussian of variance one around values of length one.
     """
     pairs = zip(told(before), told(after), strict=True)
-    return sum(_apart(b.detach().float(), a.detach().float(), classes) for b, a in pairs if b.is_floating_point())
-
-
-def _apart(before: Tensor, after: Tensor, classes: frozenset[int]) -> float:
-    kind = _kind(before, classes)
-    if kind in ("scores", "map of scores"):
-        was, now = (t.double().log_softmax(1) for t in (before, after))
-        return float((was.exp() * (was - now)).sum())
-    if kind == "map of one score":
-        chance, odds = before.double().sigmoid(), before.double() - after.double()
-        grown = F.softplus(after.double()) - F.softplus(before.double())
-        return float((chance * odds + grown).sum())
-    return float((_feature(before) - _feature(after)).double().square().sum()) / 2
+    return sum(
+        float(divergences(b, a, kind_of(b, classes)).sum())
+        for b, a in ((b.detach().float(), a.detach().float()) for b, a in pairs if b.is_floating_point())
+    )
 
 
 def _drawn(scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -30,6 +30,8 @@ _CURVE = (
     "top1",
     "eval_loss",
     "cosine",
+    "agreement",
+    "divergence",
 )
 _SHOWN = (("loss", "loss"), ("top-1", "top1"))
 """Words beside the bar, and the values of a line that they stand for."""
@@ -117,7 +119,7 @@ class Journal:
             setup.preprocess,
             self.processes,
             batch_size=max(1, setup.data.batch_size // self.settings.accumulate),
-            against=None if is_classifier(self.learner.bare) else setup.teacher,
+            against=None if setup.objective.maps is None and is_classifier(self.learner.bare) else setup.teacher,
             dtype=_AUTOCAST[self.settings.precision],
         )
         return {name: value for name, value in found.to_dict().items() if value is not None}

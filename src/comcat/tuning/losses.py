@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..measure.outputs import model_output
+from ..measure.maps import Kind, divergences
 from ..measure.running import call, unwrap
 from .settings import TuneSettings
+from .teachers import rows_or_maps
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What a classifier in training says: logits (batch, classes), and those of a distillation token's head if any."""
+    """What a model in training says: logits (batch, classes), and those of a distillation token's head if any; or maps
+    (batch, channels, height, width).
+    """
 
     label: Tensor
     distilled: Tensor | None = None
@@ -39,7 +42,7 @@ def heads_of(model: nn.Module, images: Tensor) -> Heads:
             output = output["cls_logits"], output["distillation_logits"]
         label, distilled = output
         return Heads(label.float(), distilled.float())
-    return Heads(model_output(model, images).float())
+    return Heads(rows_or_maps(model, images).float())
 
 
 def train_both_heads(model: nn.Module) -> None:
@@ -72,6 +75,22 @@ def soft_distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Te
     return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(1) * temperature**2
 
 
+def map_distillation(ours: Tensor, theirs: Tensor, kind: Kind, *, hard: bool, temperature: float) -> Tensor:
+    """How far maps (batch, channels, height, width) are from a teacher's, mean over pixels: (batch,).
+
+    Of class scores, soft or hard distillation at every pixel; of the logits of a mask, the same with two classes; of
+    values without a distribution, as depths, ‖y − y*‖² / ‖y*‖².
+    """
+    if kind == "values":
+        return feature_loss([ours], [theirs])
+    if hard and kind == "map of scores":
+        return hard_distillation(ours, theirs).flatten(1).mean(1)
+    if hard:
+        return F.binary_cross_entropy_with_logits(ours, (theirs > 0).float(), reduction="none").flatten(1).mean(1)
+    places = ours[0, 0].numel()
+    return divergences(theirs / temperature, ours / temperature, kind).float() * temperature**2 / places
+
+
 def feature_loss(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
     """‖f − f*‖² / ‖f*‖² a picture, averaged over blocks: (batch,).
 
@@ -89,12 +108,13 @@ class Objective:
     """The loss of a picture: (1 − α) labels + α distillation + λ features.
 
     A model of two heads learns labels with the one and distillation with the other, as DeiT does (its Eq. 3); where
-    there is but one of these, both heads learn it.
+    there is but one of these, both heads learn it. ``maps``: what the model's maps say, where it gives maps.
     """
 
     settings: TuneSettings
     labelled: bool
     distillation: str
+    maps: Kind | None = None
 
     @property
     def alpha(self) -> float:
@@ -114,7 +134,12 @@ class Objective:
             found["label_loss"] = [label_loss(logits, target, s.smoothing) for logits in learn]
         if teacher is not None:
             learn = both[-1:] if found else both
-            if self.distillation == "hard":
+            if self.maps is not None:
+                hard = self.distillation == "hard"
+                found["distillation_loss"] = [
+                    map_distillation(maps, teacher, self.maps, hard=hard, temperature=s.temperature) for maps in learn
+                ]
+            elif self.distillation == "hard":
                 found["distillation_loss"] = [hard_distillation(logits, teacher) for logits in learn]
             else:
                 found["distillation_loss"] = [soft_distillation(logits, teacher, s.temperature) for logits in learn]

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import Pictures, Preprocess
+from ..data import Pictures, Preprocess, batches
 from ..errors import DataError, SettingsError
-from ..measure import is_classifier, model_output
+from ..hosts.classes import classes_of
+from ..measure import is_classifier
+from ..measure.maps import Kind, kind_of
 from ..measure.running import evaluating
 from ..models import preprocess_of
 from ..runs.processes import Processes
@@ -24,10 +26,12 @@ from .learner import freeze_but, freeze_unused
 from .losses import Objective
 from .settings import TuneSettings
 from .stochastic_depth import set_stochastic_depth
-from .teachers import Features, Teacher, check_teacher, chosen_blocks
+from .teachers import Features, Teacher, check_teacher, chosen_blocks, rows_or_maps
 
 CHECKPOINTS, LOG, TRACKERS = "checkpoints", "log.jsonl", "trackers"
 """What a run puts into its folder."""
+LOOKED_AT = 4
+"""So many pictures are shown to a teacher to see what its maps say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +77,14 @@ def set_up(
 ) -> Setup:
     """Check what a run is given and set it up. Raises what :func:`comcat.tune` raises for what does not fit."""
     _check_types(student)
-    classifies = is_classifier(student)
+    preprocess = preprocess_of(student) if preprocess is None else preprocess
+    maps = _tried(student, preprocess, Features(()))[0].dim() == 4
+    classifies = is_classifier(student) and not maps
     labelled = classifies and data.has_labels
-    distillation = _distillation(settings, teacher, classifies=classifies)
-    _check_something_to_learn(settings, data, teacher, distillation, classifies=classifies)
+    distillation = _distillation(settings, teacher, classifies=classifies, maps=maps)
+    _check_something_to_learn(settings, data, teacher, distillation, classifies=classifies, maps=maps)
     if classifies and evaluation is not None and not evaluation.has_labels:
         raise DataError(f"evaluation: {evaluation.unlabelled}, so there is no top-1")
-    preprocess = preprocess_of(student) if preprocess is None else preprocess
     settings = replace(settings, crop_scale=crop_scale(settings, preprocess))
     training = TrainingData(
         pictures=data,
@@ -107,9 +112,10 @@ def set_up(
     freeze_unused(model, [*([output] if labelled or distillation != "none" else []), *features])
     prepared = None
     if teacher is not None:
-        check_teacher(teacher, student, preprocess, classes, logits=distillation != "none")
+        check_teacher(teacher, student, preprocess, tuple(output.shape[1:]), logits=distillation != "none")
         prepared = Teacher(teacher, preprocess, processes.device)
         _check_features(paths, features, _tried(prepared.model, preprocess, theirs)[1])
+    kind = _kind_of_maps(prepared, data, preprocess) if maps and prepared is not None else None
     return Setup(
         settings=settings,
         processes=processes,
@@ -119,7 +125,7 @@ def set_up(
         data=training,
         steps=steps,
         classes=classes,
-        objective=Objective(settings, labelled, distillation),
+        objective=Objective(settings, labelled, distillation, kind),
         teacher=prepared,
         features=(ours, theirs),
         evaluation=evaluation,
@@ -143,7 +149,17 @@ def _check_types(student: nn.Module) -> None:
             )
 
 
-def _distillation(settings: TuneSettings, teacher: nn.Module | None, *, classifies: bool) -> str:
+def _kind_of_maps(teacher: Teacher, data: Pictures, preprocess: Preprocess) -> Kind:
+    """What the teacher's maps say, by a few of the pictures: that they are logits of a mask is seen by their signs."""
+    home = next(teacher.parameters()).device
+    with torch.no_grad():
+        said = [teacher(images.to(home)) for images, _ in batches(data, preprocess, batch_size=1, limit=LOOKED_AT)]
+    if not said:
+        raise DataError(f"{data.name}: no pictures")
+    return kind_of(torch.cat(said), classes_of(teacher.model))
+
+
+def _distillation(settings: TuneSettings, teacher: nn.Module | None, *, classifies: bool, maps: bool) -> str:
     """What is learnt of the teacher's logits, the default filled in."""
     if teacher is None:
         asked = (
@@ -153,8 +169,8 @@ def _distillation(settings: TuneSettings, teacher: nn.Module | None, *, classifi
             raise SettingsError(f"{asked}={getattr(settings, asked)!r} needs a teacher")
         return "none"
     if settings.distillation is None:
-        return "soft" if classifies else "none"
-    if settings.distillation != "none" and not classifies:
+        return "soft" if classifies or maps else "none"
+    if settings.distillation != "none" and not (classifies or maps):
         raise SettingsError(
             "the student has no classes, so there are no logits to distil: learn the teacher's features (features=all)"
         )
@@ -162,10 +178,18 @@ def _distillation(settings: TuneSettings, teacher: nn.Module | None, *, classifi
 
 
 def _check_something_to_learn(
-    settings: TuneSettings, data: Pictures, teacher: nn.Module | None, distillation: str, *, classifies: bool
+    settings: TuneSettings,
+    data: Pictures,
+    teacher: nn.Module | None,
+    distillation: str,
+    *,
+    classifies: bool,
+    maps: bool,
 ) -> None:
     if distillation != "none" or settings.features or (classifies and data.has_labels):
         return
+    if maps:
+        raise SettingsError("the student gives maps, which it learns from a teacher's: give a teacher to learn from")
     if not classifies:
         raise SettingsError(
             "the student has no classes to learn: give a teacher and the blocks to be like it in (features=all)"
@@ -199,7 +223,7 @@ def _tried(model: nn.Module, preprocess: Preprocess, features: Features) -> tupl
     home = next(model.parameters())
     blank = torch.zeros(1, preprocess.channels, *preprocess.size, device=home.device, dtype=home.dtype)
     with features.kept_from(model), torch.enable_grad(), evaluating(model):
-        output = model_output(model, blank)
+        output = rows_or_maps(model, blank)
         return output, features.take()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..data import Preprocess
 from ..errors import ComcatError, DataError, ModelError, SettingsError, counted, nearest
 from ..hosts import find_sites
-from ..measure.outputs import is_classifier, model_output
+from ..measure.outputs import as_rows, is_classifier, whole_output
 from ..measure.running import evaluating
 from ..models import class_names_of, preprocess_of
 from ..sites import block_of
@@ -37,15 +37,26 @@ class Teacher(nn.Module):
             self._rescale = std / aim_std, (mean - aim_mean) / aim_std
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) or features (batch, width) of pictures (batch, channels, height, width)."""
+        """Logits (batch, classes), features (batch, width) or maps of pictures (batch, channels, height, width)."""
         if self._rescale is not None:
             scale, shift = self._rescale
             images = images * scale + shift
-        return model_output(self.model, images).float()
+        return rows_or_maps(self.model, images).float()
 
 
-def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, classes: int, *, logits: bool) -> None:
-    """Raise unless a teacher can teach a student of so many classes; ``logits``: whether these are to be learnt.
+def rows_or_maps(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model says, maps in their own shape (batch, channels, height, width), all else as one row a picture."""
+    output = whole_output(model, images)
+    return output if output.dim() == 4 else as_rows(output)
+
+
+def check_teacher(
+    teacher: nn.Module, student: nn.Module, seen: Preprocess, said: Sequence[int], *, logits: bool
+) -> None:
+    """Raise unless a teacher can teach a student; ``logits``: whether these, or maps, are to be learnt.
+
+    Args:
+        said: the shape of what the student says of a picture: (classes,), or (channels, height, width) of maps.
 
     Raises:
         SettingsError: where it takes pictures of another size or tells other classes apart; the message says what each
@@ -55,12 +66,12 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
     ours = f"{seen.size[0]}×{seen.size[1]}×{seen.channels}"
     parameter = next(teacher.parameters())
     blank = torch.zeros(1, seen.channels, *seen.size, device=parameter.device, dtype=parameter.dtype)
-    failed = None
+    failed, taught = None, list[int]()
     try:
         with torch.no_grad(), evaluating(teacher):
-            width = model_output(teacher, blank).shape[1]
+            taught = list(rows_or_maps(teacher, blank).shape[1:])
     except ModelError as error:
-        failed, width = error, 0
+        failed = error
     if own is not None and (own.size, own.channels) != (seen.size, seen.channels):
         theirs = f"{own.size[0]}×{own.size[1]}×{own.channels}"
         able = "" if failed else "; it can take the student's as well: load it for them (img_size=…, image_size=…)"
@@ -71,9 +82,14 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
         raise SettingsError(f"the teacher cannot take the student's pictures of {ours}: {failed}") from failed
     if not logits:
         return
-    if not is_classifier(teacher) or width != classes:
-        has = counted(width, "class") if is_classifier(teacher) else "no classes"
-        raise SettingsError(f"the teacher has {has}, the student {classes}; expected the same ones")
+    said = list(said)
+    if len(said) > 1 or len(taught) > 1:
+        if said != taught:
+            raise SettingsError(f"the teacher gives {_shaped(taught)}, the student {_shaped(said)}; expected the same")
+        return
+    if not is_classifier(teacher) or said != taught:
+        has = counted(taught[0], "class") if is_classifier(teacher) else "no classes"
+        raise SettingsError(f"the teacher has {has}, the student {said[0]}; expected the same ones")
     names, others = _names(student), _names(teacher)
     if names and others and names != others and sorted(names) == sorted(others):
         place = next(i for i, pair in enumerate(zip(names, others, strict=True)) if pair[0] != pair[1])
@@ -81,6 +97,11 @@ def check_teacher(teacher: nn.Module, student: nn.Module, seen: Preprocess, clas
             f"the teacher has the student's classes in another order: "
             f"class {place} is {others[place]!r}, expected {names[place]!r}"
         )
+
+
+def _shaped(said: Sequence[int]) -> str:
+    """What is said of a picture, in words."""
+    return f"maps of {' × '.join(map(str, said))}" if len(said) > 1 else f"{said[0]} numbers a picture"
 
 
 def preprocess_or_none(model: nn.Module) -> Preprocess | None:
