@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import comcat
-from comcat.errors import ModelError, StoreError
+from comcat.errors import BudgetError, ModelError, StoreError
 from comcat.store import load, load_model, save
 
 from ..models import tiny_vit
@@ -188,10 +188,42 @@ def detr() -> nn.Module:
     return transformers.DetrForObjectDetection(config).eval()
 
 
-def test_a_detector_with_a_convolutional_backbone_comes_back(tmp_path):
-    model = small(detr())
+def real_time(kind: str, backbone: str, **shape) -> nn.Module:
+    """RT-DETR or D-FINE, with as little as they run on."""
+    import transformers
+
+    sides = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 32], "depths": [1] * 4}
+    stages = ["stage2", "stage3", "stage4"]
+    below = getattr(transformers, backbone)(**sides, **shape, out_features=stages)
+    config = getattr(transformers, f"{kind}Config")(
+        backbone_config=below, use_pretrained_backbone=False, encoder_in_channels=[16, 32, 32],
+        decoder_in_channels=[32] * 3, encoder_hidden_dim=32, encoder_ffn_dim=64, d_model=32, decoder_ffn_dim=64,
+        encoder_layers=1, decoder_layers=2, num_queries=10, encoder_attention_heads=4, decoder_attention_heads=4,
+        num_denoising=0, num_labels=5, anchor_image_size=None, hidden_expansion=0.5,
+    )  # fmt: skip
+    return shaken(getattr(transformers, f"{kind}ForObjectDetection")(config).eval())
+
+
+HGNET = {
+    "stem_channels": [3, 8, 8], "stage_in_channels": [8, 8, 16, 32], "stage_mid_channels": [8] * 4,
+    "stage_out_channels": [8, 16, 32, 32], "stage_num_blocks": [1] * 4, "stage_numb_of_layers": [2] * 4,
+}  # fmt: skip
+DETECTORS = {
+    "DETR": detr,
+    "RT-DETR": lambda: real_time("RTDetr", "RTDetrResNetConfig"),
+    "RT-DETR v2": lambda: real_time("RTDetrV2", "RTDetrResNetConfig"),
+    "D-FINE": lambda: real_time("DFine", "HGNetV2Config", **HGNET),
+}
+
+
+@pytest.mark.parametrize("name", list(DETECTORS))
+def test_a_detector_with_a_convolutional_backbone_comes_back(name, tmp_path):
+    dense = DETECTORS[name]()
+    model = comcat.compress(dense, reduce=0.05, statistic="weights")
     loaded = comes_back(model, tmp_path / "small", size=64)
     assert type(loaded) is type(model)
+    with pytest.raises(BudgetError, match=r"the sites that can shrink allow at most 0\.\d+ of the model's parameters"):
+        comcat.compress(dense, reduce=0.95, statistic="weights")
 
 
 def test_save_pretrained_of_a_compressed_model_says_what_to_do_instead(tmp_path):
