@@ -86,6 +86,11 @@ class Preprocess:
         """
         return self.tensor(self.fit(image))
 
+    def blank(self, like: Tensor | None = None) -> Tensor:
+        """One picture of zeros, (1, channels, height, width), of the type and on the device of ``like``."""
+        blank = torch.zeros(1, self.channels, *self.size)
+        return blank if like is None else blank.to(like)
+
     def fit(self, image: Image.Image) -> Image.Image:
         """The picture resized and cropped, in the model's colours (mode ``"RGB"`` or ``"L"``). Raises as it does."""
         try:

@@ -38,7 +38,7 @@ def evaluate_together(
     if processes.count == 1:
         return evaluate(model, batches(pictures, preprocess, batch_size=batch_size), against=against, dtype=dtype)
     share = pictures.share(processes.index, processes.count)
-    blank = torch.zeros(1, preprocess.channels, *preprocess.size)
+    blank = preprocess.blank()
     turns = _Turns(share, preprocess, batch_size, processes, model, blank)
     found, caught = None, None
     try:

@@ -221,7 +221,7 @@ def _batch_size(settings: TuneSettings, processes: int) -> int:
 def _tried(model: nn.Module, preprocess: Preprocess, features: Features) -> tuple[Tensor, list[Tensor]]:
     """What a model says of one blank picture, with gradients, and its features there."""
     home = next(model.parameters())
-    blank = torch.zeros(1, preprocess.channels, *preprocess.size, device=home.device, dtype=home.dtype)
+    blank = preprocess.blank(home)
     with features.kept_from(model), torch.enable_grad(), evaluating(model):
         output = rows_or_maps(model, blank)
         return output, features.take()

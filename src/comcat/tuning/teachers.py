@@ -65,7 +65,7 @@ def check_teacher(
     own = preprocess_or_none(teacher)
     ours = f"{seen.size[0]}×{seen.size[1]}×{seen.channels}"
     parameter = next(teacher.parameters())
-    blank = torch.zeros(1, seen.channels, *seen.size, device=parameter.device, dtype=parameter.dtype)
+    blank = seen.blank(parameter)
     failed, taught = None, list[int]()
     try:
         with torch.no_grad(), evaluating(teacher):

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..data import Batches, Pictures, Preprocess, batches
@@ -157,7 +156,7 @@ def _opened(
     check_request(before, settings, plan)
     check_savable(before)
     preprocess = preprocess_of(before)
-    check_reach(before, settings, _blank(before, preprocess), plan)
+    check_reach(before, settings, preprocess.blank(next(before.parameters())), plan)
     if settings.stock:
         _check_stock(before, plan, proposer)
     pictures = pictures_for(before, data, notes)
@@ -180,10 +179,6 @@ def _check_stock(model: nn.Module, plan: Plan | None, proposer: Proposer | None)
     """Raise StoreError where no stock checkpoint can hold what a given plan makes of a model."""
     if plan is not None and proposer is None:
         shape_of(plan, find_sites(model))
-
-
-def _blank(model: nn.Module, preprocess: Preprocess) -> Tensor:
-    return torch.zeros(1, preprocess.channels, *preprocess.size).to(next(model.parameters()))
 
 
 def _check_tuning(before: nn.Module, division: Division, settings: TuneSettings) -> None:

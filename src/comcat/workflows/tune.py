@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data import Pictures
@@ -116,5 +115,5 @@ def _report(student: Any, name: str, command: str | None, notes: list[str], judg
     return collect_tuning(
         student, model=name, command=command, judged_on=judged_on,
         settings={k: v for k, v in asked.items() if v is not None},
-        example=torch.zeros(1, p.channels, *p.size), notes=tuple(notes),
+        example=p.blank(), notes=tuple(notes),
     )  # fmt: skip

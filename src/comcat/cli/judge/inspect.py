@@ -74,7 +74,6 @@ def _inspect_model(command: Inspect) -> int:
 
 def _tokens_of(model: Any) -> dict[str, Any]:
     """The trunk of a model as JSON holds it, found by showing it one blank picture of its input size."""
-    import torch
 
     from ...errors import ComcatError
     from ...models import preprocess_of
@@ -89,7 +88,7 @@ def _tokens_of(model: Any) -> dict[str, Any]:
         return {"merged": merged}
     try:
         p = preprocess_of(model)
-        trunk = find_trunk(model, torch.zeros(1, p.channels, *p.size).to(next(model.parameters())))
+        trunk = find_trunk(model, p.blank(next(model.parameters())))
     except ComcatError as error:
         return {"blocks": [], "reason": str(error)}
     found: dict[str, Any] = {"blocks": [site.path for site in trunk.sites]}

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...apply import Handle, apply_
 from ...data import Pictures, batches
@@ -160,11 +159,7 @@ def check_pruning(
             f"got {counted(setup.steps, 'step')}, expected at least 2: gates need time to close; "
             "comcat.compress cuts without training"
         )
-    return setup, survey(model, settings, _blank(model, setup.preprocess))
-
-
-def _blank(model: nn.Module, preprocess: Preprocessing) -> Tensor:
-    return torch.zeros(1, preprocess.channels, *preprocess.size).to(next(model.parameters()))
+    return setup, survey(model, settings, setup.preprocess.blank(next(model.parameters())))
 
 
 def _begun(setup: Setup, ground: Ground, *, progress: bool) -> ClosedForm:
@@ -194,6 +189,6 @@ def _cut(model: nn.Module, training: GatedTraining, teacher: str | None) -> Prun
     prepared = Prepared(
         sites=sites, whole=find_sites(model), statistic=Weights(), factorizations=cut, total=ground.total,
         made_for=ground.made_for,
-        cost=ground.cost, example=_blank(model, training.setup.preprocess),
+        cost=ground.cost, example=training.setup.preprocess.blank(next(model.parameters())),
     )  # fmt: skip
     return Pruned(model=small, done=Compressed(handle=handle, plan=plan, prepared=prepared, notes=handle.notes))

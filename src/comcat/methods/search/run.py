@@ -194,7 +194,7 @@ class Search(Run):
 
     def _classes(self) -> int:
         home = next(self.model.parameters())
-        blank = torch.zeros(1, self.preprocess.channels, *self.preprocess.size, device=home.device, dtype=home.dtype)
+        blank = self.preprocess.blank(home)
         with torch.no_grad():
             return model_output(self.model, blank).shape[1]
 
