@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+PAPER = ("taught", "table5", "table6", "figures1011")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -17,7 +18,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield tmp_path
-    for name in ("common", "peers", "customization", "adapter_cost", "card.flux2", "card"):
+    for name in ("common", "peers", "customization", "adapter_cost", "card.flux2", "card", "lora_export", *PAPER):
         sys.modules.pop(name, None)
 
 
@@ -49,6 +50,74 @@ def test_customization(scripts, capsys):
     assert len(list((scripts / "results").rglob("customization-*.png"))) == 2
     again = customization.main(arguments)  # everything is kept
     assert again["runs"] == first["runs"]
+
+
+def test_lora_export(scripts, capsys):
+    import lora_export
+
+    found = lora_export.main(["--quick", "--work", str(scripts / "work"), "--ranks", "1", "4", "--steps", "2"])
+    low, high = found["rows"]
+    assert low["difference"] >= high["difference"] > 0 and high["bytes"] > low["bytes"]
+    assert 1 < high["of_plain"] < low["of_plain"]  # a file of a few kB is mostly names
+    assert found["met_from_rank"] in (1, 4, None) and "the goal is met" in capsys.readouterr().out
+    assert json.loads(next((scripts / "results").rglob("lora-export.json")).read_text())["quick"]
+
+
+@pytest.fixture
+def paper(scripts, monkeypatch):
+    """What the paper's scripts on customization are given: the embedded pipeline, hardly trained, and two concepts."""
+    from comcat.diffusion.digits.embedded import digits_pipeline
+    from comcat.diffusion.digits.scans import digit_pictures
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "paper"))
+    digits_pipeline(scripts / "digits", steps=2)
+    for name, digit, prompt in (("nine", 9, None), ("red_seven", 7, "a photo of V*")):
+        folder = scripts / "concepts" / name
+        folder.mkdir(parents=True)
+        for number, picture in enumerate(digit_pictures(digit, 3, seed=0)):
+            picture.save(folder / f"{number}.png")
+        if prompt:
+            (folder / "prompt.txt").write_text(prompt + "\n")
+    (scripts / "unrelated.txt").write_text("a photo of two\na photo of three\n")
+    words = {
+        "--model": scripts / "digits", "--concepts": scripts / "concepts", "--work": scripts / "work", "--steps": 2,
+        "--count": 4, "--unrelated": scripts / "unrelated.txt", "--unrelated-count": 2, "--class-count": 2,
+        "--sample-steps": 1, "--features": "timm:test_vit",
+    }  # fmt: skip
+    return [*(str(x) for pair in words.items() for x in pair), "--no-pretrained"]
+
+
+def test_the_paper_s_customization_tables_and_figures(paper, scripts, capsys):
+    import figures1011
+    import table5
+    import table6
+
+    methods = ["--methods", "comcat, all attention", "Custom Diffusion"]
+    first = table5.main([*paper, *methods])
+    assert list(first["means"]) == ["untouched", "comcat, all attention", "Custom Diffusion"]
+    ours, theirs = first["concepts"]["comcat, all attention"], first["concepts"]["Custom Diffusion"]
+    assert list(ours) == ["nine", "red_seven"] and ours["nine"]["stored_bytes"] < theirs["nine"]["stored_bytes"]
+    assert all(r["fid"] > 0 and r["seconds"] > 0 and r["peak_bytes"] > 0 for r in (*ours.values(), *theirs.values()))
+    said = capsys.readouterr().out
+    assert "COMCAT (published)" in said and "101.2" in said
+    kept = {path: path.stat().st_mtime_ns for path in (scripts / "work").glob("*.json")}
+    second = table6.main([*paper, *methods])
+    assert second["means"]["untouched"]["unrelated_fid"]["mean"] < 1e-3 < second["floor"]["unrelated_fid"]
+    assert second["means"]["Custom Diffusion"]["unrelated_fid"]["mean"] > 0
+    drawn = figures1011.main([*paper, *methods])
+    assert drawn["figures"] == {"nine": "figure-nine.png", "red_seven": "figure-red_seven.png"}
+    assert drawn["prompts"]["red_seven"][0] == "a photo of V*" and len(drawn["prompts"]["nine"]) == 4
+    assert all((scripts / "work" / name).stat().st_size > 1000 for name in drawn["figures"].values())
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}  # what one script made the others do not repeat
+    assert len(list((scripts / "results").rglob("paper-*.json"))) == 3
+
+
+def test_a_folder_without_concepts(paper, scripts):
+    import table5
+
+    (scripts / "none").mkdir()
+    with pytest.raises(SystemExit, match="expected one for each concept"):
+        table5.main([*paper, "--concepts", str(scripts / "none")])
 
 
 def test_methods_leave_the_pipeline_as_it_was(scripts, tmp_path):

@@ -1,0 +1,81 @@
+"""What a run holds in memory from its first step to its last, said before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...errors import MemoryShortage
+from ...modules.adapters import LowRankTerms
+from ..adapter.places import find_places
+from ..pipeline.components import Component, denoiser_of, text_encoders_of
+from ..pipeline.families import Family
+from .settings import CustomizeSettings
+
+MOMENTS = 4 * 4
+"""Bytes for each number that learns, in float32: itself, its gradient, and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Bytes of frozen weights that every step needs, and how many numbers learn. Activations come on top: they grow
+    with the picture's area and the batch.
+    """
+
+    weights: int
+    learned: int
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + MOMENTS * self.learned
+
+    def note(self) -> str:
+        return (
+            f"Held throughout: {self.weights / 1e9:.2f} GB of weights and {MOMENTS * self.learned / 1e6:.1f} MB for "
+            f"the {self.learned:,} numbers that learn, with gradients and moments; activations come on top."
+        )
+
+
+def holdings_of(family: Family, where: str, settings: CustomizeSettings) -> Holdings:
+    """What a run with these settings holds on the denoiser's device; nothing is made for it."""
+    components: list[Component] = [denoiser_of(family.pipe)]
+    kept: list[nn.Module] = [family.denoiser]
+    if settings.text_encoder:
+        components += text_encoders_of(family.pipe)
+    if settings.text_encoder or settings.new_token is not None:
+        kept += [encoder for _, encoder in family.text_encoders().values()]
+    learned = 0
+    for number, component in enumerate(components):
+        for found in find_places(component)[0]:
+            if number or where in ("all", found.where):
+                terms = LowRankTerms(found.widths, found.heads, settings.rank, device="meta")
+                learned += sum(p.numel() for p in terms.parameters())
+    return Holdings(sum(_bytes(m.parameters()) + _bytes(m.buffers()) for m in kept), learned)
+
+
+def check_fits(holdings: Holdings, device: torch.device) -> None:
+    """Raises MemoryShortage where a card is smaller than what is held before the first activation."""
+    if device.type != "cuda":
+        return
+    whole = torch.cuda.get_device_properties(device).total_memory
+    if holdings.bytes > whole:
+        raise MemoryShortage(
+            f"the run holds {holdings.bytes / 1e9:.1f} GB throughout, before any activation, and {device} has "
+            f"{whole / 1e9:.1f} GB; what needs less: a base in 16 bit (dtype bfloat16) or in 8 bit, a lower rank, "
+            "leaving the text encoder as it is"
+        )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(_stored(tensor) for tensor in tensors)
+
+
+def _stored(tensor: torch.Tensor) -> int:
+    """Bytes in memory. A quantised tensor claims the type that it computes in, and holds smaller ones."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_stored(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()
