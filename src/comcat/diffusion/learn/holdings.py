@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,8 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def _stored(tensor: torch.Tensor) -> int:
     """Bytes in memory. A quantised tensor claims the type that it computes in, and holds smaller ones."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        names, _ = flatten()
         return sum(_stored(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
