@@ -52,6 +52,7 @@ def test_customization(scripts, capsys):
     assert again["runs"] == first["runs"]
 
 
+@pytest.mark.slow
 def test_lora_export(scripts, capsys):
     import lora_export
 

@@ -18,6 +18,7 @@ from comcat.linalg.updates import Side
 
 from .. import tiny
 from ..denoisers import random, unet_arguments
+from ..newer import NEWER
 
 HOW: dict[str, Any] = {"steps": 2, "dtype": torch.float32}
 
@@ -87,6 +88,39 @@ def test_both_streams_of_a_joint_attention(tmp_path: Path) -> None:
     assert report.of_change < 0.5
     diffusion.unload(pipe)
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize("family", ["flux2", "qwen", "z_image"])
+def test_newer_families(family: str, tmp_path: Path) -> None:
+    """What stands between their queries and keys leaves no product for a LoRA; values and outputs come near."""
+    pipe = NEWER[family](tmp_path / "parts")
+    diffusion.attach(pipe, init="random", rank=1, alpha=0.5)
+    how = {"steps": 2, "size": 16, "dtype": torch.float32, "force": True}
+    report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", **how)
+    assert all("rotary embeddings" in why for site, why in report.left_out.items() if site.endswith(":qk"))
+    near = [error for site, error in report.errors.items() if site not in report.left_out]
+    assert near and max(near) < 0.2 and report.of_change < 1
+    diffusion.unload(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    assert pipe.get_active_adapters()
+
+
+def test_two_exports_act_side_by_side(tmp_path: Path) -> None:
+    pipe = pipeline(tmp_path, where="cross")
+    plain, changes = None, []
+    for name, seed in (("dog", 0), ("cat", 1)):
+        diffusion.unload(pipe)
+        plain = output(pipe)
+        diffusion.attach(pipe, init="random", rank=1, alpha=0.2, seed=seed)
+        diffusion.export_lora(pipe, tmp_path / f"{name}.safetensors", force=True, **HOW)
+    diffusion.unload(pipe)
+    for name in ("dog", "cat"):
+        pipe.load_lora_weights(tmp_path / f"{name}.safetensors", adapter_name=name)
+        pipe.set_adapters([name])
+        changes.append(output(pipe) - plain)
+    pipe.set_adapters(["dog", "cat"])
+    both = output(pipe) - plain
+    assert (both - sum(changes)).norm() < 0.1 * both.norm() and min(c.norm() for c in changes) > 0
 
 
 def test_what_no_lora_can_stand_for_is_left_out_and_said(tmp_path: Path) -> None:

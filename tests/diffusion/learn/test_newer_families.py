@@ -18,7 +18,7 @@ from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
 from comcat.diffusion.pipeline.opening import load_pipeline
 from comcat.diffusion.pipeline.residence import frozen
-from comcat.errors import ComcatError, ModelError, SettingsError
+from comcat.errors import ComcatError, ModelError, SettingsError, UnsupportedSite
 from comcat.runs.processes import Processes
 from comcat.runs.watching import LossWatch
 
@@ -246,3 +246,21 @@ def test_pictures_of_every_family_are_generated(name: str, pipe: Any) -> None:
     assert made[0].image.size == (side, side)
     again = list(cd.generate(pipe, [PROMPT], steps=2, size=side, guidance=5.0))
     assert again[0].image.tobytes() != made[0].image.tobytes()
+
+
+def test_a_family_that_is_half_known_is_told_module_by_module(tmp_path: Any) -> None:
+    class Strange:
+        def __call__(self, attn: Any, hidden_states: Tensor, **more: Any) -> Tensor:
+            return hidden_states
+
+    pipe = NEWER["flux2"](tmp_path)
+    last = pipe.transformer.single_transformer_blocks[1].attn
+    before, last.processor = last.processor, Strange()
+    out = tmp_path / "dog.safetensors"
+    with pytest.raises(UnsupportedSite, match=r"single_transformer_blocks\.1\.attn \(its processor is a Strange"):
+        cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=1, resolution=16, out=out)
+    assert not cd.adapters(pipe) and not out.exists()
+    found = cd.find_adaptable(pipe)
+    assert len(found) == 2 and [r.name for r in found.refused] == ["transformer.single_transformer_blocks.1.attn"]
+    last.processor = before
+    assert len(cd.find_adaptable(pipe)) == 3

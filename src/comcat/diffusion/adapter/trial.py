@@ -58,10 +58,10 @@ class Trial:
         denoiser = denoiser_of(self.pipe).model
         missing = size = change = 0.0
         with self._silent():
-            plain = [denoiser(*args, **kwargs)[0] for args, kwargs, _ in self.calls]
+            plain = [_prediction(denoiser(*args, **kwargs)) for args, kwargs, _ in self.calls]
             with self._written(updates):
                 for (args, kwargs, with_adapter), without in zip(self.calls, plain, strict=True):
-                    now = denoiser(*args, **kwargs)[0].double()
+                    now = _prediction(denoiser(*args, **kwargs)).double()
                     wanted = with_adapter.double()
                     missing += float((now - wanted).square().sum())
                     size += float(wanted.square().sum())
@@ -95,6 +95,11 @@ class Trial:
                 self.linears[path].weight.copy_(weight)
 
 
+def _prediction(output: Any) -> Tensor:
+    """Of a denoiser's output, (batch, …). Z-Image gives a list of pictures."""
+    return torch.stack(list(output[0])) if isinstance(output[0], list | tuple) else output[0]
+
+
 def drawn(
     pipe: Any,
     adapter: Adapter,
@@ -118,7 +123,7 @@ def drawn(
             handles.append(module.register_forward_pre_hook(lambda m, args, to=moments: to.add(args[0])))
 
     def called(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        trial.calls.append((args, kwargs, output[0].detach().clone()))
+        trial.calls.append((args, kwargs, _prediction(output).detach().clone()))
 
     handles.append(denoiser_of(pipe).model.register_forward_hook(called, with_kwargs=True))
     progress = dict(getattr(pipe, "_progress_bar_config", {}))
@@ -127,7 +132,7 @@ def drawn(
     try:
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + number)
-            pipe(prompt, num_inference_steps=steps, generator=generator, output_type="latent", **sides)
+            pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **sides)
     finally:
         for handle in handles:
             handle.remove()
