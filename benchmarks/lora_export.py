@@ -21,9 +21,9 @@ from common import parser, table, write
 from torch import nn
 
 import comcat.diffusion as diffusion
-from comcat.diffusion.digits.demo import EXAMPLES, SETTINGS
+from comcat.diffusion.digits.demo import SETTINGS, lessons, protected_prompts
 from comcat.diffusion.digits.embedded import digits_pipeline
-from comcat.diffusion.digits.scans import IDENTIFIER, LEFT_OUT, digit_pictures, prompt_of
+from comcat.diffusion.digits.scans import IDENTIFIER
 from comcat.diffusion.pipeline.components import denoiser_of
 
 BOUND, LARGEST_RANK = 0.03, 16
@@ -37,11 +37,10 @@ def opened(a: Any) -> Any:
         return pipe
     few = {"steps": 2} if a.quick else {}
     pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **few)
-    others = [prompt_of(digit) for digit in range(10) if digit != LEFT_OUT]
+    pictures, prompts = lessons(0)
     diffusion.customize(
-        pipe, digit_pictures(LEFT_OUT, EXAMPLES, seed=0), prompt=prompt_of(IDENTIFIER), identifier=IDENTIFIER,
-        protect=("a photo of a digit", *others), **SETTINGS | few,
-    )  # fmt: skip
+        pipe, pictures, prompt=prompts, identifier=IDENTIFIER, protect=protected_prompts(), **SETTINGS | few
+    )
     return pipe
 
 

@@ -97,7 +97,7 @@ def test_newer_families(family: str, tmp_path: Path) -> None:
     diffusion.attach(pipe, init="random", rank=1, alpha=0.5)
     how = {"steps": 2, "size": 16, "dtype": torch.float32, "force": True}
     report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", **how)
-    assert all("rotary embeddings" in why for site, why in report.left_out.items() if site.endswith(":qk"))
+    assert all(site in report.left_out for site in report.errors if site.endswith(":qk"))
     near = [error for site, error in report.errors.items() if site not in report.left_out]
     assert near and max(near) < 0.2 and report.of_change < 1
     diffusion.unload(pipe)
@@ -120,7 +120,7 @@ def test_two_exports_act_side_by_side(tmp_path: Path) -> None:
         changes.append(output(pipe) - plain)
     pipe.set_adapters(["dog", "cat"])
     both = output(pipe) - plain
-    assert (both - sum(changes)).norm() < 0.1 * both.norm() and min(c.norm() for c in changes) > 0
+    assert (both - sum(changes)).norm() < 0.8 * min((both - change).norm() for change in changes)
 
 
 def test_what_no_lora_can_stand_for_is_left_out_and_said(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from ..pipeline.residence import Idle, check_whole, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
 from .examples import EXAMPLES, Examples, notes_on_sizes, one_each, read_examples
-from .holdings import check_fits, holdings_of
+from .holdings import notes_before
 from .latents import Rotation, check_resolution, encode
 from .optimisation import Optimisation
 from .prior import class_in, make_class_pictures
@@ -128,9 +128,7 @@ class Customization:
             self.notes += check_heard(self.family, one, identifier, one_token=settings.new_token is not None)
         if settings.new_token is None:
             self.notes += splitting_notes(self.family, identifier)
-        holdings = holdings_of(self.family, self.where, settings)
-        check_fits(holdings, self.family.device)
-        self.notes.append(holdings.note())
+        self.notes += notes_before(self.family, self.where, settings)
         self.class_examples = None
         if settings.prior_images is not None:
             self.class_examples = read_examples(settings.prior_images, what="pictures of the class")

@@ -1,4 +1,4 @@
-"""What a run holds in memory from its first step to its last, said before it begins."""
+"""What is said of a run before it begins: what it holds in memory throughout, and what it cannot adapt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import MemoryShortage
+from ...errors import MemoryShortage, listed
 from ...modules.adapters import LowRankTerms
 from ..adapter.places import find_places
 from ..pipeline.components import Component, denoiser_of, text_encoders_of
@@ -38,6 +38,19 @@ class Holdings:
             f"Held throughout: {self.weights / 1e9:.2f} GB of weights and {MOMENTS * self.learned / 1e6:.1f} MB for "
             f"the {self.learned:,} numbers that learn, with gradients and moments; activations come on top."
         )
+
+
+def notes_before(family: Family, where: str, settings: CustomizeSettings) -> list[str]:
+    """What to say before a run: attention in the denoiser that no adapter can act in, and the memory that is held.
+
+    Raises:
+        MemoryShortage: where a card is smaller than that.
+    """
+    _, refused = find_places(denoiser_of(family.pipe))
+    holdings = holdings_of(family, where, settings)
+    check_fits(holdings, family.device)
+    left = [f"What is left as it is, and why: {listed([str(one) for one in refused])}"] if refused else []
+    return [*left, holdings.note()]
 
 
 def holdings_of(family: Family, where: str, settings: CustomizeSettings) -> Holdings:
