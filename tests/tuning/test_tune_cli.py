@@ -158,7 +158,7 @@ def test_what_is_wrong_is_told_in_one_line(places, tmp_path, capsys):
     folder(inside / "eval", 13)
     wrong = (
         (["--eval", str(places / "train")], None, "the pictures and the evaluation set are both"),
-        (["--eval", str(inside / "eval")], None, "13 of 13 pictures of the evaluation set"),
+        (["--eval", str(inside / "eval")], None, "shares 13 of its 13 pictures"),
         (["--distillation", "hard"], None, "distillation='hard' needs a teacher"),
         (["--batch-size", "7", "--accumulate", "2"], None, "expected a multiple of 2"),
         (["--only", "nothing"], None, "no weight lies in 'nothing'"),

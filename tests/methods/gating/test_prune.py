@@ -187,7 +187,7 @@ def test_bad_input_is_told_before_the_work(pictures, monkeypatch) -> None:
         pruned(pictures, reduce=0.99)
     with pytest.raises(SettingsError, match="unknown setting 'reduse'; did you mean 'reduce'"):
         pruned(pictures, reduse=0.5)
-    with pytest.raises(SettingsError, match="got 1 steps, expected at least 2"):
+    with pytest.raises(SettingsError, match="got 1 step, expected at least 2"):
         pruned(pictures, steps=1)
     with pytest.raises(ModelError, match="compressed already"):
         pruned(pictures, comcat.compress(model(), statistic="weights", reduce=0.2))
