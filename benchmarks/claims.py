@@ -29,8 +29,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PAGES = ("README.md", "CHANGELOG.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
-GENERATED = ("docs/results.md",)
-"""Pages written from the results whole, by ``summarise.py``."""
+GENERATED = ("docs/results.md", "docs/families.md")
+"""Pages written from the results whole, by ``summarise.py`` and ``families.py``."""
 
 _NUMBER = r"(?:[−+-]?\d[\d,]*(?:\.\d+)?)"
 _WORD = r"\b(?:two|three|four|five|six|seven|eight|nine|ten|fifteen|sixteen|twenty|thirty|fifty|hundred|twice|half)"

@@ -4,13 +4,15 @@ Every model has random weights, biases, norms and layer scales. Of each it is sa
 at full rank (and all hidden units) change the output, whether ``compress(0.4)`` works on a random batch, whether a
 saved model gives the same output when loaded, and why what did not shrink did not.
 
-    python benchmarks/families.py --out benchmarks/results/families.json --table docs/families.md
+    python benchmarks/families.py
+    python benchmarks/families.py --library timm --only vit swin
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +20,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import RESULTS
 from families_of import TIMM, TRANSFORMERS, Family
 from torch import Tensor, nn
 
 import comcat
 from comcat.apply import apply_
+from comcat.files import write_json
 from comcat.hosts import find_sites
-from comcat.measure import model_output
+from comcat.measure import environment, model_output
 from comcat.methods.costs import share_that_can_shrink
 from comcat.plan import Plan, SitePlan
 from comcat.sites import ProductSite, Sites
 
+RESULT = RESULTS / "families.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 LIMIT = 1e-5
+INTRO = """# Families of models
+
+What shrinks in one small model a family, with random weights. A family is whole where all its attention is understood,
+every product that it has shrinks, and it comes back from disk:
+{counts}.
+A family that is not in the table was not measured.
+
+*Attention* counts the layers found. *QK*, *VO* and *units* count the products and feed-forwards that can shrink. *Can
+shrink* is the share of the parameters in all sites, other linear layers included. *Error* is by how much everything at
+full rank changes the output, relative to its largest value, in float32. The last column counts what was refused, with
+the reason.
+
+`python benchmarks/families.py` measures this and writes this page.
+"""
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -141,55 +161,64 @@ def safely(examined: Callable[[Family], dict[str, Any]], family: Family) -> dict
         return {"library": family.library, "family": family.name, "model": family.model, "failed": text}
 
 
+UNSEEN = re.compile(r"does not know how to call|attention of no known shape: \w+$")
+"""Reasons that say that comcat does not understand something, which may well have a product."""
+
+
 def is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether all that a family has shrinks, exactly, and comes back from disk."""
-    if "failed" in row:
+    """Whether all attention was understood, all products that exist shrink exactly, and the model comes back."""
+    if "failed" in row or any(UNSEEN.search(reason) for reason in row["reasons"]):
         return False
     return bool(row["error"] <= LIMIT and row["compressed"] and row["loaded"] and row["share"] >= 0.1)
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown."""
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a page in Markdown."""
+    counts = []
+    for library in dict.fromkeys(row["library"] for row in rows):
+        of = [row for row in rows if row["library"] == library]
+        counts.append(f"{sum(map(is_whole, of))} of {len(of)} families of {library}")
     lines = [
-        "| library | family | QK / VO of attention | units | can shrink | error | compressed | loaded | why not |",
-        "|---|---|---|---|---|---|---|---|---|",
+        INTRO.format(counts=" and ".join(counts)),
+        "| library | family | attention | QK | VO | units | can shrink | error | compressed, loaded | what does not |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        start = f"| {row['library']} | {row['family']} |"
-        if "failed" in row:
-            lines.append(f"{start} | | | | no | no | {row['failed']} |")
-            continue
-        seen = f"{row['qk']} / {row['vo']} of {row['attention'] + row['refused']}"
-        reasons = "; ".join(
-            f"{count} × {reason}" for reason, count in row["reasons"].items() if "so small" not in reason
-        )
-        yes = ["yes" if row[k] else "no" for k in ("compressed", "loaded")]
-        lines.append(
-            f"{start} {seen} | {row['units']} | {100 * row['share']:.0f} % | {row['error']:.1e} | "
-            f"{' | '.join(yes)} | {reasons} |"
-        )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *map(line_of, rows)]) + "\n"
+
+
+def line_of(row: Mapping[str, Any]) -> str:
+    """One row of the table."""
+    start = f"| {row['library']} | {row['family']} |"
+    if "failed" in row:
+        return f"{start} | | | | | | no | {row['failed']} |"
+    reasons = "; ".join(f"{n} × {reason}" for reason, n in row["reasons"].items() if "so small" not in reason)
+    again = "yes" if row["compressed"] and row["loaded"] else "no"
+    return (
+        f"{start} {row['attention'] + row['refused']} | {row['qk']} | {row['vo']} | {row['units']} | "
+        f"{100 * row['share']:.0f} % | {row['error']:.0e} | {again} | {reasons} |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="families by name")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--table", type=Path)
+    parser.add_argument("--only", nargs="*", help="families by name; the others stay as they were measured")
+    parser.add_argument("--library", choices=("timm", "transformers"))
     options = parser.parse_args()
-    rows = []
-    for family in (*TIMM, *TRANSFORMERS):
-        if not options.only or family.name in options.only:
-            rows.append(row := safely(examine, family))
-            print(json.dumps(row), flush=True)
-            if options.out:
-                options.out.write_text(json.dumps(rows, indent=1) + "\n")
-    for library in ("timm", "transformers"):
-        of = [row for row in rows if row["library"] == library]
-        if of:
-            print(f"{library}: {sum(map(is_whole, of))} of {len(of)} families shrink as far as they can")
-    if options.table:
-        options.table.write_text(table(rows))
+    families = [f for f in (*TIMM, *TRANSFORMERS) if options.library in (None, f.library)]
+    chosen = [f for f in families if not options.only or f.name in options.only]
+    rows = {(row["library"], row["family"]): row for row in measured()}
+    for family in chosen:
+        rows[family.library, family.name] = row = safely(examine, family)
+        print(json.dumps(row), flush=True)
+        order = [(f.library, f.name) for f in (*TIMM, *TRANSFORMERS)]
+        write_json(RESULT, {"benchmark": "families", "environment": environment(), "rows": [
+            rows[key] for key in order if key in rows]})  # fmt: skip
+    PAGE.write_text(page(measured()))
+
+
+def measured() -> list[dict[str, Any]]:
+    """The rows that are in the result."""
+    return json.loads(RESULT.read_text())["rows"] if RESULT.is_file() else []
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ class Family:
     build: Callable[[], nn.Module]
     image: int = 32
     more: Callable[[nn.Module], dict[str, Any]] | None = None
+    pictures: int = 2
 
     def inputs(self, model: nn.Module) -> Any:
-        """Two random pictures, with what else the model takes."""
+        """Random pictures, with what else the model takes."""
         generator = torch.Generator().manual_seed(0)
-        pictures = torch.randn(2, 3, self.image, self.image, generator=generator)
+        pictures = torch.randn(self.pictures, 3, self.image, self.image, generator=generator)
         return pictures if self.more is None else {"pixel_values": pictures, **self.more(model)}
 
 
@@ -81,7 +82,7 @@ TIMM = (
     _timm("mobilevitv2", "mobilevitv2_050", 64),
     _timm("mvitv2", "mvitv2_tiny", 64, img_size=64),
     _timm("nest", "nest_tiny", 224),
-    _timm("nextvit", "nextvit_small", 64),
+    _timm("nextvit", "nextvit_small", 64, depths=(1, 1, 2, 1)),
     _timm("pit", "pit_ti_224", 224),
     _timm("pvt_v2", "pvt_v2_b0", 64),
     _timm("tiny_vit", "tiny_vit_5m_224", 224),
@@ -99,13 +100,17 @@ TIMM = (
 )  # fmt: skip
 
 
-def _hf(name: str, model: str, config: str, image: int = 32, more: Any = None, **settings: Any) -> Family:
+def _hf(
+    name: str, model: str, config: str, image: int = 32, more: Any = None, pictures: int = 2, **settings: Any
+) -> Family:
     def build() -> nn.Module:
         import transformers
 
         return getattr(transformers, model)(getattr(transformers, config)(**settings))
 
-    return Family(library="transformers", name=name, model=model, build=build, image=image, more=more)
+    return Family(
+        library="transformers", name=name, model=model, build=build, image=image, more=more, pictures=pictures
+    )
 
 
 _HF: dict[str, Any] = {
@@ -169,7 +174,8 @@ TRANSFORMERS = (
         num_attention_heads=[1, 2, 2, 2]),
     _hf("mobilevit", "MobileViTModel", "MobileViTConfig", 64, image_size=64, hidden_sizes=[24, 32, 48]),
     _hf("mobilevitv2", "MobileViTV2Model", "MobileViTV2Config", 64, image_size=64, width_multiplier=0.5),
-    _hf("cvt", "CvtModel", "CvtConfig", 64, embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 1, 1]),
+    _hf("cvt", "CvtModel", "CvtConfig", 64, embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 1, 1],
+        drop_path_rate=[0.0, 0.0, 0.0]),
     _hf("levit", "LevitModel", "LevitConfig", 64, image_size=64, hidden_sizes=[32, 48, 64], depths=[1, 1, 1],
         num_attention_heads=[2, 3, 4], key_dim=[8, 8, 8]),
     _hf("dpt", "DPTModel", "DPTConfig", **_HF, is_hybrid=False),
@@ -180,8 +186,8 @@ TRANSFORMERS = (
     _hf("vitdet", "VitDetModel", "VitDetConfig", hidden_size=48, num_hidden_layers=2, num_attention_heads=3,
         image_size=32, pretrain_image_size=32, patch_size=8, mlp_ratio=2),
     _hf("vilt", "ViltModel", "ViltConfig", more=_words, **{**_HF, "vocab_size": 99, "max_position_embeddings": 16}),
-    _hf("pixtral", "PixtralVisionModel", "PixtralVisionConfig", hidden_size=48, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8),
+    _hf("pixtral", "PixtralVisionModel", "PixtralVisionConfig", pictures=1, hidden_size=48, num_hidden_layers=2,
+        head_dim=16, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8),
     _hf("idefics3", "Idefics3VisionTransformer", "Idefics3VisionConfig", **_HF),
     _hf("siglip2", "SiglipModel", "SiglipConfig", more=_words, vision_config=_HF, text_config={**_TEXT,
         "projection_size": 48}),

@@ -66,7 +66,7 @@ ARGUMENTS: tuple[tuple[str, Callable[[Reads], list[Any]]], ...] = (
     ("^cos$", lambda r: [_rotary(r)[0][0]]),
     ("^sin$", lambda r: [_rotary(r)[0][1]]),
     ("rot|rope|freqs|^position_embeddings$|^pos_emb", _rotary),
-    ("pos|object_queries", lambda r: [r.rows(r.queries, 5), r.rows(r.keys, 5)]),
+    ("pos|object_queries", lambda r: [r.rows(r.queries, 5), r.rows(r.keys, 5), r.rows(r.keys, 5, 7)]),
     ("encoder|key|value|context|memory|^kv$|^y$|cross|source|current",
         lambda r: [r.rows(r.keys, 3, 7), r.rows(r.keys, 3)]),
     ("query|^q$|^x_q$|latent|q_global", lambda r: [r.rows(r.queries, 4)]),

@@ -7,6 +7,7 @@ a share of the whole model's parameters or MACs to save.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -164,6 +165,21 @@ def roundest(plan_with: Callable[[int], Plan]) -> Plan:
             if plan.made_by["error"] <= 1.1 * finest.made_by["error"] + 1e-3:
                 return plan
     return finest
+
+
+LANGUAGE = frozenset({"language_model", "lm_head"})
+"""What models of pictures and text call the side that is no business of ours unless it is asked for."""
+
+
+def of_vision(sites: Sites) -> Sites:
+    """The sites outside a language model, where a model has others; a warning says what stays."""
+    spoken = {n for n, s in sites.items() if LANGUAGE & set(s.path.split("."))}
+    if not 0 < len(spoken) < len(sites):
+        return sites
+    path = sites[min(spoken)].path.split(".")
+    place = ".".join(path[: 1 + next(i for i, name in enumerate(path) if name in LANGUAGE)])
+    warnings.warn(f"the language side stays as it is; only=({place!r},) shrinks it", stacklevel=6)
+    return sites.without(spoken)
 
 
 def shrinkable(sites: Sites, *, head: bool = False) -> Sites:

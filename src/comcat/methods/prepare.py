@@ -16,7 +16,7 @@ from ..measure.latency import measure_latency
 from ..plan import MadeFor, Plan
 from ..sites import Sites, TokenSite
 from ..statistics import Statistics, calibrate, pictures_of
-from .allocate import allocate, describe, of_forms, shrinkable
+from .allocate import allocate, describe, of_forms, of_vision, shrinkable
 from .costs import Cost, Macs, Parameters, warn_of_little
 from .merging.balance import REFERENCE, balanced
 from .merging.blocks import TokenLadder
@@ -129,8 +129,8 @@ def weighty(plan: Plan, whole: Sites) -> Sites:
 
 
 def chosen_sites(whole: Sites, settings: CompressSettings) -> Sites:
-    """The sites that may shrink, as the settings say. Raises where none is left."""
-    sites = whole
+    """The sites that may shrink, as the settings say, else those of the vision side. Raises where none is left."""
+    sites = whole if settings.only else of_vision(whole)
     if settings.only:
         sites = whole.only(*settings.only)
         if not len(sites):

@@ -1,0 +1,166 @@
+"""Vision towers of models of pictures and text, the language side, and decoders that find objects."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import comcat
+from comcat.apply import apply_
+from comcat.hosts import find_sites
+
+from ..models import shake
+from .test_apply import full_plan, low_plan
+from .test_hidden_units import units_plan
+from .zoo import relative_error
+
+transformers = pytest.importorskip("transformers")
+
+GRID = torch.tensor([[1, 4, 4]])
+
+
+def numbers(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output.flatten().double()
+    values = output.values() if isinstance(output, Mapping) else output
+    return torch.cat([numbers(v) for v in values if isinstance(v, Tensor | Mapping | tuple | list) and len(v)])
+
+
+def made(model: str, config: str, **settings: Any) -> nn.Module:
+    return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+
+def qwen2() -> nn.Module:
+    from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel as Tower
+
+    config = transformers.Qwen2VLConfig().vision_config.to_dict()
+    small = {"depth": 2, "embed_dim": 32, "hidden_size": 24, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    return Tower(type(transformers.Qwen2VLConfig().vision_config)(**{**config, **small}))
+
+
+def qwen25() -> nn.Module:
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel as Tower
+
+    kind = type(transformers.Qwen2_5_VLConfig().vision_config)
+    return Tower(
+        kind(depth=2, hidden_size=32, out_hidden_size=24, num_heads=2, patch_size=4, intermediate_size=48,
+            window_size=16, fullatt_block_indexes=[1])
+    )  # fmt: skip
+
+
+def patches() -> dict[str, Any]:
+    return {"hidden_states": torch.randn(16, 3 * 2 * 4 * 4), "grid_thw": GRID}
+
+
+VISION = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
+    "intermediate_size": 48, "max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def llava() -> nn.Module:
+    t = transformers
+    config = t.LlavaConfig(
+        vision_config=t.CLIPVisionConfig(**VISION), text_config=t.LlamaConfig(**TEXT), image_token_index=40,
+        vision_feature_layer=-1,
+    )  # fmt: skip
+    return t.LlavaForConditionalGeneration(config)
+
+
+def words_and_picture(tokens: int = 4) -> dict[str, Any]:
+    ids = torch.tensor([[40] * tokens + [3, 4, 5]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 16, 16)}
+
+
+def detr() -> nn.Module:
+    t = transformers
+    backbone = t.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], layer_type="basic",
+        out_features=["stage4"],
+    )  # fmt: skip
+    config = t.DetrConfig(
+        backbone_config=backbone, use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, d_model=32,
+        encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, num_queries=5,
+    )  # fmt: skip
+    return t.DetrModel(config)
+
+
+def pixtral() -> nn.Module:
+    return made("PixtralVisionModel", "PixtralVisionConfig", head_dim=16, **VISION)
+
+
+def pictures(size: int = 16, count: int = 1) -> Callable[[], dict[str, Any]]:
+    return lambda: {"pixel_values": torch.randn(count, 3, size, size)}
+
+
+TOWERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], int, int, int]] = {
+    "qwen2-vl": (qwen2, patches, 0, 2, 3),
+    "qwen2.5-vl": (qwen25, patches, 0, 2, 3),
+    "pixtral": (pixtral, pictures(), 0, 2, 2),
+    "llava": (llava, words_and_picture, 2, 2, 5),
+    "detr": (detr, pictures(64, 2), 5, 5, 3),
+}
+"""Model, inputs, and how many QK, VO and feed-forwards shrink."""
+
+
+def tower(name: str) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    build, inputs, *_ = TOWERS[name]
+    model = build().eval()
+    shake(model)
+    return model, inputs()
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_tower_shrinks_and_changes_nothing_at_full_rank(name: str) -> None:
+    model, inputs = tower(name)
+    sites = find_sites(model)
+    assert [len(sites.only(k)) for k in ("qk", "vo", "units")] == list(TOWERS[name][2:])
+    with torch.no_grad():
+        before = numbers(model(**inputs))
+        for plan in (full_plan(sites.only("qk", "vo", "linear")), units_plan(sites.only("units"), 1.0)):
+            handle = apply_(model, plan)
+            assert relative_error(numbers(model(**inputs)), before) < 1e-5
+            handle.revert()
+        assert numbers(model(**inputs)).equal(before)
+        other = copy.deepcopy(model)
+        plan = low_plan(sites.only("qk", "vo"))
+        apply_(model, plan)
+        small = numbers(model(**inputs))
+        assert small.isfinite().all() and relative_error(small, before) > 1e-4
+        apply_(other, plan, weights=False)
+        other.load_state_dict(model.state_dict())
+        assert numbers(other(**inputs)).equal(small)
+
+
+def test_reasons_of_a_language_model_are_true() -> None:
+    reasons = {r.name: r.reason for r in find_sites(tower("llava")[0]).refused}
+    spoken = {r for n, r in reasons.items() if n.endswith("self_attn") and "language_model" in n}
+    assert spoken == {
+        "attention of no known shape: queries, keys and values differ in width (grouped or multi-query attention)"
+    }
+
+
+def test_the_language_side_shrinks_only_where_it_is_asked_for() -> None:
+    model, inputs = tower("llava")
+
+    def compressed(**settings: Any) -> set[str]:
+        small = comcat.compress(model, [inputs], reduce=0.05, statistic="weights", **settings)
+        return {("language" if "language_model" in n else "vision") for n in small.comcat_record.plan.sites}
+
+    with pytest.warns(UserWarning, match="the language side stays as it is; only="):
+        assert compressed() == {"vision"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert compressed(only=("model.language_model",)) == {"language"}
