@@ -161,3 +161,17 @@ def test_absurd_wishes_are_told_in_one_line(folder, tmp_path, capsys, bad, said)
     error = capsys.readouterr().err
     assert status != 0 and "Traceback" not in error and any(word in error for word in said.split("|"))
     assert not (tmp_path / "m").exists()
+
+
+def test_clip_whose_blocks_must_be_given_a_mask(tmp_path, capsys):
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8,
+        projection_dim=16,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "clip")
+    given = ["--keep", "0.7", "--pictures", "4", "--eval-limit", "8", "--no-bench", "--out", str(tmp_path / "out")]
+    status = main(["merge", str(tmp_path / "clip"), "--data", "digits:train", *given])
+    assert status == 0, capsys.readouterr().err
+    assert all(name.endswith(":tokens") for name in comcat.load(tmp_path / "out").comcat_record.plan.sites)

@@ -84,13 +84,20 @@ def check_blocks(model: nn.Module, sites: Iterable[Any]) -> None:
         block = modules[site.path]
         key = (structure(block), site.channels, site.prefix)
         if key not in known:
-            known[key] = objection_or_anatomy(block, site.channels, site.prefix)
+            known[key] = objection_or_anatomy(block, site.channels, site.prefix, named=_asked(block))
         if isinstance(found := known[key], str):
             raise PlanError(f"{site.name}: {found} (tried with {site.prefix} + 9 tokens of {site.channels} channels)")
         for what in ("stream", "mask", "norm"):
             said, there = getattr(site, what), getattr(found, what)
             if said not in (None, there):
                 raise PlanError(f"{site.name}: the plan says {what} {said!r}, the block has {there!r}")
+
+
+def _asked(block: nn.Module) -> dict[str, None]:
+    """None for everything that a block must be given beside its tokens, as CLIP's mask of attention."""
+    others = list(inspect.signature(block.forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: None for p in others if p.default is p.empty and p.kind in kinds}
 
 
 def _first(said: Any) -> Tensor:
