@@ -68,10 +68,17 @@ def main() -> None:
         what = f"{r['model']} {r['dtype']} b{r['batch']} {r['forms']}"
         shown.append([what, r["dense_ms"], r["target"], r["predicted"], r["measured"], f"{100 * r['error']:+.1f} %"])
     table(["plan", "dense ms", "asked", "predicted", "measured", "error"], shown)
-    errors = [abs(r["error"]) for r in rows]
-    print(f"mean {100 * sum(errors) / len(errors):.1f} %, worst {100 * max(errors):.1f} %")
+    result = with_errors(rows)
+    print(f"mean {100 * result['mean_error']:.1f} %, worst {100 * result['worst_error']:.1f} %")
     if not a.no_write:
-        write(a.name, {"rows": rows, "mean_error": sum(errors) / len(errors), "worst_error": max(errors)})
+        write(a.name, result)
+
+
+def with_errors(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows with their mean and worst error; None where every plan was refused."""
+    errors = [abs(r["error"]) for r in rows if "error" in r]
+    mean = sum(errors) / len(errors) if errors else None
+    return {"rows": rows, "mean_error": mean, "worst_error": max(errors, default=None)}
 
 
 def row(

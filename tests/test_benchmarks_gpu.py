@@ -170,43 +170,37 @@ def test_a_card_that_is_not_there(gpu, tmp_path, capsys):
     assert stopped.value.code == 2 and "torch sees no card" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("part", "model", "side"), [("adapter-sd14", "sd14", 512), ("adapter-sdxl", "sdxl", 1024)])
-def test_adapters_are_asked_for_at_their_own_size(part, model, side, gpu, tmp_path, monkeypatch):
+def asked_of(step, part, gpu, tmp_path, monkeypatch):
+    """What a part asks a step of ``adapter_cost`` for, at its own size and with tiny settings."""
     pytest.importorskip("diffusers")
     import adapter_cost
 
     asked = []
 
-    def build(a):
+    def refuse(a):
         asked.append(a)
         raise ComcatError("that is all")
 
-    monkeypatch.setattr(adapter_cost, "build", build)
+    monkeypatch.setattr(adapter_cost, step, refuse)
     assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--one", part]) == 1
     assert gpu.main(given(tmp_path, tmp_path, "--one", part)) == 1
     real, tiny = asked
+    assert real.no_write and tiny.no_write
+    return real, tiny
+
+
+@pytest.mark.parametrize(("part", "model", "side"), [("adapter-sd14", "sd14", 512), ("adapter-sdxl", "sdxl", 1024)])
+def test_adapters_are_asked_for_at_their_own_size(part, model, side, gpu, tmp_path, monkeypatch):
+    real, tiny = asked_of("build", part, gpu, tmp_path, monkeypatch)
     assert (real.model, real.side, real.dtype, real.smoke) == (model, side, "bfloat16", False)
-    assert (tiny.model, tiny.smoke) == ("sd14", True) and real.no_write and tiny.no_write
+    assert (tiny.model, tiny.smoke) == ("sd14", True)
 
 
 @pytest.mark.parametrize("side", [512, 1024])
 def test_transformers_are_asked_for_at_their_own_size(side, gpu, tmp_path, monkeypatch):
-    pytest.importorskip("diffusers")
-    import adapter_cost
-
-    asked = []
-
-    def measured(a):
-        asked.append(a)
-        raise ComcatError("that is all")
-
-    monkeypatch.setattr(adapter_cost, "of_transformer", measured)
-    part = f"adapter-klein-{side}"
-    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--one", part]) == 1
-    assert gpu.main(given(tmp_path, tmp_path, "--one", part)) == 1
-    real, tiny = asked
+    real, tiny = asked_of("of_transformer", f"adapter-klein-{side}", gpu, tmp_path, monkeypatch)
     assert (real.model, real.side, real.dtype, real.smoke) == ("flux2-klein", side, "bfloat16", False)
-    assert tiny.smoke and real.no_write and tiny.no_write
+    assert tiny.smoke
 
 
 def test_packed_pictures_are_what_was_packed(gpu, packed):

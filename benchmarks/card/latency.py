@@ -38,8 +38,4 @@ def rows(device: str, *, tiny: bool, done: Callable[[dict[str, Any]], None]) -> 
                 print(f"{name} {dtype} b{batch} {forms}: {error}", flush=True)
             found.append(row)
             done({"rows": found})
-    errors = [abs(r["error"]) for r in found if "error" in r]
-    return {
-        "rows": found, "mean_error": sum(errors) / len(errors) if errors else None,
-        "worst_error": max(errors, default=None),
-    }  # fmt: skip
+    return latency.with_errors(found)

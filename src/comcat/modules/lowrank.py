@@ -140,9 +140,9 @@ class LowRankAttention(nn.Module):
 def one_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (batch, heads, tokens, channels) padded with zeros to the wider of their two widths.
 
-    A CPU falls back to the unfused kernel where widths differ. On a card kernels for two widths were seen to give
-    wrong results (torch 2.11, H100, bfloat16, 65 tokens). Its kernels also read 16 bytes at a time, without a look at
-    where a view begins: where heads do not begin at such a place, they are copied to ones that do.
+    A CPU falls back to the unfused kernel where widths differ. On a card models whose kernels got two widths were seen
+    to give wrong results (torch 2.11, H100, bfloat16, 65 tokens; why was not found out). Its kernels also read 16 bytes
+    at a time, without a look at where a view begins: where heads do not begin at such a place, they are copied.
     """
     narrow, most = min(q.shape[-1], v.shape[-1]), max(q.shape[-1], v.shape[-1])
     size = q.element_size()
