@@ -5,18 +5,19 @@ with ranks, units, tokens and all of them; goal: an error of at most 1e-4 in fp3
 speed-up of the compressed model inside ONNX Runtime and OpenVINO beside that in PyTorch, all in one interleaved run on
 the same threads; goal: at least 0.95 of it. ``int8``: the compressed saliency model in ONNX Runtime; goal: IoU at
 least 0.92 against its own fp32, and a file of at most 0.27 of its size. ``--tiny`` runs all of it in a
-minute, to try the script.
+minute, to try the script. Finished rows of ``parity`` are kept in ``--work``, so that it can be stopped and goes on.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import SHARED, parser, vit, write
+from common import SHARED, kept_result, parser, vit, write
 from torch import Tensor, nn
 
 import comcat
@@ -79,20 +80,36 @@ def compressed(model: nn.Module, pictures: list[Tensor], forms: str) -> nn.Modul
 
 
 def parity_of(label: str, dense: nn.Module, pictures: list[Tensor], a: Any) -> list[dict[str, Any]]:
+    """Every form of one model, in every format; the rows of a form are kept together."""
     rows = []
-    for kind, forms in FORMS.items():
-        for to in a.formats:
-            row: dict[str, Any] = {"model": label, "compressed": kind, "to": to}
-            try:
-                model = dense if forms is None else compressed(dense, pictures, forms)
-                with tempfile.TemporaryDirectory() as folder:
-                    done = comcat.export(model, to=to, out=Path(folder) / SUFFIX[to], data=pictures, pictures=a.count)
-                row |= {**done.comparison.to_dict(), "reached": done.comparison.max_error <= 1e-4}
-            except comcat.ComcatError as error:
-                row["refused"] = str(error)
-            print(row, flush=True)
-            rows.append(row)
+    for kind in a.forms:
+        asked = {"formats": a.formats, "count": a.count, "data": a.data, "tiny": a.tiny}
+        make = partial(parity_of_form, label, dense, pictures, kind, a)
+        rows += kept_result(a.work / f"{label}-{kind}.json", asked, make)["rows"]
     return rows
+
+
+def parity_of_form(label: str, dense: nn.Module, pictures: list[Tensor], kind: str, a: Any) -> dict[str, Any]:
+    """One form of one model, in every format: the errors, or why it was refused."""
+    row: dict[str, Any] = {"model": label, "compressed": kind}
+    try:
+        forms = FORMS[kind]
+        model = dense if forms is None else compressed(dense, pictures, forms)
+        rows = [row | {"to": to, **exported(model, to, pictures, a.count)} for to in a.formats]
+    except comcat.ComcatError as error:
+        rows = [row | {"refused": str(error)}]
+    for row in rows:
+        print(row, flush=True)
+    return {"rows": rows}
+
+
+def exported(model: nn.Module, to: Any, pictures: list[Tensor], count: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = comcat.export(model, to=to, out=Path(folder) / SUFFIX[to], data=pictures, pictures=count)
+        except comcat.ComcatError as error:
+            return {"refused": str(error)}
+    return {**done.comparison.to_dict(), "reached": done.comparison.max_error <= 1e-4}
 
 
 def parity(a: Any) -> list[dict[str, Any]]:
@@ -172,11 +189,13 @@ def main() -> None:
     p.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
     p.add_argument("--models", nargs="*", default=[], help="of parity: these alone")
     p.add_argument("--formats", nargs="*", default=["onnx", "openvino"], choices=list(SUFFIX))
+    p.add_argument("--forms", nargs="*", default=list(FORMS), choices=list(FORMS), help="of parity: these alone")
     p.add_argument("--data", default=str(SHARED / "data" / "cifar10" / "validation.parquet"))
     p.add_argument("--count", type=int, default=256, help="pictures")
     p.add_argument("--reduce", type=float, default=0.5)
     p.add_argument("--batches", type=int, nargs="*", default=[1, 16])
     p.add_argument("--repeats", type=int, default=31)
+    p.add_argument("--work", type=Path, default=Path("runs/benchmark-export"), help="finished rows of parity")
     p.add_argument("--tiny", action="store_true", help="tiny models, to try the script")
     a = p.parse_args()
     for part in a.parts:
