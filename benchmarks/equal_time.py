@@ -76,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         return timed
     result = {
         "about": CLASSIFIER.about, "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write")},
-        "tried": timed["tried"], **judged(timed["rows"], a),
+        "threads_of_times": timed["threads"], "tried": timed["tried"], **judged(timed["rows"], a),
     }  # fmt: skip
     show(result)
     if not a.no_write:
@@ -108,7 +108,8 @@ def times(model: nn.Module, a: Namespace) -> dict[str, Any]:
         {"method": name, "share": share, "measured": measured, "plan": plans[name, share].to_dict()}
         for (name, share), measured in maker.times(plans).items()
     ]
-    return {"tried": {name: list(found.items()) for name, found in tried.items()}, "rows": rows}
+    shown = {name: list(found.items()) for name, found in tried.items()}
+    return {"threads": torch.get_num_threads(), "tried": shown, "rows": rows}
 
 
 class Maker:
