@@ -542,7 +542,7 @@ def test_the_card_says_what_was_done(saved, tmp_path):
     assert "| Top-1 accuracy | 79.80\N{NO-BREAK SPACE}% | 79.25\N{NO-BREAK SPACE}% |" in card["text"]
     assert "| QK products, rank | 2 | 5 | 8 |" in card["text"] and "| mine.note | x |" in card["text"]
     assert 'comcat.load("small")' in card["text"] and "| reduce | 0.5 |" in card["text"]
-    assert "| Same top-1 prediction | 98.50\N{NO-BREAK SPACE}% |" in card["text"]
+    assert "| Same prediction | 98.50\N{NO-BREAK SPACE}% |" in card["text"]
     assert "| Rise of the loss by compression, measured | 0.0125 nats |" in card["text"]
     assert "Accuracy was measured on 360 pictures of digits:test." in card["text"]
     assert "not measured" not in card["text"] and "agreement." not in card["text"]

@@ -112,7 +112,7 @@ def test_the_page_shows_pictures_of_tokens():
         picture=an_image(), blocks={"a.layer.3": an_image(b"y")}, counts={"a.layer.3": "12 of 16"},
         maps={"before": an_image(b"z"), "after": an_image(b"w")},
     )  # fmt: skip
-    data = empty(sites=(row,), pictures=(seen,))
+    data = empty(sites=(row,), pictures=(seen,), agreement={"agreement": 90.0, "count": 3})
     assert ReportData.from_json(data.to_json()).pictures == (seen,)
     page = Page(render(data))
     images = [attrs for tag, attrs in page.tags if tag == "img"]
@@ -120,6 +120,7 @@ def test_the_page_shows_pictures_of_tokens():
     assert all(i["alt"] for i in images)
     assert "Which tokens ran as one" in page.text and "layer.3 12 of 16" in page.text and "Map before" in page.text
     assert "Tokens kept at each site" in page.text
+    assert "same prediction as the original, pixel by pixel, 3 images" in page.text
     assert "Which tokens" not in Page(render(empty(sites=(row,)))).text
 
 

@@ -90,7 +90,8 @@ def _tiles(data: ReportData) -> list[dict[str, str]]:
     if same is not None:
         count = wording.number(data.agreement.get("count"))
         images = f", {wording.counted(count, 'image')}" if count else ""
-        detail = f"same top-1 as the original{images}"
+        pixels = ", pixel by pixel" if any(seen.maps for seen in data.pictures) else ""
+        detail = f"same prediction as the original{pixels}{images}"
         tiles.append({"label": "Agreement", "value": wording.cell(same, how), "detail": detail})
     return tiles
 

@@ -125,7 +125,7 @@ METRICS = {
     "peak_memory_bytes": Metric(label="Peak memory", show=size, words=("less", "more")),
 }
 AGREEMENT = {
-    "agreement": Metric(label="Same top-1 prediction", show=percent),
+    "agreement": Metric(label="Same prediction", show=percent),
     "cosine": Metric(label="Cosine similarity of the outputs"),
     "divergence": Metric(label="Divergence of the predictions"),
     "count": Metric(label="Images compared"),
