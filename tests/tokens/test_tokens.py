@@ -96,6 +96,21 @@ def test_chosen_tokens_are_run_and_the_others_rest():
     assert torch.equal(back[0, 1], x[0, 1]) and torch.equal(back[0, 0], torch.zeros(3))
 
 
+@pytest.mark.parametrize(
+    "reduction",
+    [
+        look_alikes(torch.randn(2, 12, 4), 7), highest(torch.randn(2, 12), 5),
+        *(Windows((3, 4), w) for w in [(1, 2), (2, 1), (2, 2), (3, 2), (3, 4)]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_added_is_handed_to_all_and_can_be_learned_from(reduction):
+    x = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
+    y = reduction.mean(x).detach().sin().requires_grad_()
+    torch.testing.assert_close(reduction.added(x, y), x + reduction.spread(y), rtol=0, atol=0)
+    assert torch.autograd.gradcheck(lambda x, y: reduction.added(x, y + reduction.mean(x) ** 2), (x, y))
+
+
 def test_bad_counts_are_told():
     x = torch.randn(1, 4, 2)
     for call in (

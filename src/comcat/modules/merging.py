@@ -92,10 +92,10 @@ class TokenReduction(nn.Module):
 
     def _restored(self, x: Tensor, few: Tensor, after: Tensor, reduction: _Reduction) -> Tensor:
         if isinstance(reduction, Groups):
-            return x + reduction.spread(after - few) if self.residual else reduction.spread(after)
+            return reduction.added(x, after - few) if self.residual else reduction.spread(after)
         p = self.prefix
         if self.residual or isinstance(reduction, Chosen):
-            rows = x[:, p:] + reduction.spread(after[:, p:] - few[:, p:])
+            rows = reduction.added(x[:, p:], after[:, p:] - few[:, p:])
         else:
             rows = reduction.spread(after[:, p:])
         return torch.cat((after[:, :p], rows), 1) if p else rows

@@ -37,6 +37,10 @@ class Chosen:
         where = self.index[..., None].expand_as(y)
         return y.new_zeros(y.shape[0], self.tokens, y.shape[-1]).scatter(1, where, y)
 
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x + spread(y)``, of tokens x (batch, tokens, channels)."""
+        return x + self.spread(y)
+
 
 def highest(scores: Tensor, count: int) -> Chosen:
     """The tokens of the highest scores (batch, tokens), in their own order."""

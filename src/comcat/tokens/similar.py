@@ -42,7 +42,7 @@ class Groups:
             summed = self._one_hot(x.dtype).mT @ x
         else:  # whole rows at once: several times as fast as scatter and gather
             start = x.new_zeros(x.shape[0] * self.count, x.shape[-1])
-            summed = start.index_add(0, self._rows(), x.flatten(0, 1)).unflatten(0, (x.shape[0], self.count))
+            summed = start.index_add_(0, self._rows(), x.flatten(0, 1)).unflatten(0, (x.shape[0], self.count))
         return summed / sizes[..., None].to(x.dtype)
 
     def spread(self, y: Tensor) -> Tensor:
@@ -50,6 +50,10 @@ class Groups:
         if exporting():
             return self._one_hot(y.dtype) @ y
         return y.flatten(0, 1).index_select(0, self._rows()).unflatten(0, self.index.shape)
+
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """``x + spread(y)``, of tokens x (batch, tokens, channels)."""
+        return self.spread(y).add_(x)  # what was spread is new, and no one else's
 
     def behind(self, prefix: int) -> Groups:
         """The same groups where so many tokens come first, each of them a group of its own."""
@@ -108,7 +112,8 @@ def _highest(likeness: Tensor, count: int) -> Tensor:
     """Which are the highest of each row (batch, sources), of equal ones the first: booleans of the same shape."""
     if exporting():  # ONNX has no stable sort, but its TopK takes the first of equals
         return F.one_hot(likeness.topk(count, dim=-1).indices, likeness.shape[-1]).sum(1) > 0
-    return likeness.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1) < count
+    first = likeness.argsort(dim=-1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(likeness, dtype=torch.bool).scatter_(1, first, True)
 
 
 def _padded(index: Tensor, tokens: int) -> Tensor:
