@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from real.measure import Table, paired
 from real.methods import Shrinker
-from real.tasks import CLASSIFIER
+from real.tasks import TASKS
 from real_weights import Bench
 from torch import nn
 
@@ -69,13 +69,14 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-equal-time"), help="finished parts")
     p.add_argument("--name", default="equal-time")
     a = p.parse_args(given)
-    model = CLASSIFIER.build().to(a.device).eval()
+    task = TASKS["classifier"]
+    model = task.build().to(a.device).eval()
     asked = {k: getattr(a, k) for k in ("shares", "methods", "batch", "pictures", "repeats", "seed")}
     timed = common.kept_result(a.work / f"times-{a.batch}-{a.seed}.json", asked, partial(times, model, a))
     if "judge" not in a.parts:
         return timed
     result = {
-        "about": CLASSIFIER.about, "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write")},
+        "about": task.about, "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write")},
         "threads_of_times": timed["threads"], "tried": timed["tried"], **judged(timed["rows"], a),
     }  # fmt: skip
     show(result)
@@ -102,7 +103,7 @@ def times(model: nn.Module, a: Namespace) -> dict[str, Any]:
         print(f"{name}: {tried[name]}", flush=True)
         for share, aim in aims.items():
             reduce = crossing(tried[name], aim)
-            if reduce is not None and (plan := maker.plan(name, reduce)) is not None:
+            if reduce and (plan := maker.plan(name, reduce)) is not None:
                 plans[name, share] = plan
     rows = [
         {"method": name, "share": share, "measured": measured, "plan": plans[name, share].to_dict()}
@@ -116,14 +117,14 @@ class Maker:
     """Plans of one model, and how long they take."""
 
     def __init__(self, model: nn.Module, a: Namespace) -> None:
-        self.model, self.a = model, a
-        self.shrinker = Shrinker(CLASSIFIER, model, pictures=a.pictures)
-        self.images = CLASSIFIER.calibration_batches(a.seed, a.batch)[0][: a.batch].to(a.device)
+        self.model, self.a, self.task = model, a, TASKS["classifier"]
+        self.shrinker = Shrinker(self.task, model, pictures=a.pictures)
+        self.images = self.task.calibration_batches(a.seed, a.batch)[0][: a.batch].to(a.device)
 
     def plan(self, name: str, reduce: float) -> Plan | None:
         """What a method proposes; None where it cannot save so much."""
         settings = CompressSettings(
-            **METHODS[name], only=CLASSIFIER.only, batch=self.a.batch, pictures=self.a.pictures, seed=self.a.seed,
+            **METHODS[name], only=self.task.only, batch=self.a.batch, pictures=self.a.pictures, seed=self.a.seed,
             reduce=reduce,
         )  # fmt: skip
         prepared, _ = self.shrinker._prepared(settings)
@@ -180,8 +181,9 @@ class Judge:
     def __init__(self, a: Namespace) -> None:
         self.a = a
         wanted = {name: getattr(a, name) for name in ("pictures", "judged", "dtype", "device", "tuning_pictures")}
-        self.bench = Bench(CLASSIFIER, Namespace(tune=a.tune, **wanted), {"ranks + units": {}})
-        settings = CompressSettings(reduce=0.5, pictures=a.pictures, seed=a.seed, only=CLASSIFIER.only)
+        task = TASKS["classifier"]
+        self.bench = Bench(task, Namespace(tune=a.tune, **wanted), {"ranks + units": {}})
+        settings = CompressSettings(reduce=0.5, pictures=a.pictures, seed=a.seed, only=task.only)
         self.prepared, _ = self.bench.shrinker._prepared(settings)
 
     def row(self, row: dict[str, Any]) -> tuple[Table, dict[str, Any]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ RUNS: dict[str, dict[str, Any]] = {
 ONLY = ("blocks",)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     p = common.training_parser(__doc__, "search-runs")
     p.add_argument("--reduce", type=float, default=0.7, help="share of the parameters to save")
     p.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
@@ -48,7 +49,7 @@ def main() -> None:
     p.add_argument("--rank-steps", type=int, default=60)
     p.add_argument("--weight-steps", type=int, default=30)
     p.add_argument("--judged", type=int, help="judge the first so many validation pictures; by default all")
-    a = p.parse_args()
+    a = p.parse_args(given)
     model, train, judged = common.opened(a)
     judged = judged if a.judged is None else judged.take(a.judged, 0)
     schedule = {name: getattr(a, name) for name in ("rounds", "rank_steps", "weight_steps")}

@@ -45,7 +45,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     yield tmp_path
-    ours = (*TABLES, *TRAINED, *TUNED, "cdcp", "tables", "trained", "figures12", "common")
+    ours = (*TABLES, *TRAINED, *TUNED, "cdcp", "search_runs", "tables", "trained", "figures12", "common")
     for name in [n for n in sys.modules if n.split(".")[0] in ours]:
         del sys.modules[name]
 
@@ -176,6 +176,21 @@ def test_a_model_is_trained_and_loads(scripts, tmp_path):
     written = json.loads(next(scripts.rglob("train-deit_tiny_cifar10.json")).read_text())
     assert 0 <= written["top1"] <= 100 and written["images_per_second"] > 0
     assert count_parameters(load_model(str(tmp_path / "model"))) == written["parameters"]
+
+
+def test_long_searches_end_somewhere_with_weights_kept_and_derived(scripts, folder, tmp_path):
+    import search_runs
+
+    asked = {
+        "model": folder, "data": "digits:train", "eval": "digits:test", "pictures": 16, "judged": 20, "rounds": 2,
+        "rank-steps": 1, "weight-steps": 1, "limit": 200, "reduce": 0.3, "work": tmp_path / "work",
+    }  # fmt: skip
+    search_runs.main([word for name, value in asked.items() for word in (f"--{name}", str(value))])
+    rows = json.loads(next(scripts.rglob("search-runs.json")).read_text())["rows"]
+    assert [row["run"] for row in rows] == list(search_runs.RUNS) and all(row["steps"] == 3 for row in rows)
+    for row in rows:
+        assert row["saved"] >= 0.3 and all(0 <= row[k] <= 100 for k in ("closed", "kept", "derived"))
+        assert row["moved"] == sum(a != b for a, b in row["sizes"].values()) and row["sizes"]
 
 
 def test_the_throughput_of_tuning(scripts, folder):

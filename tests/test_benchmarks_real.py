@@ -33,7 +33,9 @@ def scripts(monkeypatch, tmp_path):
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield
     for name in [
-        n for n in sys.modules if n in ("common", "summarise", "real_weights", "real") or n.startswith("real.")
+        n
+        for n in sys.modules
+        if n in ("common", "equal_time", "summarise", "real_weights", "real") or n.startswith("real.")
     ]:
         del sys.modules[name]
 
@@ -314,6 +316,33 @@ def run(tmp_path, *words):
     import real_weights
 
     return real_weights.main([*words, "--work", str(tmp_path / "work"), "--seeds", "2", "--dtype", "float32"])
+
+
+def test_budgets_are_compared_at_the_time_that_was_measured(tiny_task, tmp_path, monkeypatch):
+    import equal_time
+
+    import comcat
+
+    def times(maker, plans):  # the more parameters, the longer, however loaded the machine is
+        shares = {
+            k: comcat.count_parameters(maker._shaped(p)) / comcat.count_parameters(maker.model)
+            for k, p in plans.items()
+        }
+        return {key: (share, share, share) for key, share in shares.items()}
+
+    monkeypatch.setattr(equal_time.Maker, "times", times)
+    monkeypatch.setitem(equal_time.METHODS, "time", {"budget": "macs"})
+    asked = {"batch": 2, "pictures": 16, "judged": 8, "repeats": 1, "dtype": "float32", "tune": 1, "tuning-pictures": 8}
+    words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
+    methods = ("--methods", "time", "parameters", "--shares", "0.9", "0.7")
+    found = equal_time.main([*words, *methods, "--work", str(tmp_path / "work")])
+    ours = [row for row in found["rows"] if row["method"] == "time"]
+    assert [row["share"] for row in ours] == [0.9, 0.7] and [("tuned" in row) for row in ours] == [False, True]
+    assert {row["method"] for row in found["rows"]} == {"time", "parameters"}
+    for row in found["rows"]:
+        assert row["scores"]["divergence"] >= 0 and ("more than time" in row) == (row["method"] != "time")
+    assert equal_time.crossing({0.2: (0.9, 0, 0), 0.5: (0.6, 0, 0)}, 0.75) == pytest.approx(0.35)
+    assert equal_time.crossing({0.2: (0.9, 0, 0), 0.5: (0.6, 0, 0)}, 0.5) is None
 
 
 def test_the_runner_keeps_rows_and_goes_on(tiny_task, tmp_path, monkeypatch, capsys):
