@@ -102,7 +102,7 @@ def search_runs(r: dict[str, Any]) -> str:
     """Where long searches end."""
     rows = [
         [x["run"], str(x["steps"]), f"{x['seconds'] / 60:.0f}", f"{x['moved']} of {len(x['sizes'])}",
-         f"{x['kept']:.2f}", f"{x['derived']:.2f}", f"{x['closed']:.2f}", f"{x['closed_seconds']:.0f} s"] for x in r["rows"]
+         *(f"{x[k]:.2f}" for k in ("kept", "derived", "closed")), f"{x['closed_seconds']:.0f} s"] for x in r["rows"]
     ]  # fmt: skip
     head = ["search", "steps", "minutes", "sizes moved", "weights kept", "weights derived anew", "closed form", "in"]
     sizes = []
