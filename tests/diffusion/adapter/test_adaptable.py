@@ -67,16 +67,6 @@ def test_the_wrong_kind_of_attention(name: str, where: Any, message: str) -> Non
     assert model.attn_processors == before
 
 
-def ip_adapter(model: Any) -> None:
-    from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
-
-    chosen: dict[str, Any] = {}
-    for name in model.attn_processors:
-        attn = model.get_submodule(name.removesuffix(".processor"))
-        chosen[name] = IPAdapterAttnProcessor2_0(attn.inner_dim, 12) if "attn2" in name else AttnProcessor2_0()
-    model.set_attn_processor(chosen)
-
-
 def custom_diffusion(model: Any) -> None:
     from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
 
@@ -96,10 +86,6 @@ def unknown(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            ip_adapter,
-            r"an IP-Adapter computes this attention \(IPAdapterAttnProcessor2_0\); unload_ip_adapter\(\) first",
-        ),
         (custom_diffusion, "Custom Diffusion's own weights compute this attention"),
         (unknown, "its processor is a Strange, of which it is not known where it calls softmax attention"),
     ],
@@ -113,14 +99,6 @@ def test_what_else_computes_attention_is_refused_with_its_reason(change: Any, re
     assert model.attn_processors == before
     refused = {r.name for r in diffusion.find_adaptable(model).refused}
     assert "unet.mid_block.attentions.0.transformer_blocks.0.attn2" in refused
-
-
-def test_an_ip_adapter_leaves_self_attention_free() -> None:
-    model = CASES["sd1"].model()
-    ip_adapter(model)
-    assert set(diffusion.attach(model, where="self").modules.values()) == {("qk", "vo")}
-    with pytest.raises(UnsupportedSite, match=r"attn2 \(an IP-Adapter computes this attention"):
-        diffusion.attach(model, where="all", name="other")
 
 
 def test_added_keys_are_refused() -> None:

@@ -83,6 +83,9 @@ class ToyHost:
     def copied(self, attention: Any) -> str | None:
         return None
 
+    def shared(self, attention: Any) -> str | None:
+        return None
+
     def sweep(self, model: nn.Module) -> None: ...
 
     def between(self, attention: Any) -> str | None:

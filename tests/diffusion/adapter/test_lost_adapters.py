@@ -17,7 +17,7 @@ import comcat.diffusion as diffusion
 from comcat.errors import ModelError, UnsupportedSite
 
 from .. import tiny
-from ..denoisers import CASES, random
+from ..denoisers import CASES
 
 UNET = CASES["sd1"]
 
@@ -36,33 +36,6 @@ def draw(pipe: Any, **more: Any) -> np.ndarray:
     generator = torch.Generator().manual_seed(0)
     how: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
     return pipe("a photo of a dog", generator=generator, **how, **more).images
-
-
-def ip_adapter(model: Any) -> dict[str, Any]:
-    """The smallest weights of an IP-Adapter for a model."""
-    projection = {
-        "proj.weight": random(4 * 12, 6),
-        "proj.bias": random(48),
-        "norm.weight": random(12),
-        "norm.bias": random(12),
-    }
-    weights: dict[str, Tensor] = {}
-    cross = [n for n in model.attn_processors if "attn2" in n]
-    for number, name in enumerate(cross):
-        width = model.get_submodule(name.removesuffix(".processor")).inner_dim
-        for kind in ("k", "v"):
-            weights[f"{2 * number + 1}.to_{kind}_ip.weight"] = random(width, 12)
-    return {"image_proj": projection, "ip_adapter": weights}
-
-
-class Holder:
-    """As much of a pipeline as ``unload_ip_adapter`` wants."""
-
-    def __init__(self, unet: Any) -> None:
-        from diffusers.loaders.ip_adapter import IPAdapterMixin
-
-        self.unet = unet
-        self.unload = lambda: IPAdapterMixin.unload_ip_adapter(self)  # type: ignore[arg-type]
 
 
 def test_enable_attention_slicing_after_load_keeps_the_adapter(tmp_path: Path) -> None:
@@ -104,34 +77,6 @@ def test_an_adapter_comes_to_a_model_with_fused_projections() -> None:
     assert {type(p).__name__ for p in model.attn_processors.values()} == {"FusedAttnProcessor2_0"}
 
 
-@pytest.mark.parametrize("where", ["cross", "all"])
-@torch.no_grad()
-def test_an_ip_adapter_after_load_is_said_at_the_next_call(where: str) -> None:
-    model = adapted(where=where, dtype=torch.float32)
-    with_dog = UNET.run(model)
-    model._load_ip_adapter_weights([ip_adapter(model)], low_cpu_mem_usage=False)
-    with pytest.raises(
-        ModelError, match=r"'dog' cannot act at unet.*IP-Adapter.*unload_ip_adapter\(\) first, or unload"
-    ):
-        UNET.run(model, added_cond_kwargs={"image_embeds": [random(2, 1, 6)]})
-    Holder(model).unload()
-    assert relative(UNET.run(model), with_dog) < 1e-6
-    diffusion.unload(model)
-    assert {type(p).__name__ for p in model.attn_processors.values()} == {"AttnProcessor2_0"}
-    assert UNET.run(model).equal(UNET.run(UNET.model()))
-
-
-@torch.no_grad()
-def test_an_ip_adapter_stays_when_the_adapter_that_it_displaced_is_unloaded() -> None:
-    model = adapted(where="all", dtype=torch.float32)
-    model._load_ip_adapter_weights([ip_adapter(model)], low_cpu_mem_usage=False)
-    diffusion.unload(model)
-    image = {"added_cond_kwargs": {"image_embeds": [random(2, 1, 6)]}}
-    alone = UNET.model()
-    alone._load_ip_adapter_weights([ip_adapter(alone)], low_cpu_mem_usage=False)
-    assert relative(UNET.run(model, **image), UNET.run(alone, **image)) < 1e-6
-
-
 @torch.no_grad()
 def test_a_text_encoder_whose_projection_was_exchanged_says_so(tmp_path: Path) -> None:
     """A second case of the kind, of the other host."""
@@ -145,16 +90,6 @@ def test_a_text_encoder_whose_projection_was_exchanged_says_so(tmp_path: Path) -
         draw(pipe)
     diffusion.unload(pipe)
     draw(pipe)
-
-
-@torch.no_grad()
-def test_an_ip_adapter_over_fused_adapters_is_said_at_the_next_call() -> None:
-    model = adapted(dtype=torch.float32)
-    diffusion.fuse(model)
-    state = ip_adapter(UNET.model())
-    model._load_ip_adapter_weights([state], low_cpu_mem_usage=False)
-    with pytest.raises(ModelError, match=r"'dog' cannot act at unet.*IP-Adapter"):
-        UNET.run(model, added_cond_kwargs={"image_embeds": [random(2, 1, 6)]})
 
 
 def test_cross_attention_kwargs_with_scale_0_is_said_to_have_no_effect(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def not_plain(place: Place) -> str | None:
             return f"the weights of {path} are quantised ({kind}), and would be rounded again: fuse a base of 16 bit"
         if linear.weight.is_meta:
             return f"the weights of {path} are not there: offloaded, or on the meta device"
-    return place.host.copied(place.attention)
+    return place.host.copied(place.attention) or place.host.shared(place.attention)
 
 
 def _places(target: Any) -> Iterator[Place]:

@@ -171,8 +171,11 @@ def settle(place: Place) -> None:
     channels = place.channels
     if channels is None:
         raise ModelError(f"the adapters at {place.path} are gone: the attention there is another since they came")
-    ask = place.host.reclaim if place.fused is None else place.host.why_not
-    if (reason := ask(place.attention)) is not None:
+    if place.fused is None:
+        reason = place.host.reclaim(place.attention)
+    else:
+        reason = place.host.why_not(place.attention) or place.host.shared(place.attention)
+    if reason is not None:
         names = " and ".join(map(repr, channels.names))
         raise ModelError(f"adapter {names} cannot act at {place.path}: {reason}, or unload() the adapter")
 

@@ -62,6 +62,9 @@ class ClipHost:
     def copied(self, attention: Any) -> str | None:
         return None
 
+    def shared(self, attention: Any) -> str | None:
+        return None
+
     def sweep(self, model: nn.Module) -> None:
         """Nothing to do: transformers sets no attention aside."""
 

@@ -3,8 +3,9 @@
 The processor is the library's own seam, so it is what gives way, to one that lets it compute and joins the extra
 channels (``processors.py``); the module, its projections and the blocks around them stay as they are. What has to be
 known of a processor is one line of ``layouts.py``. One that merely computes the same attention in another way (slices,
-xformers) gives way as well and comes back when the last adapter goes; one that computes something else (IP-Adapter,
-perturbed attention) is refused.
+xformers) gives way as well and comes back when the last adapter goes; one that has weights of its own (IP-Adapter)
+keeps its place, and adapters act in what it computes of the text; one that computes something else (perturbed
+attention) is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .layouts import COPYING, layout_of, reason_against
-from .processors import PARALLEL, AdapterProcessor, own_processor, projections_of
+from .processors import PARALLEL, Acting, AdapterProcessor, own_processor, projections_of, release, taken_over
 from .protocol import CHANNELS, AdaptableAttention, Found, RefusedAttention, Where, Widened
 
 _REFINERS = "refiner"
@@ -47,7 +48,7 @@ class DiffusersHost:
         return attention.get_submodule(path)
 
     def mount(self, attention: Any) -> None:
-        attention.set_processor(AdapterProcessor(attention.processor))
+        attention.set_processor(taken_over(attention.processor))
 
     def refresh(self, attention: Any) -> None:
         """Nothing to do: the processor reads how many channels there are."""
@@ -55,12 +56,13 @@ class DiffusersHost:
     def unmount(self, attention: Any) -> None:
         if isinstance(attention.processor, AdapterProcessor):  # else another has taken the place: leave it alone
             attention.set_processor(own_processor(attention))
+        release(attention.processor)
 
     def why_not(self, attention: Any) -> str | None:
         return _why_not(attention)
 
     def reclaim(self, attention: Any) -> str | None:
-        if isinstance(attention.processor, AdapterProcessor):
+        if isinstance(attention.processor, Acting):
             return None
         if (reason := _why_not(attention)) is None:
             self.mount(attention)
@@ -73,13 +75,19 @@ class DiffusersHost:
             fused = type(own_processor(attention)).__name__ in COPYING
         return "fuse_qkv_projections() has copied its q, k and v into one layer" if fused else None
 
+    def shared(self, attention: Any) -> str | None:
+        layout = layout_of(own_processor(attention))
+        return None if layout is None else layout.beside
+
     def sweep(self, model: nn.Module) -> None:
         """``fuse_qkv_projections`` sets processors aside for ``unfuse_qkv_projections`` to bring back."""
         aside: dict[str, Any] = getattr(model, "original_attn_processors", None) or {}
         for path, processor in aside.items():
             attention = model.get_submodule(path.removesuffix(".processor"))
-            if isinstance(processor, AdapterProcessor) and getattr(attention, CHANNELS, None) is None:
-                aside[path] = processor.before
+            if getattr(attention, CHANNELS, None) is None:
+                release(processor)
+                if isinstance(processor, AdapterProcessor):
+                    aside[path] = processor.before
 
     def between(self, attention: Any) -> str | None:
         layout = layout_of(own_processor(attention))

@@ -19,13 +19,15 @@ class Layout:
     Attributes:
         joint: text and picture share one attention. order: of the streams' tokens, where each has projections of its
             own, by the prefix of its factors. rotary: queries and keys are turned by their places. computed_by: the
-            processor that computes the same through torch's softmax attention, where this one does not.
+            processor that computes the same through torch's softmax attention, where this one does not. beside: what
+            else reads its queries, with keys of its own and further calls of softmax attention.
     """
 
     joint: bool = False
     order: tuple[str, ...] = (CONTEXT, "")
     rotary: bool = False
     computed_by: str | None = None
+    beside: str | None = None
 
 
 _PLAIN, _SD3 = "AttnProcessor2_0", "JointAttnProcessor2_0"
@@ -37,6 +39,9 @@ LAYOUTS: dict[str, Layout] = {
     "SlicedAttnProcessor": Layout(computed_by=_PLAIN),
     "XFormersAttnProcessor": Layout(computed_by=_PLAIN),
     "FusedAttnProcessor2_0": Layout(computed_by=_PLAIN),
+    "IPAdapterAttnProcessor2_0": Layout(
+        beside="an IP-Adapter reads its queries and writes through its output; unload_ip_adapter() first"
+    ),
     # Stable Diffusion 3
     "JointAttnProcessor2_0": Layout(order=("", CONTEXT)),
     "XFormersJointAttnProcessor": Layout(order=("", CONTEXT), computed_by=_SD3),
@@ -70,16 +75,21 @@ _REASONS = {
 
 def layout_of(processor: Any) -> Layout | None:
     """What a processor does, None if it is none of those known."""
-    return LAYOUTS.get(type(processor).__name__)
+    return LAYOUTS.get(name_of(processor))
+
+
+def name_of(processor: Any) -> str:
+    """The name of the library's class, also where adapters act in what it computes."""
+    return getattr(processor, "library_class", type(processor)).__name__
 
 
 def reason_against(processor: Any) -> str | None:
     """Why adapters cannot act where a processor computes, None if they can."""
-    name = type(processor).__name__
-    for part, reason in _REASONS.items():
-        if part in name:
-            return reason.format(name)
+    name = name_of(processor)
     if name not in LAYOUTS:
+        for part, reason in _REASONS.items():
+            if part in name:
+                return reason.format(name)
         return f"its processor is a {name}, of which it is not known where it calls softmax attention, and on what"
     backend = str(getattr(processor, "_attention_backend", None) or "native")
     if "native" not in backend.lower():

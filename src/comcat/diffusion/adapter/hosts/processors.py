@@ -14,6 +14,7 @@ the library's code:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,18 +24,22 @@ from torch.overrides import TorchFunctionMode
 
 from ....errors import ModelError
 from ....modules.adapters import CONTEXT, SIDES, ExtraChannels, Side
-from .layouts import Layout, layout_of
+from .layouts import LAYOUTS, Layout, layout_of
 from .protocol import CHANNELS
 
 PARALLEL = "to_qkv_mlp_proj"
 """The layer in front of attention and MLP at once, in Flux 2's single blocks."""
 
 
-class AdapterProcessor:
+class Acting:
+    """What every processor is that computes with the extra channels of its attention."""
+
+
+class AdapterProcessor(Acting):
     """Computes an attention with the extra channels that stand in it (``CHANNELS``).
 
     ``before`` is the processor that it took over from. It is None where the library has made this one anew from its
-    class alone, as it does when it loads an IP-Adapter.
+    class alone, as it does for self-attention when it loads an IP-Adapter.
 
     diffusers hands a processor only those keywords that its ``__call__`` names: these are all that any of its own does.
     """
@@ -65,16 +70,81 @@ class AdapterProcessor:
         }
         given = {name: value for name, value in keywords.items() if value is not None}
         engine, layout = engine_of(attn)
-        joining = Joining(getattr(attn, CHANNELS), layout)
-        seen = SeenAttention(attn, joining, projections_of(attn))
-        with _Meeting(joining):
-            result = engine(seen, *tensors, **given)
-        if joining.calls != 1:
-            raise ModelError(
-                f"adapters cannot act in this attention: its {type(engine).__name__} called softmax attention "
-                f"{joining.calls} times, expected once; another attention backend may be chosen for it"
-            )
-        return result
+        return _joined(attn, engine, layout, tensors, given)
+
+
+class ActingInPlace(Acting):
+    """Mixed into the class of a processor that has weights of its own, as an IP-Adapter's. So it keeps its place, its
+    weights move with the model, and the library still finds it by its class.
+    """
+
+    library_class: type
+
+    def __call__(
+        self,
+        attn: Any,
+        *tensors: Any,
+        encoder_hidden_states: Any = None,
+        attention_mask: Any = None,
+        temb: Any = None,
+        ip_adapter_masks: Any = None,
+    ) -> Any:
+        keywords = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "temb": temb,
+            "ip_adapter_masks": ip_adapter_masks,
+        }
+        given = {name: value for name, value in keywords.items() if value is not None}
+        own = super().__call__  # type: ignore[misc]
+        return _joined(attn, own, LAYOUTS[self.library_class.__name__], tensors, given)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time is not found by its name
+        return _made, (self.library_class,), self.__dict__
+
+
+@cache
+def _acting(library_class: type) -> type:
+    """The class of a processor of the library's that adapters act in."""
+    named = {"__module__": library_class.__module__, "library_class": library_class}
+    return type(f"{library_class.__name__}WithAdapters", (ActingInPlace, library_class), named)
+
+
+def _made(library_class: type) -> Any:
+    made = _acting(library_class)
+    return made.__new__(made)  # type: ignore[call-overload]
+
+
+def taken_over(processor: Any) -> Any:
+    """The processor that adapters act in, where this one of the library's has computed."""
+    layout = layout_of(processor)
+    if layout is None or layout.beside is None:
+        return AdapterProcessor(processor)
+    processor.__class__ = _acting(type(processor))
+    return processor
+
+
+def release(processor: Any) -> None:
+    """Make a processor with weights of its own the library's again."""
+    if isinstance(processor, ActingInPlace):
+        processor.__class__ = processor.library_class  # type: ignore[assignment]
+
+
+def _joined(
+    attn: Any, engine: Callable[..., Any], layout: Layout, tensors: tuple[Any, ...], given: Mapping[str, Any]
+) -> Any:
+    """What the library's own code computes while the extra channels stand beside the heads."""
+    joining = Joining(getattr(attn, CHANNELS), layout)
+    seen = SeenAttention(attn, joining, projections_of(attn))
+    with _Meeting(joining):
+        result = engine(seen, *tensors, **given)
+    if joining.calls == 0 or (joining.calls > 1 and layout.beside is None):
+        name = type(getattr(engine, "__self__", engine)).__name__
+        raise ModelError(
+            f"adapters cannot act in this attention: its {name} called softmax attention {joining.calls} times, "
+            "expected once; another attention backend may be chosen for it"
+        )
+    return result
 
 
 class Joining:
@@ -99,6 +169,9 @@ class Joining:
     ) -> Tensor:
         """In the place of ``scaled_dot_product_attention``: tensors are (batch, heads, tokens, width)."""
         self.calls += 1
+        if self.calls > 1 and self.layout.beside:  # the same queries read other keys, of which adapters know nothing
+            more: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+            return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **more)
         if is_causal or dropout_p:
             raise ModelError("adapters cannot act in this attention: it is causal, or drops logits at random")
         repeated = query.shape[1] // key.shape[1] if enable_gqa else 1

@@ -135,6 +135,12 @@ class AdapterHost(Protocol):
         """
         ...
 
+    def shared(self, attention: Any) -> str | None:
+        """What else reads or writes by the projections, so that writing to these would change it as well; None if
+        nothing does.
+        """
+        ...
+
     def sweep(self, model: nn.Module) -> None:
         """Drop what a model has set aside of attention from which everything has been unmounted."""
         ...
