@@ -111,8 +111,9 @@ def build(a: argparse.Namespace) -> Any:
             "pad_token_id": tokenizer.eos_token_id,
         }
         config = CLIPTextConfig(
-            **shape, vocab_size=49408, max_position_embeddings=77, projection_dim=shape["hidden_size"], **ids
-        )
+            **shape, **ids, vocab_size=len(tokenizer) if smoke else 49408, max_position_embeddings=77,
+            projection_dim=shape["hidden_size"],
+        )  # fmt: skip
         with torch.device(a.device):
             return kind(config)
 

@@ -74,6 +74,12 @@ def quartiles(value: dict[str, float], digits: int = 2) -> str:
     return f"{value['median']:.{digits}f} ({value['low']:.{digits}f}–{value['high']:.{digits}f})"
 
 
+def of_rounds(values: list[float]) -> str:
+    """Median and quartiles of some rounds, as a table shows them."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return quartiles({"low": low, "median": middle, "high": high})
+
+
 def ratio_of_rounds(one: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     """Of times in the same round: median and quartiles."""
     found = sorted(x / y for x, y in zip(one, other, strict=True))
@@ -143,6 +149,11 @@ def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **ar
 
     torch.manual_seed(0)
     return timm.create_model(name, pretrained=False, **arguments).eval().to(device=device, dtype=dtype)
+
+
+def side_of(model: Any) -> int:
+    """The side of the pictures that a timm model takes."""
+    return model.pretrained_cfg["input_size"][-1]
 
 
 def random_pictures(count: int, batch: int, size: int = 224, device: str = "cpu") -> list[Tensor]:

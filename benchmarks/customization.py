@@ -28,7 +28,7 @@ import argparse
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,15 +74,20 @@ class Harness:
     others: torch.Tensor
     """Features of real scans of the tenth digit, and of the nine."""
 
-    def sample(self, pipe: Any, prompt: str, count: int) -> list[Image.Image]:
+    def sample(self, pipe: Any, counts: Mapping[str, int]) -> dict[str, list[Image.Image]]:
+        """So many pictures of each prompt; prompts share batches."""
         how = {"steps": self.a.sample_steps, "guidance": self.a.guidance, "batch_size": 50, "seed": 1}
-        return [g.image for g in diffusion.generate(pipe, prompt, count=count, **how)]
+        made: dict[str, list[Image.Image]] = {prompt: [] for prompt in counts}
+        wanted = [(prompt, number) for prompt, count in counts.items() for number in range(count)]
+        for one in diffusion.generate(pipe, [], wanted=wanted, **how):
+            made[one.prompt].append(one.image)
+        return made
 
     def judge(self, pipe: Any, count: int) -> dict[str, float]:
         """The concept and the nine others in generated pictures, ``count`` of each kind."""
-        made = self.sample(pipe, prompt_of(IDENTIFIER), count)
         each = max(1, -(-count // len(OTHERS)))
-        kept = {digit: self.sample(pipe, prompt_of(digit), each) for digit in OTHERS}
+        found = self.sample(pipe, {prompt_of(IDENTIFIER): count, **{prompt_of(digit): each for digit in OTHERS}})
+        made, kept = found[prompt_of(IDENTIFIER)], {digit: found[prompt_of(digit)] for digit in OTHERS}
         features = self.recogniser.features(made)
         unrelated = self.recogniser.features([picture for pictures in kept.values() for picture in pictures])
         return {
@@ -116,7 +121,8 @@ class Harness:
             "loss": statistics.mean(run.progress.losses[-50:]), **self.judge(pipe, count),
         }  # fmt: skip
         if sheet is not None:
-            pictures = [picture for prompt in FIGURE_PROMPTS for picture in self.sample(pipe, prompt, 4)]
+            drawn = self.sample(pipe, dict.fromkeys(FIGURE_PROMPTS, 4))
+            pictures = [picture for own in drawn.values() for picture in own]
             grid(pictures, columns=4 * len(FIGURE_PROMPTS)).save(sheet)
         return result
 

@@ -77,7 +77,8 @@ def steps_of(name: str, batch: int, way: str, grid: int, device: str, dtype: tor
     """One training step of a way, ready to be called."""
     model = common.vit(name, device)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(batch, 3, 224, 224, generator=generator).to(device)
+    side = common.side_of(model)
+    images = torch.randn(batch, 3, side, side, generator=generator).to(device)
     labels = torch.randint(0, 1000, (batch,), generator=generator).to(device)
     alphas: list[nn.Parameter] = []
     before: Callable[[], Tensor] | None = None

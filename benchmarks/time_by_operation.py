@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from common import parser, random_pictures, table, vit, write
+from common import parser, random_pictures, side_of, table, vit, write
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -55,12 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=8)
     a = p.parse_args(arguments)
     dense = vit(a.model)
+    side = side_of(dense)
     models = {
         "dense": dense,
         "uniform": compress(dense, statistic="weights", ranks="uniform", reduce=a.reduce),
-        "default": compress(dense, random_pictures(16, 8), reduce=a.reduce),
+        "default": compress(dense, random_pictures(16, 8, side), reduce=a.reduce),
     }
-    x = random_pictures(a.batch, a.batch)[0]
+    x = random_pictures(a.batch, a.batch, side)[0]
     macs = {name: count_macs(model, x[:1]) for name, model in models.items()}
     with memory_kept():
         milliseconds(dense, x, 1)  # until the process holds what it needs

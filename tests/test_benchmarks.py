@@ -206,7 +206,7 @@ def test_the_throughput_of_tuning(scripts, folder):
 def test_time_by_operation(scripts):
     import time_by_operation
 
-    time_by_operation.main("--model vit_tiny_patch16_224 --reduce 0.3 --batch 1 --repeats 1".split())
+    time_by_operation.main("--model test_vit --reduce 0.3 --batch 1 --repeats 1".split())
     rows = json.loads(next(scripts.rglob("time-by-operation-*.json")).read_text())["rows"]
     assert list(rows) == ["dense", "uniform", "default"]
     assert all(rows["dense"][kind] > 0 for kind in ("products", "attention", "rest"))
@@ -338,7 +338,7 @@ def test_thin_qr_factorises_a_product(scripts):
     torch.testing.assert_close(a @ b.mT, left @ right.mT)
     best = torch.linalg.svdvals(left @ right.mT)[:, 2:].square().sum(-1).sqrt()
     torch.testing.assert_close(torch.linalg.norm((a[..., :2] @ b[..., :2].mT - left @ right.mT), dim=(-2, -1)), best)
-    asked = ["--model", "vit_tiny_patch16_224", "--repeats", "1", "--dense-repeats", "1", "--heads", "1"]
+    asked = ["--model", "test_vit", "--repeats", "1", "--dense-repeats", "1", "--heads", "1"]
     result = factorize.main(asked)
     assert result["largest_relative_difference"] < 1e-4
     assert set(result["ratios"]) == {"thin QR", "thin QR, float32", "dense, torch", "dense, numpy"}
@@ -351,7 +351,7 @@ def test_thin_qr_factorises_a_product(scripts):
 def test_a_step_of_search_is_compared_with_one_layer_a_candidate(scripts):
     import search_step
 
-    asked = ["--model", "vit_tiny_patch16_224", "--batch", "1", "--grid", "2", "--repeats", "1", "--no-write"]
+    asked = ["--model", "test_vit", "--batch", "1", "--grid", "2", "--repeats", "1", "--no-write"]
     assert search_step.main(asked).keys() == set(search_step.WAYS)
 
 

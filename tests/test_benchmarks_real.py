@@ -32,11 +32,8 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield
-    for name in [
-        n
-        for n in sys.modules
-        if n in ("common", "equal_time", "summarise", "real_weights", "real") or n.startswith("real.")
-    ]:
+    ours = ("common", "equal_time", "summarise", "sections", "card", "growth", "real_weights", "real")
+    for name in [n for n in sys.modules if n.split(".")[0] in ours]:
         del sys.modules[name]
 
 

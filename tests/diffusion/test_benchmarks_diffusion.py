@@ -22,9 +22,10 @@ def scripts(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-def test_customization(scripts, capsys):
+def test_customization(scripts, capsys, monkeypatch):
     import customization
 
+    monkeypatch.setattr("comcat.diffusion.digits.recogniser._EPOCHS", 1)
     arguments = [
         "--quick",
         "--work",

@@ -109,10 +109,9 @@ class _Found:
 def _look_into(root: Path) -> _Found:
     """Everything below a folder but what is hidden or no data. Symbolic links are followed, but not back up."""
     found = _Found()
-    waiting = [("", frozenset[str]())]
+    waiting = [("", os.path.realpath(root), frozenset[str]())]
     while waiting:
-        prefix, above = waiting.pop()
-        real = os.path.realpath(root / prefix)
+        prefix, real, above = waiting.pop()
         if real in above:
             continue
         for item in os.scandir(root / prefix):
@@ -120,7 +119,9 @@ def _look_into(root: Path) -> _Found:
             if not is_data(item.name):
                 continue
             if _is_folder(item):
-                waiting.append((f"{path}/", above | {real}))
+                # a link alone leads elsewhere: a real path asks for every folder above it
+                place = os.path.realpath(item.path) if item.is_symlink() else os.path.join(real, item.name)
+                waiting.append((f"{path}/", place, above | {real}))
                 if not prefix:
                     found.folders.append(path)
             elif os.path.splitext(item.name)[1].lower() in SUFFIXES:

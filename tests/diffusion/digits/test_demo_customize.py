@@ -8,15 +8,25 @@ from PIL import Image
 
 from comcat.cli import main
 from comcat.diffusion.digits import demo
+from comcat.diffusion.digits.recogniser import train_recogniser
 from comcat.diffusion.digits.scans import INKS, LEFT_OUT, WORDS, digit_pictures, inks_of
 
 
+@pytest.fixture(scope="module")
+def recogniser():
+    """Hardly trained: here nothing depends on how well it reads, and ``test_digits_pipeline`` looks at that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("comcat.diffusion.digits.recogniser._EPOCHS", 1)
+        return train_recogniser()
+
+
 @pytest.fixture
-def quick(monkeypatch):
+def quick(monkeypatch, recogniser):
     pipeline = demo.digits_pipeline
+    monkeypatch.setattr(demo, "train_recogniser", lambda: recogniser)
     monkeypatch.setattr(demo, "digits_pipeline", lambda folder, **more: pipeline(folder, steps=2, **more))
     monkeypatch.setattr(demo, "SETTINGS", {"steps": 3, "batch_size": 2, "rank": 2, "lr": 0.01})
-    monkeypatch.setattr(demo, "SAMPLING", {"steps": 2, "guidance": 3.0, "batch_size": 12, "seed": 0})
+    monkeypatch.setattr(demo, "SAMPLING", {"steps": 2, "guidance": 3.0, "batch_size": 60, "seed": 0})
     monkeypatch.setattr(demo, "CONCEPTS", 6)
     monkeypatch.setattr(demo, "OTHERS", 2)
 

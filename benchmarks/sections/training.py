@@ -1,0 +1,76 @@
+"""Tuning, alone and in several processes."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+from common import rows_of, where
+
+
+def tuning(r: dict[str, Any]) -> str:
+    t = r["settings"]["tune"]
+    rows = [
+        [f"−{100 * x['saving']:g} %", x["rule"],
+            *(f"{x[f'{k}_mean']:.2f}" + (f" ± {x[f'{k}_spread']:.2f}" if x["seeds"] > 1 else "") for k in ("before",
+                "after")),
+         f"{x['ranks_s_mean']:.0f}", f"{x['tuning_s_mean']:.0f}", x["seeds"]] for x in r["rows"]
+    ]  # fmt: skip
+    samples = round(t["epochs"] * r["settings"]["training_pictures"])
+    return "\n\n".join([
+        f"`{r['settings']['model']}`, dense {r['dense']:.2f} % top-1 on 5000 validation pictures; {samples:,} training "
+        f"samples of tuning with the dense model as the teacher (batch {t['batch_size']}, "
+        f"learning rate {t['lr']:g}); mean ± standard deviation over seeds. The classifier head stays as it is. "
+        "Seconds were taken on a machine that did other work beside.",
+        rows_of(["parameters", "ranks", "top-1 before tuning", "after", "seconds for ranks and weights", "for tuning",
+            "seeds"], rows), where(r),
+    ])  # fmt: skip
+
+
+def throughput(r: dict[str, Any]) -> str:
+    s = r["settings"]
+    rows = [
+        [x["tuning"], f"{x['bare']:.0f}", f"{x['comcat']:.0f}", f"{median(x['ratios']):.2f} "
+            f"({min(x['ratios']):.2f}–{max(x['ratios']):.2f})"] for x in r["rows"]
+    ]  # fmt: skip
+    return "\n\n".join([
+        f"`{r['model']}` at −{100 * s['reduce']:g} %, batch {s['batch_size']}, {s['precision']}, {s['workers']} "
+        "worker(s). The bare loop has its pictures ready in memory; tuning decodes and augments each.",
+        rows_of(["tuning", "bare loop, pictures/s", "comcat.tune", "ratio"], rows), where(r),
+    ])  # fmt: skip
+
+
+def distributed(r: dict[str, Any]) -> str:
+    p, k = r["processes"], r["killed"]
+    kills = ", ".join(f"after step {x['step']}" for x in k["kills"])
+    same = "bit for bit those" if k["weights_equal_bit_for_bit"] else "**not** those"
+    return "\n\n".join([
+        f"`{r['model']}` at −{100 * r['reduce']:g} %, {r['steps']} steps of {r['batch_size']} pictures in all. Largest "
+        "difference of a step's loss between one process and two (gloo): "
+        f"{p['largest_difference']:.1e}. A run killed with SIGKILL {kills}, and repeated each time, ended with weights "
+        f"{same} of the undisturbed run.", where(r),
+    ])  # fmt: skip
+
+
+def trained(r: dict[str, Any]) -> str:
+    return (
+        f"{r['parameters']:,} parameters, top-1 {r['top1']:.2f} % of {r['pictures']} validation pictures after "
+        f"{r['settings']['epochs']:g} epochs, {r['seconds'] / 60:.0f} minutes.\n\n{where(r)}"
+    )
+
+
+def cait(r: dict[str, Any]) -> str:
+    def with_spread(x: dict[str, Any], key: str) -> str:
+        spread = x[f"{key}_std"]
+        return f"{x[key]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+    head = ["variant", "MACs", "parameters", "times as fast", "top-1 before tuning", "after", "seeds"]
+    rows = []
+    for x in r["rows"]:
+        fast = f"{x['speed_up'][0]:.2f} ({x['speed_up'][1]:.2f}–{x['speed_up'][2]:.2f})"
+        shares = [f"{x[key]:.2f}" for key in ("macs", "parameters")]
+        rows.append([x["variant"], *shares, fast, with_spread(x, "before"), with_spread(x, "after"), x["seeds"]])
+    return (
+        f"The small CIFAR ViT, dense {r['dense']:.2f}; {r['settings']['epochs']:g} epoch of tuning, the dense model "
+        f"being the teacher.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    )
