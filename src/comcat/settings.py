@@ -85,7 +85,6 @@ def expect(
     """Raise SettingsError unless these fields are finite and within bounds; None passes, and of a sequence every value
     counts.
     """
-    hints = get_type_hints(type(settings))
     low = f" above {above}" if above is not None else f" from {least}" if least is not None else ""
     high = f" to below {below}" if below is not None else f" to {most}" if most is not None else ""
     bounds = low + high or " that is finite"
@@ -99,7 +98,8 @@ def expect(
                 and (most is None or number <= most)
                 and (below is None or number < below)
             ):
-                raise SettingsError(f"got {name}={_shown(value)}, expected {_in_words(hints[name])}{bounds}")
+                hint = get_type_hints(type(settings))[name]  # here alone: it takes longer than all the rest
+                raise SettingsError(f"got {name}={_shown(value)}, expected {_in_words(hint)}{bounds}")
 
 
 def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:

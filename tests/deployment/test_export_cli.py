@@ -14,7 +14,7 @@ from ..models import pictures, tiny_vit
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    small = comcat.compress(tiny_vit(num_classes=10), calibration=pictures(), reduce=0.3)
+    small = comcat.compress(tiny_vit(depth=1, num_classes=10), calibration=pictures(), reduce=0.3)
     return comcat.save(small, tmp_path_factory.mktemp("models") / "small")
 
 

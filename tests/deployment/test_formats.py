@@ -32,6 +32,12 @@ def small():
 
 
 @pytest.fixture(scope="module")
+def shallow():
+    """One block: most of the time of an export goes with the number of operations."""
+    return comcat.compress(tiny_vit(depth=1), calibration=pictures(), reduce=0.3)
+
+
+@pytest.fixture(scope="module")
 def written(small, tmp_path_factory):
     """What exporting the model says, by format, made once."""
     root = tmp_path_factory.mktemp("written")
@@ -105,10 +111,10 @@ def test_convolutions_are_stored_in_int8_and_computed_in_float(tmp_path):
     assert done.comparison.iou > 0.5 and 1e-4 < done.comparison.relative_error < 0.2
 
 
-def test_static_int8_measures_what_flows_in_beforehand(small, tmp_path):
-    done = comcat.export(small, out=tmp_path / "q.onnx", precision="int8-static", data=pictures(9), lose_at_most=0.5)
+def test_static_int8_measures_what_flows_in_beforehand(shallow, tmp_path):
+    done = comcat.export(shallow, out=tmp_path / "q.onnx", precision="int8-static", data=pictures(9), lose_at_most=0.5)
     kinds = Counter(node.op_type for node in onnx.load(done.path).graph.node)
-    assert kinds["DynamicQuantizeLinear"] == 0 and kinds["QuantizeLinear"] >= 9 and kinds["Attention"] == 2
+    assert kinds["DynamicQuantizeLinear"] == 0 and kinds["QuantizeLinear"] >= 5 and kinds["Attention"] == 1
 
 
 def test_openvino_in_int8_quantises_products_with_weights_alone(written, openvino_int8):
@@ -138,9 +144,9 @@ def test_ctrl_c_is_heard_after_openvino_has_gone(openvino_int8):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_torch_in_int8_holds_int8_and_loads_by_itself(small, tmp_path):
+def test_torch_in_int8_holds_int8_and_loads_by_itself(shallow, tmp_path):
     done = comcat.export(
-        small, to="torch", out=tmp_path / "q.pt2", precision="int8", data=pictures(9), lose_at_most=0.5
+        shallow, to="torch", out=tmp_path / "q.pt2", precision="int8", data=pictures(9), lose_at_most=0.5
     )
     program = torch.export.load(done.path)
     assert {t.dtype for t in program.state_dict.values() if type(t).__name__ == "Int8Tensor"} == {torch.float32}

@@ -17,6 +17,7 @@ from ..hosts.ordinary import check_ordinary
 from ..plan import Plan
 from ..record import Record
 from ..settings import from_keywords
+from ..sites import Sites
 from ..wrappers import bare
 from .prepare import Prepared, kept, prepare
 from .propose import propose
@@ -76,11 +77,13 @@ def compress_(
     *,
     held_out: Iterable | None = None,
     plan: Plan | None = None,
+    whole: Sites | None = None,
     progress: bool = False,
 ) -> Compressed:
     """Compress a model in place; see :func:`compress`.
 
-    With a ``plan``, ranks are the plan's and only weights are computed.
+    With a ``plan``, ranks are the plan's and only weights are computed. ``whole``: all sites of the model, where they
+    are known.
     """
     if plan is None and settings.ranks == "search":
         raise SettingsError(
@@ -91,7 +94,7 @@ def compress_(
     check_request(model, settings, plan)
     calibration = None if calibration is None else kept(calibration)
     before = origin_or_none(model)
-    prepared = prepare(model, calibration, settings, plan=plan, progress=progress)
+    prepared = prepare(model, calibration, settings, plan=plan, whole=whole, progress=progress)
     notes: list[str] = []
     if plan is None:
         plan = propose(model, prepared, settings, held_out=held_out, notes=notes)

@@ -49,16 +49,18 @@ def prepare(
     settings: CompressSettings,
     *,
     plan: Plan | None = None,
+    whole: Sites | None = None,
     progress: bool = False,
 ) -> Prepared:
     """Find the sites, calibrate, decompose and count: everything that does not depend on the budget's size.
 
-    With a ``plan`` it must fit the model, and its sites alone are looked at.
+    With a ``plan`` it must fit the model, and its sites alone are looked at. ``whole``: all sites of the model, where
+    they are known.
 
     Raises:
         PlanError, UnknownSite, UnsupportedSite: if the plan does not fit, before any other work.
     """
-    whole = find_sites(model)
+    whole = find_sites(model) if whole is None else whole
     if plan is None:
         warn_of_little(model, whole)
         sites = chosen_sites(whole, settings)

@@ -15,7 +15,7 @@ from ..hosts.ordinary import check_ordinary
 from ..linalg import Elimination, Factorization
 from ..plan import Plan
 from ..runs.watching import first_unsound
-from ..sites import HiddenSite, ProductSite, Site
+from ..sites import HiddenSite, ProductSite, Site, Sites
 from .allocate import check_asked, describe
 from .merging.merge import blank_tokens
 from .prepare import Prepared, budget_of, chosen_sites
@@ -45,8 +45,10 @@ def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | Non
         raise NumericsError(f"{unsound} holds NaN or infinite values")
 
 
-def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, plan: Plan | None = None) -> None:
-    """Raise what the choice would raise after calibrating: it takes seconds, for nothing is decomposed.
+def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, plan: Plan | None = None) -> Sites:
+    """All sites of a model; raises what the choice would raise after calibrating.
+
+    It takes seconds, for nothing is decomposed.
 
     What a model can save depends on shapes alone, so the choice is made once for spectra that are all ones.
 
@@ -60,11 +62,11 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
     whole = find_sites(model)
     if plan is not None:
         check_plan(plan, whole)
-        return
+        return whole
     sites = chosen_sites(whole, settings)
     few = tuple(blank_tokens(model, example, settings.only)) if "tokens" in check_forms(settings.forms) else ()
     if settings.reduce is None or settings.ranks == "search" or settings.budget == "latency":
-        return  # what time can be saved is known when it is measured
+        return whole  # what time can be saved is known when it is measured
     statistic = Weights(name=settings.statistic)
     total, cost = budget_of(model, settings, sites, statistic, example)
     prepared = Prepared(
@@ -74,6 +76,7 @@ def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, p
         tokens=few,
     )  # fmt: skip
     propose(model, prepared, replace(settings, multiple=settings.multiple or 1))
+    return whole
 
 
 def blank_spectrum(site: Site) -> Spectrum:

@@ -110,6 +110,11 @@ class Origin:
         attach_origin(model, self)
         return model
 
+    def outline(self) -> nn.Module:
+        """The architecture without values, on the meta device where its constructor allows that. Raises as
+        :meth:`build`."""
+        return _twin(self)
+
 
 def attach_origin(model: nn.Module, origin: Origin) -> None:
     """Let ``model`` remember ``origin``, as plain data that survives deepcopy and pickle.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +49,13 @@ def rebuild(origin: Origin, plan: Plan) -> Rebuilt:
     return Rebuilt(model=model.eval(), sites=sites, parameters=parameters)
 
 
+def outlined(origin: Origin, plan: Plan) -> Rebuilt:
+    """As :func:`rebuild` for a plan that changes nothing, but without values and sites. Raises ModelError as well."""
+    assert not plan.sites, "what a plan makes of a model is told by its sites"
+    model = origin.outline()
+    return Rebuilt(model=model, sites=Sites({}), parameters=sum(p.numel() for p in model.parameters()))
+
+
 def rebuild_into(model: nn.Module, plan: Plan) -> Handle:
     """Make of a model that was built elsewhere what ``plan`` says, in place; on an error it stays as it was.
 
@@ -60,7 +67,12 @@ def rebuild_into(model: nn.Module, plan: Plan) -> Handle:
         raise StoreError(f"the plan does not fit this {type(model).__name__}: {error}") from error
 
 
-def structure_of(model: nn.Module, given: Origin | None, record: Record) -> tuple[Origin, Rebuilt | None]:
+def structure_of(
+    model: nn.Module,
+    given: Origin | None,
+    record: Record,
+    build: Callable[[Origin, Plan], Rebuilt] = rebuild,
+) -> tuple[Origin, Rebuilt | None]:
     """The origin from which ``record``'s plan makes a structure that holds the model's weights, and that structure.
 
     Where nothing that can be built is like the model, its origin is its class alone, without a structure.
@@ -69,7 +81,7 @@ def structure_of(model: nn.Module, given: Origin | None, record: Record) -> tupl
     found: list[str] = []
     for candidate in [given] if given is not None else _candidates(model, noted, record.plan, found):
         try:
-            rebuilt = rebuild(candidate, record.plan)
+            rebuilt = build(candidate, record.plan)
         except (StoreError, ModelError) as error:
             found.append(str(error))
             continue

@@ -37,7 +37,7 @@ from .folder import (
     write_config,
 )
 from .precision import in_precision, precision_for
-from .rebuilding import Rebuilt, structure_of
+from .rebuilding import Rebuilt, outlined, rebuild, structure_of
 from .stock import write_stock
 
 if TYPE_CHECKING:
@@ -126,7 +126,8 @@ def check_savable(model: nn.Module) -> None:
     """Raise what :func:`save` would raise because of the model's origin, before any work on it."""
     model = bare(model)
     record = getattr(model, "comcat_record", None)
-    structure_of(model, None, Record(plan=Plan(sites={})) if record is None else record)
+    record = Record(plan=Plan(sites={})) if record is None else record
+    structure_of(model, None, record, rebuild if record.plan.sites else outlined)
 
 
 def _with_size(record: Record, report: ReportData | None, weights: Path) -> tuple[Record, ReportData | None]:

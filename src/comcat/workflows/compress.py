@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ..data import Batches, Pictures, Preprocess, batches
 from ..errors import SettingsError
-from ..hosts import find_sites
 from ..measure import Evaluation, evaluate
 from ..methods.compress import Compressed, compress_
 from ..methods.request import check_reach, check_request
@@ -28,6 +27,7 @@ from ..report.collect import collect
 from ..runs.claims import claimed
 from ..runs.processes import Processes
 from ..settings import from_keywords, part_of
+from ..sites import Sites
 from ..store import save
 from ..store.precision import round_
 from ..store.saving import check_savable
@@ -113,11 +113,13 @@ class _Job:
     """What there is to do: a model, the pictures for each purpose, and how.
 
     Attributes:
-        work: where a search or tuning keeps what it needs to go on. asked: what the report says of the settings.
+        whole: all sites of the model. work: where a search or tuning keeps what it needs to go on. asked: what the
+            report says of the settings.
     """
 
     name: str
     before: nn.Module
+    whole: Sites
     preprocess: Preprocess
     division: Division
     plan: Plan | Proposer | None
@@ -156,9 +158,9 @@ def _opened(
     check_request(before, settings, plan)
     check_savable(before)
     preprocess = preprocess_of(before)
-    check_reach(before, settings, preprocess.blank(next(before.parameters())), plan)
+    whole = check_reach(before, settings, preprocess.blank(next(before.parameters())), plan)
     if settings.stock:
-        _check_stock(before, plan, proposer)
+        _check_stock(whole, plan, proposer)
     pictures = pictures_for(before, data, notes)
     judging = None if evaluation is None else pictures_for(before, evaluation, notes)
     division = divide(
@@ -169,16 +171,17 @@ def _opened(
         _check_tuning(before, division, settings.tuning)
     asked = {"model": name, "data": pictures.name, "evaluation": None if judging is None else judging.name}
     return _Job(
-        name=name, before=before, preprocess=preprocess, division=division, plan=proposer or plan, settings=settings,
+        name=name, before=before, whole=whole, preprocess=preprocess, division=division, plan=proposer or plan,
+        settings=settings,
         work=work.with_name(f"{work.name}.run"), asked=asked | asdict(settings), notes=(*notes, *division.notes),
         progress=progress,
     )  # fmt: skip
 
 
-def _check_stock(model: nn.Module, plan: Plan | None, proposer: Proposer | None) -> None:
+def _check_stock(whole: Sites, plan: Plan | None, proposer: Proposer | None) -> None:
     """Raise StoreError where no stock checkpoint can hold what a given plan makes of a model."""
     if plan is not None and proposer is None:
-        shape_of(plan, find_sites(model))
+        shape_of(plan, whole)
 
 
 def _check_tuning(before: nn.Module, division: Division, settings: TuneSettings) -> None:
@@ -206,7 +209,7 @@ def _carry_out(job: _Job) -> tuple[nn.Module, Compressed, Evaluation | None]:
     deciding = None if on.deciding is None else job.batches(on.deciding)
     done = compress_(
         small, job.batches(on.calibration), part_of(CompressSettings, s), held_out=deciding, plan=plan,
-        progress=job.progress,
+        whole=job.whole, progress=job.progress,
     )  # fmt: skip
     if s.tuning is None:
         round_(small)  # what is measured is what will be saved
