@@ -11,5 +11,5 @@ from torch.onnx._internal.exporter._registration import ONNXRegistry
 def one_table_of_operators() -> Iterator[None]:
     """torch fills its table of ONNX operators at each export, which is a fifth of the time that one takes here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", cache(ONNXRegistry.from_torchlib))
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         yield
