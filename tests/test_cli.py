@@ -386,25 +386,6 @@ def test_version_and_module():
     assert done.stdout.strip() == f"comcat {comcat.__version__}"
 
 
-def test_importing_comcat_brings_in_no_heavy_library():
-    code = (
-        "import sys, comcat; print([m for m in ('timm', 'transformers', 'diffusers', 'matplotlib', 'accelerate', "
-        "'torch', 'tyro') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_options_of_every_verb_are_read_without_a_heavy_library():
-    """A mistyped option is told at once: nothing is imported that only the work needs."""
-    code = (
-        "import sys; from comcat.cli import VERBS, settings_of; "
-        "print([(v, m) for v in VERBS if settings_of(v) for m in ('torch', 'numpy', 'timm') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize(
     "name", ["comcat", "comcat.diffusion", "comcat.scoring", "comcat.methods.search", "comcat.methods.gating"]
 )

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -518,18 +517,6 @@ def test_missing_jinja_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ComcatError, match=r"comcat\[report\]"):
         render(empty())
-
-
-def test_import_is_light_and_pyplot_is_never_imported():
-    code = """
-import sys
-import comcat.report as report
-assert not {"matplotlib", "sklearn", "transformers"} & set(sys.modules)
-report.figure_curves([{"x": [0, 1], "y": [0, 1]}])
-assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 # Search and tuning

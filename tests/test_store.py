@@ -1056,12 +1056,3 @@ def test_a_base_that_is_another_architecture(paper):
     biasless = deit(qkv_bias=False)
     with pytest.raises(StoreError, match=r"trained query bias.*qkv_bias=True"):
         import_paper(checkpoint, ranks, biasless)
-
-
-def test_importing_the_package_stays_light():
-    import subprocess
-    import sys
-
-    code = "import sys, comcat.store; print({'timm', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

@@ -1,8 +1,5 @@
 """Batches of tensors."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -55,19 +52,3 @@ def test_grey_and_colour_models_take_either_kind_of_picture(tmp_path):
     colour = open_pictures(fill(tmp_path, {"a.png": 0}))
     assert next(iter(batches(grey, RGB8)))[0].shape == (2, 3, 8, 8)
     assert next(iter(batches(colour, GREY8)))[0].shape == (1, 1, 8, 8)
-
-
-def test_importing_is_light():
-    heavy = [
-        "datasets",
-        "pyarrow",
-        "sklearn",
-        "timm",
-        "torchvision",
-        "transformers",
-        "webdataset",
-        "fsspec.implementations",
-    ]
-    code = f"import sys, comcat.data; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
