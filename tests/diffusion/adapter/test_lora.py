@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import comcat.diffusion as diffusion
 from comcat.cli import main
+from comcat.diffusion.adapter import lora
 from comcat.errors import SettingsError, UnsupportedSite
 from comcat.linalg import nearest_updates
 from comcat.linalg.updates import Side
@@ -21,6 +23,12 @@ from ..denoisers import random, unet_arguments
 from ..newer import NEWER
 
 HOW: dict[str, Any] = {"steps": 2, "dtype": torch.float32}
+
+
+@pytest.fixture
+def roughly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer steps to the nearest updates, for tests that are not about how near a LoRA comes."""
+    monkeypatch.setattr(lora, "nearest_updates", partial(nearest_updates, iterations=15))
 
 
 def pipeline(folder: Path, family: str = "stable_diffusion", **settings: Any) -> Any:
@@ -54,6 +62,7 @@ def cross(pipe: Any) -> list[str]:
     return list(diffusion.find_adaptable(pipe).only("cross"))
 
 
+@pytest.mark.usefixtures("roughly")
 def test_kohya_s_keys_are_the_same_weights(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path)
     for keys in ("diffusers", "kohya"):
@@ -69,6 +78,7 @@ def test_kohya_s_keys_are_the_same_weights(tmp_path: Path) -> None:
     assert all(k.startswith("lora_unet_") for k in load_file(tmp_path / "kohya.safetensors"))
 
 
+@pytest.mark.usefixtures("roughly")
 def test_too_low_a_rank_is_refused_with_its_difference_unless_forced(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path, where="all")
     out = tmp_path / "lora.safetensors"
@@ -80,6 +90,7 @@ def test_too_low_a_rank_is_refused_with_its_difference_unless_forced(tmp_path: P
     assert high.difference < low.difference and max(high.errors.values()) < max(low.errors.values())
 
 
+@pytest.mark.usefixtures("roughly")
 def test_both_streams_of_a_joint_attention(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path, "stable_diffusion_3")
     report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", force=True, **HOW)
@@ -105,6 +116,7 @@ def test_newer_families(family: str, tmp_path: Path) -> None:
     assert pipe.get_active_adapters()
 
 
+@pytest.mark.usefixtures("roughly")
 def test_two_exports_act_side_by_side(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path, where="cross")
     plain, changes = None, []
@@ -123,6 +135,7 @@ def test_two_exports_act_side_by_side(tmp_path: Path) -> None:
     assert (both - sum(changes)).norm() < 0.8 * min((both - change).norm() for change in changes)
 
 
+@pytest.mark.usefixtures("roughly")
 def test_what_no_lora_can_stand_for_is_left_out_and_said(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path, "flux")
     report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", force=True, **HOW)
@@ -171,6 +184,7 @@ def test_a_quantised_projection_is_told(tmp_path: Path) -> None:
         diffusion.export_lora(pipe, tmp_path / "lora.safetensors")
 
 
+@pytest.mark.usefixtures("roughly")
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = pipeline(tmp_path)
     file = diffusion.save(pipe, tmp_path / "dog.safetensors", identifier="V*", prompt="a photo of V* dog")
