@@ -35,6 +35,8 @@ TRANSFORMERS = {
 }
 FORMS = {"dense": None, "ranks": "ranks", "units": "units", "tokens": "tokens", "all": "ranks,units,tokens"}
 SUFFIX = {"onnx": "m.onnx", "openvino": "m", "torch": "m.pt2"}
+MOST_NUCLEI = 32
+"""Pictures of nuclei at most: each has 784 tokens."""
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
 
 
@@ -63,7 +65,7 @@ def real_models() -> dict[str, tuple[Callable[[], nn.Module], Callable[[int], It
 
     return {
         "saliency": (models.saliency, lambda count: photographs.photographs("judged").first(count).batches(8)),
-        "nuclei": (models.nuclei, lambda count: data.nuclei("judged", count).batches(8)),
+        "nuclei": (models.nuclei, lambda count: data.nuclei("judged", min(count, MOST_NUCLEI)).batches(8)),
     }
 
 
