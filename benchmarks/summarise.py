@@ -13,6 +13,7 @@ from common import RESULTS
 from growth import page as growth
 from real.page import heads, nuclei, real, times, token_overhead
 from sections.choosing import accuracy, calibrate, factorise, prediction
+from sections.deploying import commands, equal_time, export_int8, export_parity, search_runs
 from sections.personal import adapter_cost, card_adapter, customization
 from sections.timing import export_speed, latency, search_step, speed, start, time_by_operation
 from sections.training import cait, distributed, throughput, trained, tuning
@@ -57,6 +58,7 @@ PICTURES = {"accuracy": "![COMCAT's Tables 1 and 4 on the small CIFAR transforme
 SECTIONS = [
     ("Real weights: DINOv2-small", "real-", real),
     ("Real weights: time of a forward", "forward-", times),
+    ("Real weights: every budget at equal measured time", "equal-time", equal_time),
     ("Whether whole heads should go", "whole-heads", heads),
     ("On one card: speed", "gpu speed", card_speed),
     ("On one card: fewer tokens", "gpu tokens", card_speed),
@@ -65,10 +67,13 @@ SECTIONS = [
     ("On one card: what a diffusion adapter costs", "gpu adapter", card_adapter),
     ("Accuracy without fine-tuning", "accuracy", accuracy),
     ("Tuning, and ranks by search", "tuning", tuning),
+    ("Long searches", "search-runs", search_runs),
     ("Prediction against outcome, product against unilateral", "prediction", prediction),
     ("Speed against MACs", "speed", speed),
     ("A budget of time: predicted and measured", "latency", latency),
     ("Exported files inside their runtimes", "export-speed", export_speed),
+    ("Exported files against their models", "export-parity", export_parity),
+    ("Exported in int8", "export-int8", export_int8),
     ("Tokens and channels after a short tuning", "cait", cait),
     ("A segmenter of nuclei, tuned on its teacher's maps", "nuclei", nuclei),
     ("What merging tokens costs", "token-overhead", token_overhead),
@@ -82,6 +87,7 @@ SECTIONS = [
     ("Throughput of tuning", "throughput", throughput),
     ("A DeiT-tiny for CIFAR-10", "train-", trained),
     ("A new concept, beside other methods", "customization", customization),
+    ("Whole commands", "commands", commands),
     ("Start-up", "import", start),
 ]
 
