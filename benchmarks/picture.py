@@ -23,6 +23,7 @@ PICTURE, PAPER = DOCS / "real-weights.svg", DOCS / "paper-tables.svg"
 METHODS = {
     "ranks + units": ("ranks and hidden units (ours)", "a"),
     "ranks": ("ranks alone (ours)", "b"),
+    "SVD-LLM": ("SVD whitened by inputs (SVD-LLM)", "f"),
     "product + svd": ("SVD of the weights", "c"),
     "tokens alike": ("merging of look-alikes", "d"),
     "product + magnitude": ("pruning without refit", "e"),

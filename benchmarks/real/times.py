@@ -26,7 +26,7 @@ from comcat.measure import benchmark, ratio
 from real.methods import Shrinker, chosen_methods
 from real.tasks import TASKS
 
-DRAWN = ("ranks + units", "ranks", "product + svd", "tokens alike", "product + magnitude")
+DRAWN = ("ranks + units", "ranks", "SVD-LLM", "product + svd", "tokens alike", "product + magnitude")
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
