@@ -215,6 +215,15 @@ def test_blocks_on_fewer_tokens(tmp_path):
     assert done.comparison.relative_error < 1e-5 and operators(done.path)["Attention"] == 2
 
 
+@pytest.mark.parametrize(("name", "how"), [("hf-vit", "grid"), ("hf-dinov2", "similar"), ("hf-dinov2", "drop")])
+def test_fewer_tokens_where_the_host_makes_a_mask_while_it_is_traced(name, how, tmp_path):
+    case = CASES[name]
+    model, images = case.model(), case.images(3)
+    comcat.apply_(model, comcat.merge(model, example=images[:1], keep=0.6, how=how))
+    done = comcat.export(model, out=tmp_path / "m.onnx", data=[images])
+    assert done.comparison.relative_error < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_exports_compressed(name, tmp_path):

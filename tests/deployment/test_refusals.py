@@ -133,6 +133,44 @@ def test_infinity_is_no_agreement():
         compare.check(found, "int8", 1.0)
 
 
+def choosing(turned: set[int]):
+    """A model that says which of two pixels is the larger, and one that says the contrary of some pictures."""
+
+    def model(images):
+        return {"output": torch.stack([images[:, 0] - images[:, 1], (images[:, 0] > images[:, 1]).float()], 1)}
+
+    def file(images):
+        said = model(images)["output"].clone()
+        for row, number in enumerate(images[:, 2].int().tolist()):
+            said[row, 1] = 1 - said[row, 1] if number in turned else said[row, 1]
+        return {"output": said}
+
+    return model, file
+
+
+def choices(alike: int, count: int = 20):
+    """Pictures of two pixels and their own number; some have two pixels that are alike."""
+    images = torch.rand(count, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.0, 2.0, 0.0])
+    images[:alike, 1] = images[:alike, 0]
+    images[:, 2] = torch.arange(count)
+    return [images[:12], images[12:]]
+
+
+def test_where_rounding_decides_the_file_may_decide_otherwise():
+    settings = {"source": "pictures", "real": True, "tolerance": 1e-4}
+    found = compare.compare(*choosing({0, 1}), choices(alike=2), **settings)
+    assert found.unsettled == 2 and found.max_error == 0
+    compare.check(found, "float32", 0.1)
+    assert "2 pictures apart on which rounding decides" in str(found)
+    found = compare.compare(*choosing({0, 5}), choices(alike=2), **settings)  # the fifth is settled
+    assert found.unsettled == 1 and found.max_error == 1
+    with pytest.raises(ExportError, match="does not compute what the model does"):
+        compare.check(found, "float32", 0.1)
+    found = compare.compare(*choosing(set(range(5))), choices(alike=5), **settings)
+    with pytest.raises(ExportError, match="rounding decides what the model says on 5 of 20 pictures"):
+        compare.check(found, "float32", 0.1)
+
+
 def test_more_than_may_be_lost_is_refused():
     ours = {"logits": torch.eye(4)}
     theirs = {"logits": torch.eye(4)[[0, 1, 3, 2]]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from ..measure.running import entry
 from ..models import class_names_of, name_of
 from ..settings import from_keywords
 from ..store import load_model
-from .compare import Comparison, check, compare
+from .compare import TOLERANCES, Comparison, check, compare
 from .formats import FORMATS, Format, check_name
 from .graph import Graph, named, output_names, prepared, trace
 from .packages import reason, version_of
@@ -187,6 +188,7 @@ class _Job:
             self.batches,
             source=self.material.source,
             real=self.material.real,
+            tolerance=TOLERANCES.get(self.settings.precision, math.inf),
         )
 
     def _seen(self, images: Tensor) -> Tensor:
@@ -236,6 +238,11 @@ class _Job:
             notes.append("The pictures were generated; give real ones (data=, --data) for figures that mean something.")
         if self.about["preprocess"] is None:
             notes.append("Nothing says how pictures become the input: the description has no preprocessing.")
+        if found.unsettled:
+            notes.append(
+                f"On {found.unsettled} of {counted(found.count, 'picture')} rounding decides what the model says, in "
+                "PyTorch as in the file: tokens are alike to the last digit, and which of them merge is chance."
+            )
         notes += [f"int8 is {s} at {counted(count, 'picture')} a call." for count, s in speed.items()]
         return tuple(notes)
 

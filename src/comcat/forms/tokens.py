@@ -138,9 +138,8 @@ def _check_grid(name: str, entry: SitePlan, told: Mapping[str, Any]) -> None:
 
 
 def _similar(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:
-    names = list(inspect.signature(block.forward).parameters)[1:]
     return SimilarTokens(
-        *_common(entry, told), residual=told.get("residual", True), mask=told.get("mask"), names=names,
+        *_common(entry, told), residual=told.get("residual", True), mask=told.get("mask"), names=_names(block),
         norm=told.get("norm"),
     )  # fmt: skip
 
@@ -149,6 +148,7 @@ def _grid(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str,
     return GridTokens(
         *_common(entry, told),
         residual=told.get("residual", True),
+        names=_names(block),
         window=tuple(told["window"]),
         grid=tuple(told["grid"]),
     )
@@ -157,7 +157,7 @@ def _grid(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str,
 def _drop(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:
     common = _common(entry, told)
     if told.get("by", "class") == "random":
-        return ChosenTokens(*common)
+        return ChosenTokens(*common, names=_names(block))
     for key in ("query", "key"):
         path, _, stop = told[key]
         layer = block.get_submodule(path)
@@ -166,8 +166,13 @@ def _drop(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str,
             raise PlanError(f"{site.name}: {path} is not the projection that it was when the plan was made")
     return ChosenTokens(
         *common, query=tuple(told["query"]), key=tuple(told["key"]), heads=told["heads"], scale=told["scale"],
-        norm=told.get("norm"),
+        norm=told.get("norm"), names=_names(block),
     )  # fmt: skip
+
+
+def _names(block: nn.Module) -> list[str]:
+    """The block's arguments behind its tokens."""
+    return list(inspect.signature(block.forward).parameters)[1:]
 
 
 def _common(entry: SitePlan, told: Mapping[str, Any]) -> tuple[int, int, int, str]:

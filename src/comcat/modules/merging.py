@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
-from ..tokens import Chosen, Groups, Windows, highest, look_alikes
+from ..tokens import Chosen, Groups, Windows, exporting, highest, look_alikes
 
 COMPARED = 128
 """Channels by which tokens are compared; more find hardly better pairs, and cost more."""
@@ -66,6 +67,8 @@ class TokenReduction(nn.Module):
                 "size; use torch.export, or take the merges back by handle.revert()"
             )
         rest = args[1:], {name: value for name, value in kwargs.items() if name != self.stream or args}
+        if exporting():
+            rest = self._without_masks(*rest)
         reduction = self.reduction(block, x)
         if reduction is None:
             return run(*args, **kwargs)
@@ -84,6 +87,17 @@ class TokenReduction(nn.Module):
         after = said[0] if isinstance(said, tuple) else said
         whole = self._restored(x, few, after, reduction)
         return (whole, *said[1:]) if isinstance(said, tuple) else whole
+
+    def _without_masks(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """The block's other arguments without masks. An exported model gets pictures alone, so nothing is hidden, and a
+        mask is one of ones that its host makes while it is traced, where it makes none else (transformers).
+        """
+
+        def kept(name: str, value: Any) -> Any:
+            return None if isinstance(value, Tensor) and "mask" in name else value
+
+        placed = tuple(kept(name, value) for name, value in zip_longest(self.names[: len(args)], args, fillvalue=""))
+        return placed, {name: kept(name, value) for name, value in kwargs.items()}
 
     def _reduced(self, x: Tensor, reduction: _Reduction) -> Tensor:
         if isinstance(reduction, Groups):  # tokens in front are among the groups

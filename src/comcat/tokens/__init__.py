@@ -6,7 +6,8 @@ token the update of the one that it was run in. So the grid never goes away, and
 """
 
 from .choice import Chosen, highest
+from .exporting import exporting
 from .grid import Windows
 from .similar import Groups, bipartite, look_alikes
 
-__all__ = ["Chosen", "Groups", "Windows", "bipartite", "highest", "look_alikes"]
+__all__ = ["Chosen", "Groups", "Windows", "bipartite", "exporting", "highest", "look_alikes"]
