@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -34,12 +35,17 @@ _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, err
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, *_NO_EXCHANGE}
 """What a file system says that has no locks."""
 
-# ------------------------------------------------------------------------------------------------------------- before
+
+def real_path(path: StrPath) -> Path:
+    """A path without links in it. Raises StoreError for what cannot be one."""
+    if "\0" in os.fsdecode(path):
+        raise StoreError(f"got {os.fsdecode(path)!r}, which holds a NUL character: expected a path")
+    return Path(os.path.realpath(path))
 
 
 def check_writable(folder: StrPath) -> None:
     """Raise StoreError unless files can be written into a folder, or the folder can be made. Leaves nothing behind."""
-    nearest = Path(folder)
+    nearest = real_path(folder)
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     try:
@@ -58,7 +64,7 @@ def whole_file(path: StrPath) -> Iterator[Path]:
 
     Folders above it are made. Raises StoreError where the system does not let it be written.
     """
-    target = Path(os.path.realpath(path))
+    target = real_path(path)
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder, expected the name of a file")
@@ -106,10 +112,8 @@ def write_tensors(path: StrPath, tensors: Mapping[str, Tensor], metadata: Mappin
     from safetensors.torch import save_file
 
     written, shared = _apart(tensors)
-    about = {
-        **({"format": "pt"} if metadata is None else metadata),
-        **({_SHARED: json.dumps(shared)} if shared else {}),
-    }
+    about = {"format": "pt"} if metadata is None else dict(metadata)
+    about |= {_SHARED: json.dumps(shared)} if shared else {}
     with whole_file(path) as new:
         try:
             save_file(written, new, metadata={**about, HASH: _content_hash(written, about)})
@@ -217,7 +221,7 @@ def whole_folder(folder: StrPath) -> Iterator[Path]:
     Until then, and if anything fails or the process is killed, what was at ``folder`` stays whole. Leftovers of killed
     writers are cleared away. Raises StoreError where the system does not let it be written.
     """
-    target = Path(os.path.realpath(folder))
+    target = real_path(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean_up(target)
@@ -242,7 +246,7 @@ def whole_folder(folder: StrPath) -> Iterator[Path]:
 
 def surviving(folder: Path) -> Path:
     """``folder``, or what stood there before if a writer was killed between two renames."""
-    before = _before(Path(os.path.realpath(folder)))
+    before = _before(real_path(folder))
     return before if not folder.exists() and before.is_dir() else folder
 
 
@@ -258,17 +262,13 @@ def _clean_up(target: Path) -> None:
             shutil.rmtree(before, ignore_errors=True)
         else:
             os.rename(before, target)
-    for leftover in target.parent.glob(f".{_escaped(target.name)}.comcat-*.tmp"):
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.comcat-*.tmp"):
         with suppress(OSError):
             lock = _lock(leftover, wait=False)
             try:
                 shutil.rmtree(leftover, ignore_errors=True)
             finally:
                 os.close(lock)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _new_sibling(target: Path) -> tuple[Path, int]:

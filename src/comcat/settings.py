@@ -118,7 +118,7 @@ def _as(hint: Any, value: Any) -> Any:
         raise TypeError
     if origin is tuple:
         return _as_tuple(parts, value)
-    if hint is Path and isinstance(value, str | os.PathLike):
+    if hint is Path and isinstance(value, str | os.PathLike) and "\0" not in os.fsdecode(value):
         return Path(value)
     if hint in _NUMBERS and isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool):
         return int(value) if isinstance(value, Integral) else float(value)  # type: ignore[arg-type]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from comcat.apply import apply_
+from comcat.diffusion.adapter.hosts import CHANNELS, find_in, host_of
 from comcat.hosts import find_sites
+from comcat.modules.adapters import ExtraChannels, LowRankTerms
 from comcat.modules.crossed import LowRankCrossAttention
 from comcat.modules.lowrank import ConcatLinear, LowRankAttention, LowRankLinear, NarrowHeads
 from comcat.modules.maps import OverMaps
@@ -47,7 +49,9 @@ class Case:
         build: makes the module, anew at every call. inputs: makes its arguments, (2, tokens, 12) and a mask if any.
         layers: names of its linear layers, by which PEFT finds them. unasked: names of modules of the host that the
             host itself reads and never calls. steady: False where it is made for the search alone, which no other
-            library meets. traced: False where torch.fx and TorchScript refuse it, with a reason.
+            library meets. traced: False where torch.fx and TorchScript do not read it: our tokens refuse that with the
+            reason, and attention that carries adapters is not read by them without an adapter either. often: names of
+            modules that are called several times in one forward.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Case:
     unasked: tuple[str, ...] = ()
     steady: bool = True
     traced: bool = True
+    often: tuple[str, ...] = ()
 
     def model(self) -> Holder:
         """The module in a model, the same at every call, every parameter random, in evaluation mode."""
@@ -159,6 +164,44 @@ def pairs() -> tuple[Tensor, ...]:
     return (torch.cat((torch.randn(2, 1, WIDTH), tokens + 0.03 * torch.randn(2, 8, WIDTH)), 1),)
 
 
+class First(nn.Module):
+    """A module that returns several things, of which the first alone is wanted."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.attention = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x)[0]
+
+
+def adapted(attention: Callable[[], nn.Module], names: tuple[str, ...] = ("dog",)) -> nn.Module:
+    """An attention that carries low-rank terms, as ``comcat.diffusion.attach`` leaves it."""
+    model = nn.Sequential(attention())
+    host: Any = host_of(model)
+    (found,) = find_in(model).adaptable
+    inner, channels = model.get_submodule(found.path), ExtraChannels()
+    for rank, name in enumerate(names, 2):
+        channels.add(name, LowRankTerms(found.widths, found.heads, rank))
+    inner.add_module(CHANNELS, channels)
+    host.mount(inner)
+    host.refresh(inner)
+    return model[0]
+
+
+def of_diffusers() -> nn.Module:
+    from diffusers.models.attention_processor import Attention
+
+    return Attention(query_dim=WIDTH, heads=3, dim_head=4, bias=True)
+
+
+def of_clip() -> nn.Module:
+    from transformers import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPAttention
+
+    return First(CLIPAttention(CLIPTextConfig(hidden_size=WIDTH, num_attention_heads=3, attn_implementation="sdpa")))
+
+
 def rel_pos(kind: str) -> Callable[[int], nn.Module]:
     def build(num_heads: int, **factory: Any) -> nn.Module:
         from timm import layers
@@ -230,6 +273,12 @@ CASES = [
     reduced("tokens-windows-odd", "grid", 3, tokens(9), grid=[1, 8], window=[1, 3]),
     reduced("tokens-chosen", "drop", 6, tokens(9), query=["attn.qkv", 0, 12], key=["attn.qkv", 12, 24], heads=3,
             scale=0.5, norm="norm1"),
+    Case(name="adapter", build=lambda: adapted(of_diffusers), layers=("to_q", "to_k", "to_v"), traced=False,
+        often=("terms.0",)),
+    Case(name="adapters-two", build=lambda: adapted(of_diffusers, ("dog", "cat")), layers=("to_q", "to_k", "to_v"),
+        traced=False, often=("terms.0", "terms.1")),
+    Case(name="adapter-of-a-text-encoder", build=lambda: adapted(of_clip), layers=("base",), traced=False,
+        often=("terms.0",)),
     Case(name="tucker", build=tucker(out=[8], into=[WIDTH], ranks=[3, 3])),
     Case(name="tucker-of-modes", build=tucker(out=[2, 4], into=[3, 4], ranks=[2, 3, 2, 3])),
     Case(name="tensor-train", build=lambda: TensorTrainLinear(WIDTH, 8, {"out": [2, 4], "in": [3, 4], "ranks": [3]})),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..errors import SettingsError
+from ..errors import SettingsError, counted
 from .common import Positional
 
 
@@ -49,8 +49,8 @@ def _model(command: Import) -> int:
     check_out(command.out, command.overwrite)
     model: Any = import_paper(command.file, command.ranks, command.base)
     folder = save(model, command.out)
-    print(f"{count_parameters(model):,} parameters, {len(model.comcat_record.plan.sites)} sites smaller than in "
-        f"{command.base}.\nSaved to {folder}")  # fmt: skip
+    smaller = counted(len(model.comcat_record.plan.sites), "site")
+    print(f"{count_parameters(model):,} parameters, {smaller} smaller than in {command.base}.\nSaved to {folder}")
     return 0
 
 
@@ -63,6 +63,6 @@ def _adapter(command: Import, pipeline: str) -> int:
     check_writable(command.out.parent)
     pipe = load_pipeline(pipeline)
     adapter = import_paper(command.file, pipe, name="default")
-    print(f"An adapter of rank {adapter.rank} on {len(adapter.modules)} attentions.\n"
+    print(f"An adapter of rank {adapter.rank} on {counted(len(adapter.modules), 'attention')}.\n"
         f"Saved to {save(pipe, command.out, base=pipeline)}")  # fmt: skip
     return 0

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError, SettingsError, nearest
+from ..errors import DataError, SettingsError, counted, nearest
 from .decoding import plain
 
 _INTERPOLATIONS = {mode.name.lower(): mode for mode in Image.Resampling}
@@ -47,12 +47,14 @@ class Preprocess:
         size = _numbers("size", self.size)
         if len(size) != 2 or any(side < 1 or side != int(side) for side in size):
             raise SettingsError(f"size: got {self.size!r}, expected (height, width), both whole numbers from 1")
+        if size[0] * size[1] > _MOST_PIXELS:
+            raise SettingsError(f"size: got {self.size!r}, expected at most {_MOST_PIXELS:,} pixels")
         object.__setattr__(self, "size", tuple(int(side) for side in size))
         for name in ("mean", "std"):
             values = _numbers(name, getattr(self, name))
             if len(values) not in (1, self.channels):
                 raise SettingsError(
-                    f"{name}: got {len(values)} values, expected one for each of {self.channels} channels"
+                    f"{name}: got {counted(len(values), 'value')}, expected one for each of {self.channels} channels"
                 )
             object.__setattr__(self, name, values if len(values) == self.channels else values * self.channels)
         if min(self.std) <= 0:

@@ -144,7 +144,8 @@ def chosen_sites(whole: Sites, settings: CompressSettings) -> Sites:
     forms = check_forms(settings.forms)
     sites = sites if "tokens" in forms else of_forms(sites, forms)  # with fewer tokens all of them cost less
     if not len(sites):
-        reasons = "; ".join(map(str, whole.refused[:3])) or f"no site can become {settings.forms}"
+        none = f"no attention, feed-forward or layer but the classifier's can have fewer {' or '.join(forms)}"
+        reasons = "; ".join(map(str, whole.refused[:3])) or none
         raise ModelError(f"nothing in this model can shrink: {reasons}")
     return sites
 

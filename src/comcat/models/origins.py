@@ -247,7 +247,7 @@ def _construct(origin: Origin) -> nn.Module:
     """``origin``'s architecture on the current default device, with whatever weights its library starts from."""
     try:
         return (_construct_timm if origin.library == "timm" else _construct_transformers)(origin)
-    except (ModelError, MemoryError):
+    except ModelError:
         raise
     except Exception as error:  # the libraries raise anything here, from TypeError to AssertionError
         raise ModelError(f"{origin.library} cannot build {origin.name!r}: {first_line(error)}") from error

@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import PlanError, nearest
+from ..errors import PlanError, counted, nearest
 
 FORMS = ("tucker", "tensor_train")
 
@@ -36,7 +36,7 @@ def check_shape(form: str, shape: Any, in_features: int, out_features: int) -> N
             raise PlanError(f"{form}: got {key} {list(shape[key])}, expected modes whose product is {features}")
     limits = _tucker_limits(shape) if form == "tucker" else _train_limits(shape)
     if len(shape["ranks"]) != len(limits):
-        raise PlanError(f"{form}: got {len(shape['ranks'])} ranks, expected {len(limits)}")
+        raise PlanError(f"{form}: got {counted(len(shape['ranks']), 'rank')}, expected {len(limits)}")
     for k, (rank, limit) in enumerate(zip(shape["ranks"], limits, strict=True)):
         if rank > limit:
             raise PlanError(f"{form}: got ranks {list(shape['ranks'])}, expected 1 to {limit} for number {k + 1}")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import StoreError
-from ..files import NO_LOCKS
+from ..files import NO_LOCKS, real_path
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def claimed(place: str | os.PathLike[str]) -> Iterator[None]:
     Raises:
         StoreError: at once, where another run has claimed the same place, or nothing can be written beside it.
     """
-    target = Path(os.path.realpath(place))
+    target = real_path(place)
     if not target.name:
         raise StoreError(f"nothing can be written to {str(place)!r} itself, expected a folder in it")
     file = target.with_name(f".{target.name}.comcat-claim")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import StoreError
-from ..files import parsed, whole_folder
+from ..files import parsed, real_path, whole_folder
 
 FORMAT = 1
 WEIGHTS, PLAN, CONFIG, CARD, REPORT = "model.safetensors", "plan.json", "config.json", "README.md", "report.html"
@@ -84,7 +84,7 @@ def replacing(folder: Path, *, overwrite: bool = True) -> Iterator[Path]:
     Until then, and if anything fails or the process is killed, what was at ``folder`` stays whole. Files there that
     comcat did not write are carried over. Raises StoreError if ``folder`` is not ours to replace or cannot be written.
     """
-    target = Path(os.path.realpath(folder))
+    target = real_path(folder)
     with whole_folder(folder) as new:
         check_replaceable(target, overwrite)
         yield new

@@ -73,21 +73,21 @@ def load(
     check_files(folder, config)
     origin, record = _described(folder, config)
     try:
-        model = _filled(origin, record.plan, read_tensors(folder / WEIGHTS), into)
+        model = _filled(origin, record.plan, read_tensors(folder / WEIGHTS), into, config["parameters"]["before"])
     except StoreError as error:
         raise StoreError(f"{folder}: {error}") from error
     except ModelError as error:
-        if origin.library == OWN:
-            raise ModelError(f"{folder}: {error}; {INTO}") from None
-        raise
+        raise ModelError(f"{folder}: {error}" + (f"; {INTO}" if origin.library == OWN else "")) from error
     model.comcat_record = record  # type: ignore[assignment]
     return model.to(device=device, dtype=dtype).eval()
 
 
-def _filled(origin: Origin, plan: Plan, tensors: dict[str, Tensor], into: nn.Module | None) -> nn.Module:
-    """The structure of a saved model, built or made of ``into``, with its weights."""
+def _filled(
+    origin: Origin, plan: Plan, tensors: dict[str, Tensor], into: nn.Module | None, parameters: int | None
+) -> nn.Module:
+    """The structure of a saved model, built or made of ``into``, with its weights. parameters: before compression."""
     if into is None:
-        model = rebuild(origin, plan).model
+        model = rebuild(origin, plan, parameters=parameters).model
         fill(model, tensors)
         return model
     handle = rebuild_into(bare(into), plan)
@@ -237,6 +237,10 @@ def _check_described(path: Path, config: dict[str, Any]) -> None:
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
             raise StoreError(f"{path}: got {key} {value!r}, expected {'a list' if kind is list else 'an object'}")
+    counts = config.get("parameters")
+    before = counts.get("before", 0) if isinstance(counts, dict) else 0
+    if before is not None and (not isinstance(before, int) or before < 1):
+        raise StoreError(f"{path}: got parameters {counts!r}, expected how many there were before and are after")
     if odd := [name for name in config.get("class_names") or () if not isinstance(name, str)]:
         raise StoreError(f"{path}: got class_names with {odd[0]!r}, expected names")
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..apply import apply_
-from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, listed
+from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, counted, listed
 from ..hosts import find_sites
 from ..models import class_names_of, load_model, origin_of, preprocess_of
 from ..models.failures import first_line
@@ -313,7 +313,7 @@ def _compare_ranks(listed_ranks: list[int], reading: _Reading) -> None:
     optional = [(n, reading.inner_rank(n) if n in reading.linears else None, 1) for n in heads_of_model]
     if not len(expected) <= len(listed_ranks) <= len(expected) + len(optional):
         raise StoreError(
-            f"the ranks file lists {len(listed_ranks)} ranks, expected {len(expected)} for the blocks "
+            f"the ranks file lists {counted(len(listed_ranks), 'rank')}, expected {len(expected)} for the blocks "
             f"and up to {len(optional)} for the head"
         )
     for (what, rank, heads), noted in zip([*expected, *optional], listed_ranks, strict=False):

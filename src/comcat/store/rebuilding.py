@@ -14,6 +14,7 @@ from ..apply import Handle, apply_
 from ..errors import ModelError, PlanError, StoreError, UnknownSite, UnsupportedSite, listed
 from ..hosts import find_sites
 from ..models import Origin, origin_of
+from ..models.bounded import at_most, check_arguments, check_room
 from ..models.origins import OWN, own_origin
 from ..plan import Plan
 from ..record import Record
@@ -33,20 +34,33 @@ class Rebuilt:
     parameters: int
 
 
-def rebuild(origin: Origin, plan: Plan) -> Rebuilt:
+def rebuild(origin: Origin, plan: Plan, *, parameters: int | None = None) -> Rebuilt:
     """Build ``origin``'s architecture, in eval mode, and make of it what ``plan`` says. Random numbers are left alone.
+
+    parameters: how many the architecture is said to have, where a file says it: one that is far larger is not built.
 
     Raises ModelError if the architecture cannot be built, StoreError if the plan does not fit it.
     """
     with torch.random.fork_rng(devices=[]):
-        model = origin.build()
+        model = origin.build() if parameters is None else built_within(origin, parameters)
         sites = find_sites(model)
-        parameters = sum(p.numel() for p in model.parameters())
+        whole = sum(p.numel() for p in model.parameters())
         try:
             apply_(model, plan, sites=sites, weights=False)
         except (PlanError, UnknownSite, UnsupportedSite) as error:
             raise StoreError(f"the plan does not fit {origin.name}: {error}") from error
-    return Rebuilt(model=model.eval(), sites=sites, parameters=parameters)
+    return Rebuilt(model=model.eval(), sites=sites, parameters=whole)
+
+
+def built_within(origin: Origin, parameters: int) -> nn.Module:
+    """``origin``'s architecture, unless it is far larger than so many parameters, or these than this machine's memory.
+
+    Raises ModelError, before memory is taken.
+    """
+    check_room(parameters)
+    check_arguments(origin.arguments)
+    with at_most(parameters):
+        return origin.build()
 
 
 def outlined(origin: Origin, plan: Plan) -> Rebuilt:

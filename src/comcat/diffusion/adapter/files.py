@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..._version import __version__
-from ...errors import SettingsError, StoreError, listed, printable
+from ...errors import SettingsError, StoreError, counted, listed, printable
 from ...files import HASH, parsed, read_tensors_and_metadata, write_tensors
 from ...modules.adapters import CONTEXT, SIDES
 from ..pipeline.components import TEXT_ENCODERS
@@ -211,7 +211,9 @@ def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, T
                 "load_attn_procs"
             )
     first = printable(", ".join(list(tensors)[:3]))
-    raise StoreError(f"{path} is no adapter of comcat's: it holds {len(tensors)} tensors, {first or 'none at all'}")
+    raise StoreError(
+        f"{path} is no adapter of comcat's: it holds {counted(len(tensors), 'tensor')}, {first or 'none at all'}"
+    )
 
 
 def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ModelError, StoreError
+from ...errors import ModelError, StoreError, counted
 from ...modules.adapters import SIDES
 from ..pipeline.components import denoiser_of
 from .attach import check_new, install
@@ -48,7 +48,7 @@ def import_paper(path: str | os.PathLike[str], target: Any, *, name: str) -> Ada
     places = _in_order(component.model)
     if len(factors) != len(_PER_ATTENTION) * len(places):
         raise StoreError(
-            f"{path} holds {len(factors)} tensors, expected {len(_PER_ATTENTION) * len(places)}: "
+            f"{path} holds {counted(len(factors), 'tensor')}, expected {len(_PER_ATTENTION) * len(places)}: "
             f"{len(_PER_ATTENTION)} for each of the {len(places)} attentions of this UNet"
         )
     modules: dict[str, dict[str, Tensor]] = {}
