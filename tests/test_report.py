@@ -976,3 +976,26 @@ def test_of_forms_that_were_not_asked_for_nothing_is_said(forms):
 )  # fmt: skip
 def test_numbers_have_their_nouns_in_the_right_form(value, noun, said):
     assert wording.counted(value, noun) == said
+
+
+@pytest.mark.parametrize(
+    ("predicted", "measured", "said"),
+    [(1e-5, 5.36e-5, "Both are tiny"), (0.02, 0.04, "2.00 times"), (0.01, -0.001, None), (0.01, None, None)],
+)
+def test_a_ratio_of_tiny_rises_is_not_said(predicted, measured, said):
+    text = Page(render(empty(predicted_loss=predicted, measured_loss=measured))).text
+    assert ("times the predicted" in text) == (said == "2.00 times") and (said is None or said in text)
+
+
+def test_on_a_phone_every_cell_stands_beside_its_heading(compressed):
+    """A table too wide for a phone becomes a list: no column is cut off or hidden."""
+    _, report = compressed
+    page = render(report)
+    tags = Page(re.sub(r"<thead>.*?</thead>", "", page, flags=re.DOTALL)).tags
+    narrow = re.search(r"@media \(max-width: 40rem\) \{(.*?)\n\}", page, re.DOTALL)[1]
+    assert "table.stacked td::before { content: attr(data-label)" in narrow and "td { display: none" not in narrow
+    stacked, labels = False, []
+    for tag, attributes in tags:
+        stacked = "stacked" in (attributes.get("class") or "") if tag == "table" else stacked
+        labels += [attributes.get("data-label")] if tag == "td" and stacked else []
+    assert {"Change", "Ratio"} <= set(labels) and None not in labels

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from comcat.errors import DataError, ModelError, SettingsError
-from comcat.measure import Timing, benchmark, ratio, timing
+from comcat.measure import Timing, benchmark, ratio, timing, unsteady
 
 from .models import Calls
 
@@ -148,3 +148,10 @@ def test_a_failing_compiler_names_the_model(monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     with pytest.raises(ModelError, match=r"(?s)torch.compile failed for model 'small'.*no C\+\+ compiler"):
         benchmark({"small": nn.Linear(2, 2)}, torch.ones(1, 2), compile=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"), [(0.02, 58.24, True), (1.9, 2.1, False), (0.5, 0.9, False), (0.5, 1.1, True)]
+)
+def test_rounds_that_differ_widely_are_said(low, high, said):
+    assert ("says little" in unsteady(low, high)) == said and bool(unsteady(low, high)) == said

@@ -83,3 +83,21 @@ def test_tuning_that_made_it_worse_says_so(model, places, tmp_path):
     assert said_of_tuning(None) == said_of_tuning({"before": None, "after": None}) == []
     better = {"before": {"top1": 50.0, "count": 10}, "after": {"top1": 60.0, "count": 10}}
     assert said_of_tuning(better) == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({"top1": 50.0, "loss": 1.6}, {"top1": 60.0, "loss": 31.3}, "Tuning raised the loss from 1.6 to 31.3 nats"),
+        ({"top1": 50.0, "loss": 1.6}, {"top1": 50.0, "loss": 1.7}, None),
+        ({"agreement": 90.0}, {"agreement": 80.0}, "agreement 90.00 % before and 80.00 % after it, on 10 pictures"),
+        ({"cosine": 0.9}, {"cosine": 0.8}, "cosine agreement 0.9000 before and 0.8000 after it"),
+        ({"cosine": 0.8}, {"cosine": 0.9}, None),
+        ({"divergence": 0.1}, {"divergence": 0.2}, "divergence 0.1000 before and 0.2000 after it"),
+        ({"divergence": 0.2}, {"divergence": 0.1}, None),
+    ],
+)
+def test_tuning_is_judged_by_what_was_measured(before, after, said):
+    """Without labels by the agreement with the teacher; with them by the loss as well."""
+    notes = said_of_tuning({"before": {"count": 10, **before}, "after": {"count": 10, **after}})
+    assert notes == [] if said is None else said in notes[0] and "smaller lr" in notes[0]

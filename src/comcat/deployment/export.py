@@ -19,6 +19,7 @@ from .._version import __version__
 from ..data import Preprocess
 from ..errors import ComcatError, ExportError, StoreError, counted
 from ..files import check_writable, whole_file, whole_folder, write_json
+from ..measure import unsteady
 from ..measure.running import entry
 from ..models import class_names_of, name_of
 from ..settings import from_keywords
@@ -244,6 +245,7 @@ class _Job:
                 "PyTorch as in the file: tokens are alike to the last digit, and which of them merge is chance."
             )
         notes += [f"int8 is {s} at {counted(count, 'picture')} a call." for count, s in speed.items()]
+        notes += list(filter(None, (unsteady(s.low, s.high) for s in speed.values())))[:1]
         return tuple(notes)
 
 

@@ -8,7 +8,7 @@ from .evaluation import Evaluation, evaluate
 from .machine import environment
 from .memory import peak_memory
 from .outputs import is_classifier, model_output
-from .timing import Timing, benchmark, ratio
+from .timing import Timing, benchmark, ratio, unsteady
 
 __all__ = [
     "Evaluation",
@@ -23,4 +23,5 @@ __all__ = [
     "peak_memory",
     "ratio",
     "size_on_disk",
+    "unsteady",
 ]

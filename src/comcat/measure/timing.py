@@ -16,6 +16,9 @@ from ..errors import DataError, ModelError, SettingsError, nearest
 from .memory import memory_kept
 from .running import AUTOCAST, call, checked, entry, evaluating
 
+_STEADY = 2.0
+"""As far apart as the quartiles of a ratio may lie, one times the other, before it is said."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
@@ -175,3 +178,13 @@ def ratio(timings: Mapping[str, Timing], base: str, other: str) -> tuple[float, 
             f"{len(fast.samples_s)} of {fast.batch_size}; expected both from one run of benchmark"
         )
     return _quartiles([a / b for a, b in zip(slow.samples_s, fast.samples_s, strict=True)])
+
+
+def unsteady(low: float, high: float) -> str:
+    """A sentence where the quartiles of a ratio of times lie so far apart that it says little, else an empty one."""
+    if high <= _STEADY * low:
+        return ""
+    return (
+        f"The rounds of the timing differ widely (quartiles {low:.2f}–{high:.2f} times as fast): something else used "
+        "the machine, so that this speed says little. Time it again when the machine is idle."
+    )

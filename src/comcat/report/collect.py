@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from ..errors import SettingsError
 from ..factors import weight_factors
 from ..linalg import product_singular_values
-from ..measure import Evaluation, Timing, count_macs, count_parameters, environment, peak_memory, ratio, size_on_disk
+from ..measure import (
+    Evaluation,
+    Timing,
+    count_macs,
+    count_parameters,
+    environment,
+    peak_memory,
+    ratio,
+    size_on_disk,
+    unsteady,
+)
 from ..methods.compress import Compressed
 from ..models.stored import precision_of, source_bytes
 from ..plan import Plan
@@ -64,6 +74,8 @@ def collect(
     measured = evaluated if tuning is None else compressed
     final = _metrics(after, prepared.example, evaluated, timings, compiled, "after")
     curves, facts = _history(plan, tuning)
+    speed = _speed(timings)
+    disturbed = unsteady(speed["low"], speed["high"]) if speed else ""
     agreement: dict[str, float | None] = {}
     if evaluated is not None:
         agreement = {
@@ -80,8 +92,9 @@ def collect(
         after=final, agreement=agreement, predicted_loss=plan.made_by.get("predicted_loss"),
         measured_loss=None if measured is None else measured.divergence,
         sites=site_rows(plan, prepared.whole, prepared), spectra=tuple(weight_spectra(before, prepared.whole)),
-        curves=curves, facts=facts, judged_on=judged_on, speed=_speed(timings),
-        pictures=() if shown is None else shown_pictures(before, after, shown), notes=(*notes, *done.notes),
+        curves=curves, facts=facts, judged_on=judged_on, speed=speed,
+        pictures=() if shown is None else shown_pictures(before, after, shown),
+        notes=(*notes, *done.notes, *([disturbed] if disturbed else ())),
     )  # fmt: skip
 
 

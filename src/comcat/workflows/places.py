@@ -95,17 +95,38 @@ def said_of_plan(plan: Plan) -> list[str]:
     return [] if plan.sites else ["The plan changes nothing: the model computes what it did before."]
 
 
+_JUDGED = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine agreement", "divergence": "divergence"}
+_HELPS = "More steps or pictures, a smaller lr or weaker augmentation may help."
+
+
 def said_of_tuning(results: Mapping[str, Any] | None) -> list[str]:
-    """That tuning made a model worse on the pictures that it was followed on, if it did."""
+    """That tuning made a model worse on the pictures that it was followed on, if it did.
+
+    That is told by accuracy, else by agreement with the teacher; then by a loss that rose by a tenth or more.
+    """
     before, after = (results or {}).get("before"), (results or {}).get("after")
-    if not before or not after or before.get("top1") is None or after.get("top1") is None:
+    if not before or not after:
         return []
-    if after["top1"] >= before["top1"]:
-        return []
-    share = after["top1"] / 100
-    error = 100 * (share * (1 - share) / after["count"]) ** 0.5
-    return [
-        f"Tuning made it worse: top-1 {before['top1']:.2f} % before and {after['top1']:.2f} % after it, on "
-        f"{counted(after['count'], 'picture')} (sampling error {error:.1f} points). More steps or pictures, a smaller "
-        "lr or weaker augmentation may help."
-    ]
+    for key, name in _JUDGED.items():
+        old, new = before.get(key), after.get(key)
+        if old is None or new is None:
+            continue
+        if new > old if key == "divergence" else new < old:
+            return [f"Tuning made it worse: {_change(key, name, old, new, after['count'])}. {_HELPS}"]
+        break
+    old, new = before.get("loss"), after.get("loss")
+    if old is not None and new is not None and new > 1.1 * old:
+        on = counted(after["count"], "picture")
+        return [
+            f"Tuning raised the loss from {old:.4g} to {new:.4g} nats, on {on}: it is surer of what is wrong. {_HELPS}"
+        ]
+    return []
+
+
+def _change(key: str, name: str, old: float, new: float, count: int) -> str:
+    """From what to what a measure went, on how many pictures, with the sampling error of a share of them."""
+    on = counted(count, "picture")
+    if key not in ("top1", "agreement"):
+        return f"{name} {old:.4f} before and {new:.4f} after it, on {on}"
+    error = 100 * (new / 100 * (1 - new / 100) / count) ** 0.5
+    return f"{name} {old:.2f} % before and {new:.2f} % after it, on {on} (sampling error {error:.1f} points)"

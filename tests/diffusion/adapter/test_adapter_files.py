@@ -242,7 +242,7 @@ def test_files_that_are_something_else(dog: Path, tmp_path: Path) -> None:
         ("lora_unet_mid_block.lora_down.weight", "is a LoRA"),
         ("unet.mid_block.attn2.to_q.lokr_w1", "is a LoKr or LoHa"),
         ("mid_block.attn2.processor.to_k_custom_diffusion.weight", "is Custom Diffusion's"),
-        ("model.weight", "is no adapter of comcat's: it holds 1 tensors, model.weight"),
+        ("model.weight", "is no adapter of comcat's: it holds 1 tensor, model.weight"),
     ):
         save_file({key: torch.ones(2, 2)}, tmp_path / "other.safetensors")
         with pytest.raises(StoreError, match=kind):

@@ -56,7 +56,7 @@ class Timed:
 def run(command: Bench) -> int:
     import torch
 
-    from ...measure import benchmark, environment, ratio
+    from ...measure import benchmark, environment, ratio, unsteady
 
     if command.threads is not None:
         torch.set_num_threads(command.threads)
@@ -94,6 +94,8 @@ def run(command: Bench) -> int:
             f"\nSpeed-up {speed[0]:.2f}× (quartiles {speed[1]:.2f}–{speed[2]:.2f}), batch {command.batch_size}, "
             f"{how}, {command.dtype}, interleaved."
         )
+        if disturbed := unsteady(*speed[1:]):
+            print(disturbed)
     return 0
 
 
