@@ -72,6 +72,12 @@ def printable(text: str) -> str:
     return "".join(ascii(c)[1:-1] if c not in "\n\t" and (category(c) == "Cc" or c in _TURNING) else c for c in text)
 
 
+def in_short(value: object) -> str:
+    """What a value is, in one line of at most 60 characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 def listed(phrases: list[str], most: int = 4) -> str:
     """The first few phrases, and how many more there are."""
     more = f"; and {len(phrases) - most} more" if len(phrases) > most else ""

@@ -36,11 +36,18 @@ NO_LOCKS = {errno.EBADF, errno.ENOLCK, *_NO_EXCHANGE}
 """What a file system says that has no locks."""
 
 
+def home_path(path: StrPath) -> Path:
+    """A path with the home folder for ``~``, as far as that is known. Raises StoreError for what cannot be a path."""
+    if not isinstance(path, str | os.PathLike):
+        raise StoreError(f"got {path!r} ({type(path).__name__}), expected a path")
+    if "\0" in (text := os.fsdecode(path)):
+        raise StoreError(f"got {text!r}, which holds a NUL character: expected a path")
+    return Path(os.path.expanduser(text))
+
+
 def real_path(path: StrPath) -> Path:
-    """A path without links in it. Raises StoreError for what cannot be one."""
-    if "\0" in os.fsdecode(path):
-        raise StoreError(f"got {os.fsdecode(path)!r}, which holds a NUL character: expected a path")
-    return Path(os.path.realpath(path))
+    """A path from the root on, without links in it. Raises StoreError for what cannot be a path."""
+    return Path(os.path.realpath(home_path(path)))
 
 
 def check_writable(folder: StrPath) -> None:
@@ -53,9 +60,6 @@ def check_writable(folder: StrPath) -> None:
             pass
     except OSError as error:
         raise StoreError(f"nothing can be written to {str(folder)!r}: {error.strerror or error}") from error
-
-
-# -------------------------------------------------------------------------------------------------------------- files
 
 
 @contextmanager
@@ -181,10 +185,7 @@ def _apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """Tensors as safetensors wants them, each with its memory to itself, and the names of twins by the name that is
     written.
     """
-    first: dict[tuple, str] = {}
-    shared: dict[str, str] = {}
-    apart: dict[str, Tensor] = {}
-    storages: set[int] = set()
+    first, shared, apart, storages = dict[tuple, str](), dict[str, str](), dict[str, Tensor](), set[int]()
     for name, tensor in tensors.items():
         _check(name, tensor)
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())

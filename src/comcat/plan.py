@@ -10,11 +10,12 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .errors import PlanError, nearest
+from .errors import PlanError, in_short, nearest
 from .files import parsed, write_text
 from .sites import HiddenSite, Site, Sites
 
@@ -58,6 +59,9 @@ class SitePlan:
         keep, full = old.get("rank", keep), old.get("full_rank", full)
         if keep is None or full is None:
             raise TypeError("SitePlan needs keep and full")
+        if not (isinstance(keep, Integral) and isinstance(full, Integral)):
+            raise PlanError(f"got keep {in_short(keep)} and full {in_short(full)}, expected whole numbers")
+        keep, full = int(keep), int(full)
         more = {name: old[name] for name in ("head_ranks", "shape") if old.get(name)}
         given = {**(details or {}), **more}
         if given.get("head_ranks") is not None:
@@ -176,6 +180,8 @@ class Plan:
     version: int = VERSION
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sites, Mapping) or not all(isinstance(s, SitePlan) for s in self.sites.values()):
+            raise PlanError(f"got sites {in_short(self.sites)}, expected a SitePlan for each name")
         object.__setattr__(self, "sites", MappingProxyType(dict(self.sites)))
         object.__setattr__(self, "made_by", MappingProxyType(dict(self.made_by)))
 

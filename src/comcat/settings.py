@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import SettingsError, nearest
+from .errors import SettingsError, in_short, nearest
 
 T = TypeVar("T")
 LARGEST_SEED = 2**63 - 1
@@ -71,7 +71,7 @@ def check_types(settings: Any) -> None:
             object.__setattr__(settings, field.name, _as(hint, value))
         except TypeError:
             near = nearest(str(_odd_one(hint, value)), _choices(hint))
-            raise SettingsError(f"got {field.name}={_shown(value)}, expected {_in_words(hint)}{near}") from None
+            raise SettingsError(f"got {field.name}={in_short(value)}, expected {_in_words(hint)}{near}") from None
 
 
 def expect(
@@ -99,7 +99,7 @@ def expect(
                 and (below is None or number < below)
             ):
                 hint = get_type_hints(type(settings))[name]  # here alone: it takes longer than all the rest
-                raise SettingsError(f"got {name}={_shown(value)}, expected {_in_words(hint)}{bounds}")
+                raise SettingsError(f"got {name}={in_short(value)}, expected {_in_words(hint)}{bounds}")
 
 
 def expect_one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -173,8 +173,3 @@ def _odd_one(hint: Any, value: Any) -> Any:
     if isinstance(value, list | tuple):
         return next((v for v in value if v not in _choices(hint)), value)
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"

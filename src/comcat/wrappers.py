@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from .errors import ModelError
+from .errors import ModelError, in_short
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -15,7 +15,9 @@ def bare(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
-        raise ModelError(f"got {model!r} ({kind}), expected a module; comcat.load_model(name) gives one by its name")
+        raise ModelError(
+            f"got {in_short(model)} ({kind}), expected a module; comcat.load_model(name) gives one by its name"
+        )
     parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
     while isinstance(inner := _inside(model, parallel), nn.Module):
         model = inner

@@ -12,6 +12,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import ComcatError, nearest
+from ..files import home_path
 from ..settings import LARGEST_SEED, expect
 
 VERBS = {
@@ -95,7 +96,7 @@ def _parsed(arguments: list[str]) -> Any:
 def _at_home(command: Any) -> Any:
     """A command with ``~`` in its paths written out; a shell leaves it in ``--out=~/small``."""
     paths = {f.name: getattr(command, f.name) for f in fields(command) if isinstance(getattr(command, f.name), Path)}
-    return replace(command, **{name: path.expanduser() for name, path in paths.items()})
+    return replace(command, **{name: home_path(path) for name, path in paths.items()})
 
 
 def settings_of(verb: str) -> type:

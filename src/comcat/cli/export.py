@@ -11,6 +11,7 @@ import tyro
 
 from ..deployment.settings import OPSETS, FormatName, Target
 from ..errors import ExportError, SettingsError
+from ..files import home_path
 from ..settings import LARGEST_SEED
 from .common import Positional
 
@@ -82,7 +83,7 @@ def run(command: Export) -> int:
 
 def _check_source(model: str) -> None:
     """Raise ExportError for what is no model of pictures."""
-    path = Path(model).expanduser()
+    path = home_path(model)
     if path.suffix == ".safetensors" or model.startswith("diffusers:") or (path / "model_index.json").is_file():
         raise ExportError(
             f"{model} is of a text-to-image pipeline, whose denoiser takes a time and a prompt beside the picture; "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError, nearest
+from ..errors import DataError, in_short, nearest
 from .pictures import Pictures, whole_number
 from .preprocess import Preprocess
 from .reading import default_workers
@@ -107,6 +108,22 @@ def batches(
         seed=seed,
         workers=workers,
     )
+
+
+def expect_batches(given: Any, what: str) -> None:
+    """Raise DataError, with what to write instead, for what yields no batches: a place, one batch alone, a set of
+    pictures.
+    """
+    if isinstance(given, str | bytes | os.PathLike | Pictures):
+        way_out = "comcat.batches(comcat.open_pictures(place), comcat.preprocess_of(model)) makes them"
+    elif isinstance(given, Tensor | Mapping):
+        way_out = "put it into a list"
+    elif not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
+        way_out = "such as a list of tensors (batch, channels, height, width)"
+    else:
+        return
+    got = f"{tuple(given.shape)}" if isinstance(given, Tensor) else in_short(given)
+    raise DataError(f"{what}: got {got} ({type(given).__name__}), expected batches of pictures; {way_out}")
 
 
 def parts_of_batch(batch: Any, where: str) -> tuple[Tensor, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..data import Preprocess
 from ..errors import ComcatError, ExportError, StoreError, counted
-from ..files import check_writable, whole_file, whole_folder, write_json
+from ..files import check_writable, home_path, whole_file, whole_folder, write_json
 from ..measure import unsteady
 from ..measure.running import entry
 from ..models import class_names_of, name_of
@@ -251,7 +251,7 @@ class _Job:
 
 def check_place(out: str | os.PathLike[str], settings: ExportSettings) -> Path:
     """The output, if it may be written and can be, and what the export needs is installed. Raises as :func:`export`."""
-    form, target = FORMATS[settings.to], Path(out).expanduser()
+    form, target = FORMATS[settings.to], home_path(out)
     form.check(settings)
     check_name(target, form)
     if target.exists() and bool(form.suffix) == target.is_dir():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..data import Preprocess
 from ..errors import DataError, StoreError
-from ..files import parsed
+from ..files import home_path, parsed
 from .formats import Format, Run, format_of
 from .packages import reason, version_of
 
@@ -69,7 +69,7 @@ def open_exported(path: str | os.PathLike[str], *, threads: int | None = None) -
     Raises StoreError if there is no such file or it is damaged, ExportError if the runtime is missing or lacks an
     operator of it.
     """
-    place = Path(path).expanduser()
+    place = home_path(path)
     form = format_of(place)
     if form is None or not place.exists():
         raise StoreError(f"{str(path)!r} is no exported file: expected a .onnx or .pt2 file or a folder of OpenVINO")

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.batches import parts_of_batch
+from ..data.batches import expect_batches, parts_of_batch
 from ..errors import DataError, ModelError, NumericsError, SettingsError, counted
 from ..hosts.classes import classes_of
+from ..wrappers import bare
 from .maps import Kind, agreements, divergences, kind_of
 from .outputs import as_rows, is_classifier, whole_output
 from .running import AUTOCAST, evaluating
@@ -139,6 +140,9 @@ def evaluate(
     if reference is not None:
         warnings.warn("evaluate(reference=…) is deprecated, say against=…", DeprecationWarning, stacklevel=2)
         against = reference
+    expect_batches(batches, "the evaluation")
+    for module in (model, *(() if against is None else (against,))):
+        bare(module)  # raises for what is no module
     scores, told = is_classifier(model), _Told(model, against)
     speak = _speaker(model, device, dtype, "model")
     refer = None if against is None else _speaker(against, device, dtype, "other model")

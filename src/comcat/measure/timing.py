@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, ModelError, SettingsError, nearest
+from ..errors import DataError, ModelError, SettingsError, in_short, nearest
 from .memory import memory_kept
 from .running import AUTOCAST, call, checked, entry, evaluating
 
@@ -101,7 +101,7 @@ def benchmark(
     model that cannot run or that ``torch.compile`` fails on.
     """
     if not isinstance(models, Mapping) or not models or not all(isinstance(m, nn.Module) for m in models.values()):
-        raise SettingsError(f"models: got {models!r}, expected a mapping of at least one name to a module")
+        raise SettingsError(f"models: got {in_short(models)}, expected a mapping of at least one name to a module")
     if repeats < 1 or warmup < 0 or not 0 <= min_seconds < math.inf:
         raise SettingsError(
             f"got repeats={repeats}, warmup={warmup}, min_seconds={min_seconds}; "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from ..data.batches import expect_batches
 from ..errors import DataError, ModelError, SettingsError, nearest
 from ..factors import Spectrum, Statistic, Weights, spectra
 from ..forms import Flow, check_plan
@@ -70,6 +71,7 @@ def prepare(
     made_for = describe(model, whole, sites)
     example = None
     if calibration is not None:
+        expect_batches(calibration, "calibration")
         calibration = kept(calibration)
         example = _first_picture(model, calibration)
     if settings.statistic == "weights" or not len(sites):

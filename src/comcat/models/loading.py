@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError, SettingsError, nearest
-from ..files import parsed
+from ..files import home_path, parsed
 from .failures import first_line, required
 from .timm import load_timm
 from .transformers import load_transformers
@@ -73,8 +73,9 @@ def _load(text: str, pretrained: bool, dtype: torch.dtype, model_args: Mapping[s
 
 def place_of(spec: str | os.PathLike[str]) -> Path:
     """The folder that the name of a model means, where it means one: ``timm:./vit`` and ``./vit`` are the same."""
+    home_path(spec)  # raises for what is no path at all
     text = os.fspath(spec)
-    return Path(text.partition(":")[2].removeprefix("local-dir:") if _has_library(text) else text).expanduser()
+    return home_path(text.partition(":")[2].removeprefix("local-dir:") if _has_library(text) else text)
 
 
 def _has_library(text: str) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ModelError, nearest
+from ..files import home_path
 from .failures import RANDOM_WEIGHTS, loading_failure, required
 from .origins import remember_origin
 from .stored import stored_in, stored_in_file, stored_on_hub
@@ -38,7 +38,7 @@ def load_timm(name: str, spec: str, pretrained: bool, dtype: torch.dtype, model_
 def _stored(model: Any, name: str) -> Mapping[str, Any]:
     """How the weights that timm has loaded are stored, as far as it says where they are."""
     if name.startswith("local-dir:"):
-        return stored_in(Path(name.removeprefix("local-dir:")).expanduser())
+        return stored_in(home_path(name.removeprefix("local-dir:")))
     cfg = getattr(model, "pretrained_cfg", None) or {}
     place, repo = cfg.get("file"), cfg.get("hf_hub_id")
     if place:

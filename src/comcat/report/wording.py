@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
 from typing import Any, Literal
 
 from .. import errors
+from ..files import home_path
 
 SPACE = "\u00a0"  # a space that does not break, between a number and its unit
 MINUS = "\u2212"
@@ -147,7 +147,7 @@ def metric(key: str) -> Metric:
 def short_name(spec: str) -> str:
     """A model's name without where it is: ``vit`` of ``/models/vit/``, ``deit_small`` of ``timm:deit_small``."""
     name = spec.removeprefix("timm:").removeprefix("hf:").removeprefix("hf-hub:").removeprefix("local-dir:")
-    place = Path(name).expanduser()
+    place = home_path(name)
     try:
         return (place.resolve().name if place.is_dir() else place.name) or spec
     except (OSError, ValueError):  # no name of a file

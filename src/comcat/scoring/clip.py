@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from ..data import Preprocess
 from ..errors import ModelError
+from ..files import home_path
 from ..models.failures import loading_failure, required
 from ..models.inputs import processor_settings
 from ..models.transformers import image_processor
@@ -29,8 +29,8 @@ class Clip:
     def __init__(self, spec: str, opening: Opening = AS_PUBLISHED) -> None:
         transformers = required("transformers")
         name, self._opening = spec.removeprefix("hf:"), opening
-        local = Path(name).expanduser().is_dir()
-        name = str(Path(name).expanduser()) if local else name
+        local = home_path(name).is_dir()
+        name = str(home_path(name)) if local else name
         try:
             config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
             if config.model_type != "clip":

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import parts_of_batch
+from ..data.batches import expect_batches, parts_of_batch
 from ..errors import DataError
 from ..grad_mode import ordinary
 from ..measure.running import unwrap
@@ -54,6 +54,7 @@ def examples_of(
 
     if limit is not None and limit < 1:
         raise DataError(f"got a limit of {limit} pictures, expected at least 1")
+    expect_batches(batches, "calibration")
     seen, known = 0, _parameters(model)
     total = len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
     for batch in tqdm(batches, total=total, desc="calibrating", unit="batch", disable=not progress, leave=False):

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import StoreError
+from ..files import home_path
 from ..models.failures import first_line
 from .folder import FILES, STOCK_CONFIG, own_config
 
@@ -60,7 +61,7 @@ def push_to_hub(
         with tempfile.TemporaryDirectory(prefix="comcat-") as parent:
             folder = save(model_or_folder, Path(parent) / repo_id.partition("/")[2])
             return _upload(folder, repo_id, private, token, commit_message)
-    return _upload(Path(model_or_folder).expanduser(), repo_id, private, token, commit_message)
+    return _upload(home_path(model_or_folder), repo_id, private, token, commit_message)
 
 
 def _upload(folder: Path, repo_id: str, private: bool, token: str | bool | None, message: str) -> str:

@@ -15,7 +15,7 @@ from .. import models
 from .._version import __version__
 from ..data import Preprocess
 from ..errors import ModelError, PlanError, SettingsError, StoreError, nearest
-from ..files import parsed, read_tensors, surviving
+from ..files import home_path, parsed, read_tensors, surviving
 from ..grad_mode import outside_inference_mode
 from ..models import Origin
 from ..models.failures import NOT_BY_PRETRAINED
@@ -126,7 +126,7 @@ def load_model(
             follow.
         StoreError: for a folder of comcat's that is damaged. SettingsError: for a device or dtype that cannot be used.
     """
-    folder = surviving(place_of(spec)) if os.fspath(spec) else None
+    folder = surviving(place_of(spec)) if spec != "" else None
     if folder is None or not is_saved_model(folder):
         return models.load_model(spec, pretrained=pretrained, device=device, dtype=dtype, **model_args)
     if not pretrained or model_args:
@@ -194,8 +194,8 @@ def _check_place(device: str | torch.device, dtype: torch.dtype | None) -> None:
 
 
 def _folder(source: str | os.PathLike[str], revision: str | None, token: str | bool | None) -> Path:
+    folder = surviving(home_path(source))
     text = os.fspath(source)
-    folder = surviving(Path(text).expanduser())
     if folder.is_dir():
         if revision is not None:
             raise SettingsError(f"revision: got {revision!r}, but {text!r} is a folder, which has none")

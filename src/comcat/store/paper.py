@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..apply import apply_
 from ..errors import PlanError, StoreError, UnknownSite, UnsupportedSite, counted, listed
+from ..files import home_path
 from ..hosts import find_sites
 from ..models import class_names_of, load_model, origin_of, preprocess_of
 from ..models.failures import first_line
@@ -58,7 +59,7 @@ def import_paper(
             architecture or the ranks.
         ModelError: if there is no such architecture.
     """
-    state = _read_checkpoint(Path(checkpoint).expanduser())
+    state = _read_checkpoint(home_path(checkpoint))
     if isinstance(base, nn.Module):
         model: Any = copy.deepcopy(base)
     else:
@@ -70,7 +71,7 @@ def import_paper(
     reading = _Reading(model, sites, state)
     plan = reading.plan()
     if ranks is not None:
-        _compare_ranks(_read_ranks(Path(ranks).expanduser()), reading)
+        _compare_ranks(_read_ranks(home_path(ranks)), reading)
     try:
         apply_(model, plan, sites=sites, weights=False)
     except (PlanError, UnknownSite, UnsupportedSite) as error:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..errors import ModelError, SettingsError, StoreError
-from ..files import write_tensors
+from ..files import home_path, write_tensors
 from ..hosts.ordinary import check_storable
 from ..models import Origin, class_names_of, preprocess_of
 from ..models.origins import OWN
@@ -84,7 +84,7 @@ def save(
         StoreError: if nothing says how the model was compressed, it does not fit its plan, the folder is not comcat's
             or cannot be written, a stock export is not possible, or values are too large for ``dtype``.
     """
-    target = Path(folder).expanduser()
+    target = home_path(folder)
     model = bare(model)
     record = _record(model, plan, record)
     check_replaceable(target, overwrite)  # before any work

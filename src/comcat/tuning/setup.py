@@ -20,6 +20,7 @@ from ..measure.running import evaluating
 from ..models import preprocess_of
 from ..runs.processes import Processes
 from ..runs.state import fingerprint
+from ..wrappers import bare
 from .augmentation import Augment, crop_scale
 from .data import TrainingData
 from .learner import freeze_but, freeze_unused
@@ -77,6 +78,8 @@ def set_up(
 ) -> Setup:
     """Check what a run is given and set it up. Raises what :func:`comcat.tune` raises for what does not fit."""
     _check_types(student)
+    if teacher is not None:
+        bare(teacher)  # raises for what is no module
     preprocess = preprocess_of(student) if preprocess is None else preprocess
     maps = _tried(student, preprocess, Features(()))[0].dim() == 4
     classifies = is_classifier(student) and not maps

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..data import Batches, Pictures, Preprocess, batches
 from ..errors import SettingsError
+from ..files import home_path
 from ..measure import Evaluation, evaluate
 from ..methods.compress import Compressed, compress_
 from ..methods.request import check_reach, check_request
@@ -91,7 +92,7 @@ def compress_to(
         DataError: where pictures to calibrate or train on are also in ``evaluation``.
         And what :func:`comcat.compress`, :func:`comcat.search` and :func:`comcat.tune` raise.
     """
-    out, chosen = Path(out).expanduser(), from_keywords(CompressToSettings, settings)
+    out, chosen = home_path(out), from_keywords(CompressToSettings, settings)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise SettingsError(
             "compressing works in one process; with several, search first, then compress with its plan, then tune"

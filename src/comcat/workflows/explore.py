@@ -12,7 +12,7 @@ from torch import nn
 
 from ..data import batches
 from ..errors import SettingsError
-from ..files import check_writable
+from ..files import check_writable, home_path
 from ..methods.exploring import Exploration, explore
 from ..methods.settings import CompressSettings
 from ..methods.splits import divide
@@ -61,7 +61,7 @@ def explore_to(
         SettingsError: for a place that is no ``.html`` file, is taken or cannot be written to. And what
         :func:`comcat.compress` raises.
     """
-    out = Path(out).expanduser()
+    out = home_path(out)
     chosen = from_keywords(CompressSettings, {**settings, "reduce": 0.5})
     with claimed(out):
         _check_out(out, overwrite)

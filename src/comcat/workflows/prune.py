@@ -6,12 +6,12 @@ import os
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..data import batches
+from ..files import home_path
 from ..measure import evaluate
 from ..methods.gating import PruneSettings, prune_
 from ..methods.gating.run import Pruned
@@ -65,7 +65,7 @@ def prune_to(
             writes to.
         DataError: where training pictures are also in ``evaluation``. And what :func:`comcat.prune` raises.
     """
-    out, chosen = Path(out).expanduser(), from_keywords(PruneSettings, settings)
+    out, chosen = home_path(out), from_keywords(PruneSettings, settings)
     name, notes = called(model, name), []
     model = model_of(model)
     teacher = None if teacher is None else model_of(teacher)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..errors import SettingsError
-from ..files import check_writable
+from ..files import check_writable, home_path
 from ..methods.search import SearchSettings, search_
 from ..plan import Plan
 from ..runs.claims import claimed
@@ -53,7 +53,7 @@ def search_to(
             writes to.
         DataError: where pictures of ``evaluation`` are in ``data``. And what :func:`comcat.search` raises.
     """
-    out, chosen = Path(out).expanduser(), from_keywords(SearchSettings, settings)
+    out, chosen = home_path(out), from_keywords(SearchSettings, settings)
     model, notes = model_of(model), []
     processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
     work = out.with_name(f"{out.stem}.run")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..data import Pictures
+from ..files import home_path
 from ..methods.splits import in_words
 from ..models import preprocess_of
 from ..report import ReportData
@@ -60,7 +61,7 @@ def tune_to(
             writes to.
         DataError: where training pictures are also in ``evaluation``. And what :func:`comcat.tune` raises.
     """
-    out, chosen = Path(out).expanduser(), from_keywords(TuneSettings, settings)
+    out, chosen = home_path(out), from_keywords(TuneSettings, settings)
     name, notes = called(student, name), []
     student = model_of(student)
     teacher = None if teacher is None else model_of(teacher)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ModelError, SettingsError
+from ...files import home_path
 from ...settings import expect
 from ..common import Common, Positional, load, pick_device
 from ..terminal import LABELS, number, table
@@ -105,7 +106,7 @@ def _opened(command: Bench) -> Iterator[dict[str, Timed]]:
     from ...deployment.formats import format_of
 
     names = [name for name in (command.against, command.model) if name is not None]
-    forms = {name: format_of(Path(name).expanduser()) for name in names}
+    forms = {name: format_of(home_path(name)) for name in names}
     if any(forms.values()) or command.runtime is not None:
         _check_runtime(command, forms)
     with tempfile.TemporaryDirectory() as folder:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import home_path
 from ..common import Common, Positional, load, pick_device
 from ..terminal import table
 
@@ -29,7 +30,7 @@ class Inspect(Common):
 
 
 def run(command: Inspect) -> int:
-    path = Path(command.model).expanduser()
+    path = home_path(command.model)
     if path.suffix == ".safetensors":
         return _inspect_adapter(command, path)
     if command.model.startswith("diffusers:") or (path / "model_index.json").is_file():

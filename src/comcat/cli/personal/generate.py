@@ -10,6 +10,7 @@ import tyro
 
 from ...diffusion.draw.settings import GenerateSettings
 from ...errors import SettingsError, counted
+from ...files import home_path
 from ..common import Positional
 from .pipelines import PipelineCommand, open_pipeline
 
@@ -69,10 +70,10 @@ def run(command: Generate) -> int:
 def parse_adapter(text: str) -> tuple[Path, float]:
     """``dog.safetensors:0.8`` as file and scale; without a scale, 1."""
     path, colon, scale = text.rpartition(":")
-    if not colon or Path(text).expanduser().exists():
-        return Path(text).expanduser(), 1.0
+    if not colon or home_path(text).exists():
+        return home_path(text), 1.0
     try:
-        return Path(path).expanduser(), float(scale)
+        return home_path(path), float(scale)
     except ValueError:
         raise SettingsError(f"--adapter: got {text!r}, expected FILE or FILE:SCALE, as dog.safetensors:0.8") from None
 

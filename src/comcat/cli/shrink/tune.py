@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import SettingsError
+from ...files import home_path
 from ...settings import keywords_of
 from ...tuning.settings import TuneSettings
 from ..common import Common, Positional, command_line, in_processes, load
@@ -40,7 +41,7 @@ class Tune(Common, TuneSettings):
 
 
 def run(command: Tune) -> int:
-    folder = Path(command.student).expanduser()
+    folder = home_path(command.student)
     if command.out is None and not folder.is_dir():
         raise SettingsError(
             "say where to save, --out FOLDER: by default that is beside the student's folder, "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..._version import __version__
 from ...errors import SettingsError, StoreError, counted, listed, printable
-from ...files import HASH, parsed, read_tensors_and_metadata, write_tensors
+from ...files import HASH, home_path, parsed, read_tensors_and_metadata, write_tensors
 from ...modules.adapters import CONTEXT, SIDES
 from ..pipeline.components import TEXT_ENCODERS
 from .attach import bad_alpha, unknown
@@ -129,7 +129,7 @@ def save(
     text = {k: v for k, v in known.items() if v is not None}
     versions = {_MARK: FORMAT, "comcat_version": __version__, "torch_version": torch.__version__, "format": "pt"}
     heads = json.dumps({path: terms.heads for path, terms in adapter.terms.items()}, separators=(",", ":"))
-    path = Path(path).expanduser()
+    path = home_path(path)
     write_tensors(path, tensors, {**record.metadata, **text, **versions, "rank": str(adapter.rank), _HEADS: heads})
     remember(target, name, record)
     return path
@@ -141,7 +141,7 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
     Raises:
         StoreError: if it is missing, damaged, or no adapter of comcat's; a LoRA is told as one.
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     if not path.is_file():
         raise StoreError(f"there is no adapter {str(path)!r}, expected a .safetensors file that comcat has saved")
     tensors, metadata = read_tensors_and_metadata(path)

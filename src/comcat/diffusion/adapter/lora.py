@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..._version import __version__
 from ...errors import SettingsError, UnsupportedSite, listed
-from ...files import write_tensors
+from ...files import home_path, write_tensors
 from ...linalg import nearest_updates, root
 from ...linalg.updates import Side
 from ...modules.adapters import CONTEXT, LowRankTerms
@@ -115,7 +115,7 @@ def export_lora(
             f"a LoRA of rank {rank} differs from {name!r} by {difference:.1%} of the denoiser's output, expected at "
             f"most {bound:.1%}: try a higher rank, or force it{_what_lacks(left_out)}"
         )
-    path = Path(path).expanduser()
+    path = home_path(path)
     tensors = _tensors(updates, keys, dtype)
     about = {"comcat_version": __version__, "format": "pt", "identifier": adapter.record.identifier or ""}
     write_tensors(path, tensors, about)

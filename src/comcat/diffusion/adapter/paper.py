@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ModelError, StoreError, counted
+from ...files import home_path
 from ...modules.adapters import SIDES
 from ..pipeline.components import denoiser_of
 from .attach import check_new, install
@@ -39,7 +40,7 @@ def import_paper(path: str | os.PathLike[str], target: Any, *, name: str) -> Ada
         StoreError: if the file is missing, damaged, holds more than tensors, or does not fit. ModelError: if ``target``
             has no unet. SettingsError: if the name is taken. In either case nothing has changed.
     """
-    path = Path(path).expanduser()
+    path = home_path(path)
     factors = _read(path)
     component = denoiser_of(target)
     if component.name != "unet":

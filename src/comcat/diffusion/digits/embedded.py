@@ -15,6 +15,7 @@ import torch
 
 from ..._version import __version__
 from ...errors import ModelError, SettingsError
+from ...files import home_path
 from ...runs.seeding import seeded
 from ...store.folder import STOCK_CONFIG, check_replaceable, own_config, replacing, sha256
 from .autoencoder import averaging_autoencoder
@@ -70,7 +71,7 @@ def digits_pipeline(
         raise ModelError(f"the digits pipeline needs the package: pip install 'comcat[diffusion]' ({error})") from None
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     made = {"recipe": RECIPE, "steps": steps, "seed": seed, "left_out": left_out}
-    place = None if folder is None else Path(folder).expanduser()
+    place = None if folder is None else home_path(folder)
     if place is not None and (kept := _read(place, made)) is not None:
         return kept.to(device)
     with seeded(seed):

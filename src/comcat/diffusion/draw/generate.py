@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from ...errors import ModelError, SettingsError, counted
-from ...files import check_writable
+from ...files import check_writable, home_path
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
 from ..pipeline.families import Family, check_side, family_of
@@ -159,7 +159,7 @@ def generate_to(
         StoreError: if a picture made in another way is in the place of a new one (unless ``overwrite``), or none can be
             written.
     """
-    folder = Path(folder).expanduser()
+    folder = home_path(folder)
     check_writable(folder)
     prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
     chosen = from_keywords(GenerateSettings, settings)

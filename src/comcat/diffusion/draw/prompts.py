@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError, ModelError, SettingsError
+from ...files import home_path
 from ..pipeline.families import Family, family_of
 
 
@@ -134,7 +135,7 @@ def read_prompts(path: Path) -> list[str]:
         DataError: if the file cannot be read or holds no prompt.
     """
     try:
-        lines = [line.strip() for line in path.expanduser().read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in home_path(path).read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the prompts in {str(path)!r} cannot be read: {error}") from None
     prompts = [line for line in lines if line and not line.startswith("#")]

@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ...errors import SettingsError, StoreError, counted
+from ...files import home_path
 from ...runs.checkpoints import Checkpoint, Checkpoints
 from ...runs.loop import carry_out, find_checkpoint
 from ...runs.processes import Processes
@@ -132,7 +132,7 @@ class Customization:
         self.class_examples = None
         if settings.prior_images is not None:
             self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
-        self.out = None if out is None else check_out(Path(out).expanduser())
+        self.out = None if out is None else check_out(home_path(out))
         self.optimisation: Optimisation | None = None
 
     def run(self, restart: bool) -> Adapter:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...errors import ModelError, nearest
-from ...files import parsed
+from ...files import home_path, parsed
 from ...models.failures import first_line, loading_failure
 
 _WEIGHTS = re.compile(
@@ -45,7 +45,7 @@ def load_pipeline(
     except ImportError as error:
         raise ModelError(f"pipelines need diffusers: pip install 'comcat[diffusion]' ({error})") from None
     text = os.fspath(spec).removeprefix("hf:")
-    place = Path(text).expanduser()
+    place = home_path(text)
     local = place.is_dir()
     if local:
         variant = _variant_in(place, _parts_of(place), variant)
