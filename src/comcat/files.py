@@ -32,8 +32,7 @@ _SHARED = "comcat_shared"
 HASH = "sha256"
 """The key of a file's hash in its metadata."""
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM}
-NO_LOCKS = {errno.EBADF, errno.ENOLCK, *_NO_EXCHANGE}
-"""What a file system says that has no locks."""
+NO_LOCKS = {errno.EBADF, errno.ENOLCK, *_NO_EXCHANGE}  # what a file system says that has no locks
 
 
 def home_path(path: StrPath) -> Path:
@@ -185,7 +184,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     """Tensors as safetensors wants them, each with its memory to itself, and the names of twins by the name that is
     written.
     """
-    first, shared, apart, storages = dict[tuple, str](), dict[str, str](), dict[str, Tensor](), set[int]()
+    first, shared, storages = dict[tuple, str](), dict[str, str](), set[int]()
+    apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         _check(name, tensor)
         key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
