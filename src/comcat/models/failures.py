@@ -31,8 +31,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def loading_failure(spec: str, error: Exception, *, local: bool) -> ModelError:
-    """The error to raise when a library could not load ``spec``; ``local`` says that it is a folder."""
+def loading_failure(spec: str, error: Exception, *, local: bool, instead: str | None = None) -> ModelError:
+    """The error to raise when a library could not load ``spec``; ``local`` says that it is a folder.
+
+    instead: what else does where the hub is away; by default what there is for a model.
+    """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
@@ -40,10 +43,12 @@ def loading_failure(spec: str, error: Exception, *, local: bool) -> ModelError:
     if not local and kinds & _NO_SUCH:
         return ModelError(f"{spec}: the hub has no such model, or it is not public ({first_line(error)})")
     if not local and kinds & _UNREACHABLE:
-        at_hub = spec.startswith(("hf:", "timm:hf-hub:"))
-        instead = "even pretrained=False (--no-pretrained) needs its config" if at_hub else RANDOM_WEIGHTS
+        if instead is None:
+            at_hub = spec.startswith(("hf:", "timm:hf-hub:"))
+            needs_config = ", but even pretrained=False (--no-pretrained) needs its config"
+            instead = needs_config if at_hub else f", and {RANDOM_WEIGHTS}"
         return ModelError(
-            f"{spec}: the hub cannot be reached and the model is not in the cache; a local folder works without it, "
-            f"{'but' if at_hub else 'and'} {instead}"
+            f"{spec}: the hub cannot be reached and the model is not in the cache; a local folder works without it"
+            f"{instead}"
         )
     return ModelError(f"{spec} cannot be loaded: {first_line(error)}")

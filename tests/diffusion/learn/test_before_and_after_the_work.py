@@ -13,7 +13,7 @@ import torch
 import comcat.diffusion as cd
 from comcat import files
 from comcat.diffusion.learn.customize import Customization
-from comcat.errors import NumericsError, SettingsError, StoreError
+from comcat.errors import DataError, ModelError, NumericsError, SettingsError, StoreError
 
 from .. import tiny
 
@@ -153,3 +153,45 @@ def test_a_disk_that_is_full_to_the_last_byte_leaves_the_adapter_in_the_pipe(
     file = cd.read(cd.save(pipe, out))
     assert file.identifier == "V*" and any(f["k_down"].any() for f in file.factors.values())
     assert not any(p.requires_grad for p in cd.adapters(pipe)["default"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"source": None}, DataError, r"got None \(NoneType\) for pictures of the concept, expected a folder"),
+        ({"source": [1, 2]}, DataError, r"got 1 \(int\) among pictures of the concept, expected pictures of Pillow"),
+        ({"source": "a\0b"}, DataError, r"\\x00"),
+        ({"prompt": 7}, SettingsError, r"prompt: got 7 \(int\), expected a text or several"),
+        ({"prompt": ["a V* dog", None]}, SettingsError, r"prompt: got None \(NoneType\), expected a text"),
+        ({"rank": 10**9}, SettingsError, r"got rank 1000000000, expected at most \d+, the width"),
+        ({"out": "a\0b.safetensors"}, StoreError, r"\\x00.* expected a path"),
+    ],
+)
+def test_something_of_another_kind_is_refused_before_the_work(
+    pipe: Any, change: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    given = {"source": tiny.pictures(), "prompt": PROMPT, **QUICK, **change}
+    pipe.unet.forward = None
+    with pytest.raises(error, match=said):
+        cd.customize(pipe, given.pop("source"), **given)
+    assert cd.adapters(pipe) == {}
+
+
+def test_a_picture_alone_is_a_concept(pipe: Any) -> None:
+    adapter = cd.customize(pipe, tiny.pictures()[0], prompt=PROMPT, **{**QUICK, "steps": 1})
+    assert adapter.rank > 0
+
+
+def test_a_pipeline_that_is_none_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for given, error, said in (
+        (7, StoreError, r"got 7 \(int\), expected a path"),
+        ("a\0b", StoreError, r"\\x00"),
+        (tmp_path / "file", ModelError, "is a file, expected a folder that save_pretrained wrote"),
+    ):
+        with pytest.raises(error, match=said):
+            cd.load_pipeline(given)
+    with pytest.raises(SettingsError, match=r"prompts: got 7 \(int\), expected a text or several"):
+        list(cd.generate(tiny.stable_diffusion(tmp_path / "parts"), 7))  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match=r"got dtype torch\.int8"):
+        cd.attach(tiny.stable_diffusion(tmp_path / "others"), dtype=torch.int8)

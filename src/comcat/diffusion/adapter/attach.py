@@ -59,11 +59,16 @@ def attach(
             case nothing has changed.
     """
     _check_settings(rank, where, init, alpha)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SettingsError(f"got dtype {dtype!r}, expected a floating-point one such as torch.float32")
     check_new(target, name)
     where = where or default_where(target)
     chosen = _choose(denoiser_of(target), where)
     if text_encoder:
         chosen += _choose_text(target)
+    widest = max(width for found in chosen for width in found.widths.values())
+    if rank > widest:
+        raise SettingsError(f"got rank {rank}, expected at most {widest}, the width of what it reads")
     generator = torch.Generator().manual_seed(seed)
     components = components_of(target)
     terms: dict[str, LowRankTerms] = {}

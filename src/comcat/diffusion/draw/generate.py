@@ -19,6 +19,7 @@ from ...settings import from_keywords
 from ..pipeline.families import Family, check_side, family_of
 from ..pipeline.shortage import shortage_explained
 from .pictures import already_made, file_name, save_picture
+from .prompts import texts
 from .settings import GenerateSettings
 
 
@@ -59,7 +60,7 @@ def generate(
         raise ModelError(f"{type(pipe).__name__} has no scheduler, so it cannot generate; load the pipeline with one")
     check_sampling(pipe, how.steps)
     _check_fits(pipe, how)
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    prompts = texts(prompts, "prompts")
     pictures = [(p, n) for p in prompts for n in range(how.count)] if wanted is None else list(wanted)
     bar = tqdm(total=len(pictures), desc="pictures", unit="picture", disable=not progress)
     with bar, quiet(pipe):

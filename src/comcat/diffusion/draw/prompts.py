@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import DataError, ModelError, SettingsError
+from ...errors import DataError, ModelError, SettingsError, in_short
 from ...files import home_path
 from ..pipeline.families import Family, family_of
 
@@ -21,9 +21,19 @@ def _call(prompt: str, identifier: str) -> re.Match[str] | None:
     return re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt)
 
 
+def texts(given: str | Iterable[str], what: str) -> list[str]:
+    """One text or several as a list. Raises SettingsError for anything else."""
+    if isinstance(given, str):
+        return [given]
+    several = list(given) if isinstance(given, Iterable) else [given]
+    if odd := [one for one in several if not isinstance(one, str)]:
+        raise SettingsError(f"{what}: got {in_short(odd[0])} ({type(odd[0]).__name__}), expected a text or several")
+    return several
+
+
 def prompts_given(prompt: str | Sequence[str], identifier: str) -> list[str]:
     """One prompt or several as a list. Raises SettingsError unless each calls the identifier."""
-    given = [prompt] if isinstance(prompt, str) else list(prompt)
+    given = texts(prompt, "prompt")
     for one in given:
         check_prompt(one, identifier)
     return given

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ...data import Pictures, open_pictures
 from ...data.decoding import content_hash, plain
-from ...errors import DataError, SettingsError, counted
+from ...errors import DataError, SettingsError, counted, in_short
 from ...runs.seeding import derive_seed
 
 EXAMPLES = str | Path | Pictures | Sequence[Image.Image]
@@ -41,7 +42,7 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
         images = [sample.image.convert("RGB") for sample in islice(pictures, MANY + 1)]
         skipped = pictures.skipped
     else:
-        images, skipped = [plain(image).convert("RGB") for image in source], []
+        images, skipped = [_picture(image, what) for image in _several(source, what)], []
     if not images:
         raise DataError(f"got no {what}, expected at least one")
     if len(images) > MANY:
@@ -53,6 +54,21 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
         notes.append(f"Only one of the {what}: what is learned will hold its background and pose as well.")
     hashes = "".join(content_hash(image) for image in images)
     return Examples(images, notes, f"{derive_seed(hashes):016x}")
+
+
+def _several(source: Any, what: str) -> Iterable[Any]:
+    if isinstance(source, Image.Image):
+        return [source]
+    if isinstance(source, Iterable):
+        return source
+    raise DataError(f"got {in_short(source)} ({type(source).__name__}) for {what}, expected a folder or pictures")
+
+
+def _picture(image: Any, what: str) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return plain(image).convert("RGB")
+    kind = type(image).__name__
+    raise DataError(f"got {in_short(image)} ({kind}) among {what}, expected pictures of Pillow, or a folder of them")
 
 
 def one_each(prompts: Sequence[str], count: int) -> list[str]:

@@ -44,11 +44,14 @@ def load_pipeline(
         from diffusers import DiffusionPipeline
     except ImportError as error:
         raise ModelError(f"pipelines need diffusers: pip install 'comcat[diffusion]' ({error})") from None
+    home_path(spec)  # raises for what is no path at all
     text = os.fspath(spec).removeprefix("hf:")
     place = home_path(text)
     local = place.is_dir()
     if local:
         variant = _variant_in(place, _parts_of(place), variant)
+    elif place.exists():
+        raise ModelError(f"{text!r} is a file, expected a folder that save_pretrained wrote, or OWNER/NAME on the hub")
     elif not _ON_THE_HUB.fullmatch(text):
         beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
         raise ModelError(
@@ -58,7 +61,7 @@ def load_pipeline(
     try:
         pipe = DiffusionPipeline.from_pretrained(str(place) if local else text, dtype=dtype, variant=variant)
     except Exception as error:  # every library below raises its own kinds
-        raise loading_failure(text if local else f"hf:{text}", error, local=local) from error
+        raise loading_failure(text if local else f"hf:{text}", error, local=local, instead="") from error
     try:
         return pipe.to(device)
     except (RuntimeError, AssertionError) as error:
