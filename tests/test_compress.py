@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import comcat
 from comcat.errors import BudgetError, DataError, ModelError, NumericsError, PlanError, SettingsError
@@ -367,3 +368,25 @@ def test_a_statistic_that_sees_no_pictures_is_called_weak(model, statistic, weak
     """Ranks read off the weights alone were shown as if they said what is lost."""
     done = compress_(copy.deepcopy(model), pictures(), CompressSettings(reduce=0.3, statistic=statistic))
     assert any("by the weights alone, a weak guide" in note for note in done.notes) == weak
+
+
+class Towers(nn.Module):
+    """Two towers, of which the first alone sees what comes in."""
+
+    def __init__(self, reads: bool = True) -> None:
+        super().__init__()
+        self.seeing, self.reading, self.reads = tiny_vit(), tiny_vit(), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seeing(x) if self.reads else x.flatten(1)[:, :5]
+
+
+def test_a_tower_that_no_calibration_input_reached_is_named():
+    model = Towers().eval()
+    with pytest.warns(UserWarning, match=r"No calibration input reached reading\.blocks \(10 sites\): they stay"):
+        small = comcat.compress(model, pictures(), reduce=0.2)
+    assert {name.split(".")[0] for name in small.comcat_record.plan.sites} == {"seeing"}
+    done = compress_(Towers().eval(), pictures(), CompressSettings(reduce=0.2))
+    assert any("reached reading.blocks (10 sites)" in note for note in done.notes)
+    with pytest.raises(ModelError, match=r"No calibration input reached seeing\.blocks .* give inputs that reach"):
+        comcat.compress(Towers(reads=False), pictures(), reduce=0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from ..record import Record
 from ..settings import from_keywords
 from ..sites import Sites
 from ..wrappers import bare
-from .prepare import Prepared, kept, prepare
+from .prepare import Prepared, kept, prepare, said_of_unreached
 from .propose import propose
 from .request import check_request
 from .sequential import apply_sequentially
@@ -65,7 +66,9 @@ def compress(
     model = bare(model)
     check_ordinary(model)
     small = copy.deepcopy(model)
-    compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
+    done = compress_(small, calibration, chosen, held_out=held_out, plan=plan, progress=progress)
+    for note in _unreached(done.prepared):
+        warnings.warn(note, stacklevel=2)
     return small
 
 
@@ -111,12 +114,18 @@ def compress_(
         )
     record = Record(plan=plan, settings=asdict(settings), **before)
     model.comcat_record = record  # type: ignore[assignment]
-    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=(*notes, *_weak(prepared), *handle.notes))
+    said = (*notes, *_weak(prepared), *_unreached(prepared), *handle.notes)
+    return Compressed(handle=handle, plan=plan, prepared=prepared, notes=said)
 
 
 def _weak(prepared: Prepared) -> list[str]:
     by_weights = prepared.statistic.name == "weights" and len(prepared.sites)
     return [f"What would be lost was measured {WEAK}"] if by_weights else []
+
+
+def _unreached(prepared: Prepared) -> list[str]:
+    names = getattr(prepared.statistic, "unreached", ())
+    return [f"{said_of_unreached(names)}: they stay as they are."] if names else []
 
 
 def origin_or_none(model: nn.Module) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from ..data.batches import expect_batches
-from ..errors import DataError, ModelError, SettingsError, nearest
+from ..errors import DataError, ModelError, SettingsError, counted, nearest
 from ..factors import Spectrum, Statistic, Weights, spectra
 from ..forms import Flow, check_plan
 from ..hosts import find_sites
@@ -82,6 +84,8 @@ def prepare(
                 f"statistic {settings.statistic!r} needs calibration pictures; without any, say statistic='weights'"
             )
         statistic = calibrated(model, calibration, settings, sites, progress)
+        if len(statistic.unreached) == len(sites):
+            raise ModelError(f"{said_of_unreached(statistic.unreached)}; give inputs that reach what is to shrink")
         sites = sites.without(statistic.unreached)
     names = check_forms(settings.forms)
     tokens, meter = (), None
@@ -204,6 +208,13 @@ def calibrated(
 def kept(batches: Iterable) -> Iterable:
     """Batches that can be gone through more than once: an iterator that would be spent is read into a list."""
     return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def said_of_unreached(names: Sequence[str]) -> str:
+    """Which parts of a model no calibration input reached: the paths of sites up to the number of a block."""
+    parts = Counter(re.split(r"\.\d+(?:\.|$)", name.partition(":")[0])[0] for name in names)
+    listed = ", ".join(f"{part} ({counted(count, 'site')})" for part, count in parts.items())
+    return f"No calibration input reached {listed}"
 
 
 def _first_picture(model: nn.Module, calibration: Iterable) -> Tensor:
