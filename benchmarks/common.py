@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import shlex
@@ -144,11 +145,21 @@ def top1(model: nn.Module, pictures: Pictures) -> float:
 
 
 def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **arguments: Any) -> nn.Module:
-    """A timm model with random weights: enough for time, memory and counts."""
-    import timm
+    """A model with random weights, enough for time, memory and counts: of timm, or of what stands before a colon.
 
+    ``torchvision:vit_b_16`` is torchvision's; ``open_clip:ViT-B-32`` is the picture tower of open_clip's.
+    """
+    library, _, short = name.rpartition(":")
     torch.manual_seed(0)
-    return timm.create_model(name, pretrained=False, **arguments).eval().to(device=device, dtype=dtype)
+    if library == "torchvision":
+        model = importlib.import_module("torchvision.models").get_model(short, **arguments)
+    elif library == "open_clip":
+        model = importlib.import_module("open_clip").create_model(short, **arguments).visual
+    elif not library:
+        model = importlib.import_module("timm").create_model(short, pretrained=False, **arguments)
+    else:
+        raise ValueError(f"got {name!r}, expected a name of timm's, torchvision:NAME or open_clip:NAME")
+    return model.eval().to(device=device, dtype=dtype)
 
 
 def side_of(model: Any) -> int:

@@ -161,15 +161,16 @@ def safely(examined: Callable[[Family], dict[str, Any]], family: Family) -> dict
         return {"library": family.library, "family": family.name, "model": family.model, "failed": text}
 
 
-UNSEEN = re.compile(r"does not know how to call|attention of no known shape: \w+$")
+UNSEEN = re.compile(r"does not know how to call|does not stand in for|attention of no known shape: \w+$")
 """Reasons that say that comcat does not understand something, which may well have a product."""
 
 
 def is_whole(row: Mapping[str, Any]) -> bool:
-    """Whether all attention was understood, all products that exist shrink exactly, and the model comes back."""
+    """Whether attention was found and understood, all its products shrink exactly, and the model comes back."""
     if "failed" in row or any(UNSEEN.search(reason) for reason in row["reasons"]):
         return False
-    return bool(row["error"] <= LIMIT and row["compressed"] and row["loaded"] and row["share"] >= 0.1)
+    seen = row["attention"] + row["refused"] > 0
+    return bool(seen and row["error"] <= LIMIT and row["compressed"] and row["loaded"] and row["share"] >= 0.1)
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,10 @@ DEFAULTS = {"ranks": "waterfill", "statistic": "loss"}
 
 def main() -> None:
     p = parser(__doc__)
-    p.add_argument("--models", nargs="*", default=["deit_small_patch16_224:0.5", "deit_base_patch16_224:0.61"])
+    p.add_argument(
+        "--models", nargs="*", default=["deit_small_patch16_224:0.5", "deit_base_patch16_224:0.61"],
+        help="NAME:SHARE of timm's, or torchvision:NAME:SHARE, or open_clip:NAME:SHARE",
+    )  # fmt: skip
     p.add_argument("--batches", type=int, nargs="*", default=[16, 1])
     p.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
     p.add_argument("--compile", action="store_true", help="also compiled")
@@ -29,7 +32,7 @@ def main() -> None:
     a = p.parse_args()
     rows = []
     for entry in a.models:
-        name, _, share = entry.partition(":")
+        name, _, share = entry.rpartition(":")
         dense = vit(name, a.device)
         pictures = random_pictures(16, 8, device=a.device)
         plans = {

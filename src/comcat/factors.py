@@ -183,14 +183,14 @@ def weight_factors(
         q, k = (_per_head(_checked(site, p.weight(model)), a) for p in (a.q, a.k))  # (heads, in, width)
         bias = a.q.bias_or_none(model)
         if bias is not None and with_bias:
-            q = torch.cat([q, _checked(site, bias).view(a.heads, 1, a.width)], dim=1)
+            q = torch.cat([q, _checked(site, bias).view(a.heads, 1, -1)], dim=1)
         key_bias = a.k.bias_or_none(model) if a.keeps_key_bias else None
         if key_bias is not None and with_bias:
-            k = torch.cat([k, _checked(site, key_bias).view(a.heads, 1, a.width)], dim=1)
+            k = torch.cat([k, _checked(site, key_bias).view(a.heads, 1, -1)], dim=1)
         return q, k
     v = _per_head(_checked(site, a.v.weight(model)), a)
     out = _checked(site, part(model, a.out).get_parameter("weight"))
-    return v, out.view(a.out_features, a.heads, a.width).transpose(0, 1)  # (heads, out, width)
+    return v, out.view(a.out_features, a.heads, -1).transpose(0, 1)  # (heads, out, width)
 
 
 def factorize_site(model: nn.Module, site: Site, statistic: Statistic) -> Factorization:
@@ -278,13 +278,13 @@ def _truncate_vo(
     v = _per_head(a.v.weight(model).double(), a) @ left  # (heads, in, rank)
     bias = a.v.bias_or_none(model)
     out_bias = weight.new_zeros(a.out_features) if out_module.bias is None else out_module.bias.detach().double()
-    value_bias = weight.new_zeros(a.heads, a.width) if bias is None else bias.detach().double().view(a.heads, a.width)
+    value_bias = weight.new_zeros(a.heads, a.value_width) if bias is None else bias.detach().double().view(a.heads, -1)
     covariance, mean = statistic.covariance(site), statistic.mean(site)
     if joint_refit and covariance is not None:
         basis = torch.block_diag(*left)  # (heads · width, heads · rank)
         out = refit(covariance, basis, weight.mT).mT
     else:
-        out = torch.einsum("ohk,hkr->ohr", weight.view(-1, a.heads, a.width), right).flatten(1)
+        out = torch.einsum("ohk,hkr->ohr", weight.view(-1, a.heads, a.value_width), right).flatten(1)
     if statistic.zero_biases:
         return Values(v.mT, None, out, out_bias * 0)
     if not a.folds_value_bias:  # attention rows may not sum to one: the bias stays with the values
@@ -296,7 +296,7 @@ def _truncate_vo(
         )  # fmt: skip
     # o' = (o − b_V) T, so y' = o' S + b' equals y in the mean if b' = b_O + E[o] W_O − (E[o] − b_V) T S
     mean = value_bias.flatten() if mean is None else mean.double()
-    thin_mean = torch.einsum("hk,hkr->hr", mean.view(a.heads, a.width) - value_bias, left).flatten()
+    thin_mean = torch.einsum("hk,hkr->hr", mean.view(a.heads, -1) - value_bias, left).flatten()
     return Values(v.mT, None, out, out_bias + weight @ mean - out @ thin_mean)
 
 
@@ -337,7 +337,7 @@ def _gram_or_identity(a: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tenso
 
 def _per_head(weight: Tensor, a: Attention) -> Tensor:
     """(heads · width, in) → (heads, in, width)."""
-    return weight.detach().view(a.heads, a.width, -1).mT
+    return weight.detach().unflatten(0, (a.heads, -1)).mT
 
 
 def _checked(site: Site, weight: Tensor) -> Tensor:

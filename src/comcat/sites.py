@@ -13,7 +13,10 @@ from torch import nn
 from .anatomy import Attention as Attention
 from .anatomy import Projection as Projection
 from .anatomy import channels_last as channels_last
+from .anatomy import dense_in as dense_in
 from .anatomy import is_pointwise as is_pointwise
+from .anatomy import layer_and_norm as layer_and_norm
+from .anatomy import over_maps as over_maps
 from .anatomy import part as part
 from .errors import UnknownSite, UnsupportedSite, nearest
 

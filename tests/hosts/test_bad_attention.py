@@ -53,17 +53,17 @@ class UnequalHeads(Fused):
         return self.proj(torch.cat(heads, -1))
 
 
-class WiderValues(nn.Module):
-    """Values are wider than queries and keys, as in LeViT."""
+class FewerKeys(nn.Module):
+    """Heads share keys, and have values of their own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_heads = HEADS
-        self.q, self.k, self.v = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM), nn.Linear(DIM, 2 * DIM)
-        self.proj = nn.Linear(2 * DIM, DIM)
+        self.q, self.k, self.v = nn.Linear(DIM, DIM), nn.Linear(DIM, WIDTH), nn.Linear(DIM, DIM)
+        self.proj = nn.Linear(DIM, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attended(self.q(x), self.k(x), self.v(x)))
+        return self.proj(attended(self.q(x), self.k(x).repeat(1, 1, HEADS), self.v(x)))
 
 
 class AcrossChannels(Fused):
@@ -110,12 +110,12 @@ REASONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "(grouped or multi-query attention)"),
     "multi-query": (lambda: Grouped(1, False), "attention of no known shape: queries, keys and values differ in width "
         "(grouped or multi-query attention)"),
-    "grouped in one layer": (lambda: Grouped(2, True), "queries, keys and values differ in width (grouped or "
-        "multi-query attention)"),
+    "grouped in one layer": (lambda: Grouped(2, True), "attention of no known shape: queries, keys and values differ "
+        "in width (grouped or multi-query attention)"),
     "heads of other widths": (UnequalHeads, "attention of no known shape: its output depends on more of W_Q and W_K "
         "than their product; its output depends on more of W_V and W_O than their product"),
-    "wider values": (WiderValues, "attention of no known shape: queries, keys and values differ in width: 16, 16 and "
-        "32 channels"),
+    "fewer keys": (FewerKeys, "attention of no known shape: queries, keys and values differ in width: 16, 8 and "
+        "16 channels"),
     "across channels": (AcrossChannels, "attention of no known shape: it is no softmax over keys (attention across "
         "channels, linear attention, or queries added); its output depends on more of W_V and W_O than their product"),
     "checks classes": (Checked, "its forward checks the classes of its layers, so none can be exchanged"),

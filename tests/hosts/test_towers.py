@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +55,16 @@ def qwen25() -> nn.Module:
     )  # fmt: skip
 
 
+def qwen3() -> nn.Module:
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel as Tower
+
+    kind = type(transformers.Qwen3VLConfig().vision_config)
+    return Tower(
+        kind(depth=2, hidden_size=32, out_hidden_size=24, num_heads=2, patch_size=4, intermediate_size=48,
+            num_position_embeddings=16, deepstack_visual_indexes=[0])
+    )  # fmt: skip
+
+
 def patches() -> dict[str, Any]:
     return {"hidden_states": torch.randn(16, 3 * 2 * 4 * 4), "grid_thw": GRID}
 
@@ -75,6 +86,27 @@ def llava() -> nn.Module:
         vision_feature_layer=-1,
     )  # fmt: skip
     return t.LlavaForConditionalGeneration(config)
+
+
+def internvl() -> nn.Module:
+    t = transformers
+    config = t.InternVLConfig(
+        vision_config=t.InternVLVisionConfig(**{**VISION, "image_size": [16, 16], "patch_size": [8, 8]}),
+        text_config=t.Qwen2Config(**TEXT), image_token_id=40, downsample_ratio=0.5,
+    )  # fmt: skip
+    return t.InternVLForConditionalGeneration(config)
+
+
+def timesformer() -> nn.Module:
+    return made("TimesformerModel", "TimesformerConfig", num_frames=2, **VISION)
+
+
+def vjepa2() -> nn.Module:
+    return made(
+        "VJEPA2Model", "VJEPA2Config", crop_size=16, patch_size=8, frames_per_clip=4, hidden_size=32,
+        num_attention_heads=2, num_hidden_layers=2, pred_hidden_size=24, pred_num_attention_heads=2,
+        pred_num_hidden_layers=1, pred_num_mask_tokens=2,
+    )  # fmt: skip
 
 
 def words_and_picture(tokens: int = 4) -> dict[str, Any]:
@@ -104,9 +136,17 @@ def pictures(size: int = 16, count: int = 1) -> Callable[[], dict[str, Any]]:
     return lambda: {"pixel_values": torch.randn(count, 3, size, size)}
 
 
+def film(name: str, frames: int) -> Callable[[], dict[str, Any]]:
+    return lambda: {name: torch.randn(2, frames, 3, 16, 16)}
+
+
 TOWERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], int, int, int]] = {
     "qwen2-vl": (qwen2, patches, 0, 2, 3),
     "qwen2.5-vl": (qwen25, patches, 0, 2, 3),
+    "qwen3-vl": (qwen3, patches, 0, 2, 4),
+    "timesformer": (timesformer, film("pixel_values", 2), 4, 4, 2),
+    "vjepa2": (vjepa2, film("pixel_values_videos", 4), 0, 3, 3),
+    "internvl": (internvl, lambda: words_and_picture(1), 2, 2, 5),
     "pixtral": (pixtral, pictures(), 0, 2, 2),
     "llava": (llava, words_and_picture, 2, 2, 5),
     "detr": (detr, pictures(64, 2), 5, 5, 3),
@@ -150,6 +190,22 @@ def test_reasons_of_a_language_model_are_true() -> None:
     assert spoken == {
         "attention of no known shape: queries, keys and values differ in width (grouped or multi-query attention)"
     }
+
+
+def test_reasons_of_rotary_attention_that_turns_its_queries_itself() -> None:
+    reasons = {r.reason for r in find_sites(tower("vjepa2")[0]).refused if r.name.endswith(":qk")}
+    assert reasons == {"rotary position embeddings sit between W_Q and W_K; its vo and linear sites can still shrink"}
+
+
+@pytest.mark.parametrize("name", ["llava", "internvl", "vjepa2"])
+def test_a_whole_model_with_its_tower_comes_back(name: str, tmp_path: Path) -> None:
+    model, inputs = tower(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = comcat.compress(model, [inputs], reduce=0.05, statistic="activation")
+    comcat.save(small, tmp_path / "model")
+    with torch.no_grad():
+        assert numbers(comcat.load(tmp_path / "model")(**inputs)).equal(numbers(small(**inputs)))
 
 
 def test_the_language_side_shrinks_only_where_it_is_asked_for() -> None:

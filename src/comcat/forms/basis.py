@@ -20,7 +20,7 @@ def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean
         (a constant along keys, which softmax ignores), unless there are keys besides those of tokens.
     """
     a = site.attention
-    left, right = found.left, found.right  # (heads, width, width)
+    left, right = found.left, found.right  # (heads, width, width), or the values' width
     if site.kind == "qk":
         _turn_rows(model, a, a.q, left)
         _turn_rows(model, a, a.k, right)
@@ -32,22 +32,22 @@ def change_basis(model: nn.Module, site: ProductSite, found: Factorization, mean
         return None
     bias = a.v.bias_or_none(model)
     if mean is None:
-        mean = left.new_zeros(a.heads * a.width) if bias is None else bias.detach()
-    rest = _turned(mean.to(left).view(a.heads, a.width), left).flatten()
+        mean = left.new_zeros(a.v.count) if bias is None else bias.detach()
+    rest = _turned(mean.to(left).view(a.heads, -1), left).flatten()
     _turn_rows(model, a, a.v, left)
     if a.keeps_key_bias:
         _turn_(part(model, a.path).bias_v, a, left)
     out = part(model, a.out).weight  # (out, heads · width)
     with torch.no_grad():
-        turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.width), right)
+        turned = torch.einsum("ohk,hkr->ohr", out.to(right).view(-1, a.heads, a.value_width), right)
         out.copy_(turned.flatten(1).view_as(out))
     return rest
 
 
 def _turn_rows(model: nn.Module, a: Attention, projection: Projection, basis: Tensor) -> None:
     weight, bias = projection.weight(model), projection.bias_or_none(model)
-    heads = weight.to(basis).view(a.heads, a.width, -1)
-    turned = None if bias is None else _turned(bias.to(basis).view(a.heads, a.width), basis).flatten()
+    heads = weight.to(basis).unflatten(0, (a.heads, -1))
+    turned = None if bias is None else _turned(bias.to(basis).view(a.heads, -1), basis).flatten()
     projection.write_(model, torch.einsum("hki,hkr->hri", heads, basis).flatten(0, 1), turned)
 
 
@@ -55,7 +55,7 @@ def _turn_(extra: Tensor | None, a: Attention, basis: Tensor) -> None:
     """The key, or value, that no token gives, likewise."""
     if extra is not None:
         with torch.no_grad():
-            extra.copy_(_turned(extra.to(basis).view(a.heads, a.width), basis).view_as(extra))
+            extra.copy_(_turned(extra.to(basis).view(a.heads, -1), basis).view_as(extra))
 
 
 def _turned(rows: Tensor, basis: Tensor) -> Tensor:

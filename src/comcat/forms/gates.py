@@ -17,7 +17,7 @@ from ..factors import Spectrum
 from ..hosts import host_of
 from ..linalg import Elimination, Factorization
 from ..modules.gates import Gate
-from ..sites import HiddenSite, ProductSite, Projection, Site, Sites, Undo, channels_last, part
+from ..sites import HiddenSite, ProductSite, Projection, Site, Sites, Undo, channels_last, over_maps, part
 
 GATED = ("qk", "vo", "units")
 """Kinds of sites that have channels of their own."""
@@ -123,7 +123,7 @@ def _after(model: nn.Module, parts: Sequence[_Gated]) -> Callable[[nn.Module, tu
                 late = late.to(output.dtype)
                 channels = p.gate(channels + late) - late
             output = output.index_copy(-1, rows, channels)
-        return output.movedim(-1, 1) if isinstance(module, nn.Conv2d) else output
+        return output.movedim(-1, 1) if over_maps(module) else output
 
     return hook
 

@@ -48,6 +48,8 @@ class Matrix:
             a = site.attention
             if a.mount == "crossed" or any(p.heads > 1 or p.seen is not None for p in (a.q, a.k, a.v)):
                 raise PlanError(f"{site.name}: form 'matrix' expects matrices in blocks of a layer, got packed ones")
+            if a.normed:
+                raise PlanError(f"{site.name}: form 'matrix' expects plain layers, got one with a batch norm behind it")
 
     def parameters(self, site: ProductSite | LinearSite, entry: SitePlan) -> float:
         return entry.keep * self._per_rank(site) + site.biases

@@ -19,7 +19,7 @@ from ..modules.crossed import LowRankCrossAttention
 from ..modules.lowrank import LowRankAttention, LowRankLinear, NarrowHeads
 from ..modules.padded import PaddedRows
 from ..plan import SitePlan
-from ..sites import Attention, LinearSite, ProductSite, Projection, Replacement, Undo, part
+from ..sites import Attention, LinearSite, ProductSite, Projection, Replacement, Undo, dense_in, part
 from .protocol import Flow, Material, Planned, factory_of, fill, in_place_of
 
 Factored = ProductSite | LinearSite
@@ -100,7 +100,7 @@ class _Builder:
         host = part(self.model, a.path)
         norm, gate = norm_and_gate(host)
         out = part(self.model, a.out)
-        rank_qk, rank_vo = (a.width if p is None else p.entry.keep for p in (qk, vo))
+        rank_qk, rank_vo = _ranks(a, qk, vo)
         dense_vo = vo is None  # then its biases stay as they are, and what it costs stays what it cost
         biased = any(p.bias_or_none(self.model) is not None for p in (a.q, a.v))
         module = LowRankAttention(
@@ -133,7 +133,7 @@ class _Builder:
     def _crossed(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
         host = part(self.model, a.path)
         out = part(self.model, a.out)
-        rank_qk, rank_vo = (a.width if p is None else p.entry.keep for p in (qk, vo))
+        rank_qk, rank_vo = _ranks(a, qk, vo)
         given = [p.bias_or_none(self.model) is not None for p in (a.q, a.k, a.v)]
         keeps = (a.keeps_key_bias, vo is None or not a.folds_value_bias)
         biases = (given[0], given[1] and keeps[0], given[2] and keeps[1], out.bias is not None or vo is not None)
@@ -165,7 +165,7 @@ class _Builder:
         return Replacement(whole=module, without_value_bias=True)
 
     def _parts(self, a: Attention, qk: Planned | None, vo: Planned | None) -> Replacement:
-        rank_qk, rank_vo = (a.width if p is None else p.entry.keep for p in (qk, vo))
+        rank_qk, rank_vo = _ranks(a, qk, vo)
         width = max(rank_qk, rank_vo)
         out = part(self.model, a.out)
         factory = factory_of(out)
@@ -213,7 +213,7 @@ class _Builder:
                 parts[path] = self._rows(a, path, sides, thin)
         if vo is not None:
             out = part(self.model, a.out)
-            narrow = NarrowHeads(a.heads, vo.entry.keep, a.width, a.out_features, **factory_of(out))
+            narrow = NarrowHeads(a.heads, vo.entry.keep, a.value_width, a.out_features, **factory_of(out))
             parts[a.out] = in_place_of(out, narrow)
             if values is not None:
                 fill(narrow.linear.weight, values.out)
@@ -228,10 +228,13 @@ class _Builder:
         thin: Mapping[str, tuple[int, Tensor | None, Tensor | None]],
     ) -> nn.Module:
         """A layer that holds the projections of some ``sides``: those that are ``thin`` padded, others as they are."""
-        host = part(self.model, path)
+        host = dense_in(part(self.model, path))
+        biased = any(p.bias_or_none(self.model) is not None for p in sides.values() if p.bias is None)
         pieces = layout(sides, host.weight.shape[0])
         sections = [
-            (a.heads, thin[side][0], a.width) if side in thin else (p.heads, p.stop - p.start, p.stop - p.start)
+            (a.heads, thin[side][0], p.count // a.heads)
+            if side in thin
+            else (p.heads, p.stop - p.start, p.stop - p.start)
             for side, p in pieces
         ]
         folds = a.folds_value_bias or a.v.bias is not None
@@ -240,7 +243,7 @@ class _Builder:
             host.weight.shape[1],
             sections,
             interleaved=any(p.heads > 1 for p in sides.values()),
-            bias=host.bias is not None and not alone,
+            bias=(biased or host.bias is not None) and not alone,
             **factory_of(host),
         )
         if self.material.fill:
@@ -260,6 +263,8 @@ def layout(sides: Mapping[str, Projection], rows: int) -> list[tuple[str, Projec
     ordered = sorted(sides.items(), key=lambda item: item[1].start)
     path, found, at = ordered[0][1].path, [], 0
     for side, p in ordered:
+        if found and p == found[-1][1]:  # queries that are given from elsewhere have no rows of their own
+            continue
         if p.heads == 1 and p.start > at:
             found.append(("", Projection(path, at, p.start)))
         found.append((side, p))
@@ -267,6 +272,11 @@ def layout(sides: Mapping[str, Projection], rows: int) -> list[tuple[str, Projec
     if ordered[-1][1].heads == 1 and at < rows:
         found.append(("", Projection(path, at, rows)))
     return found
+
+
+def _ranks(a: Attention, qk: Planned | None, vo: Planned | None) -> tuple[int, int]:
+    """Channels of a head's queries and of its values: those of the plan, or as they stand."""
+    return a.width if qk is None else qk.entry.keep, a.value_width if vo is None else vo.entry.keep
 
 
 def _heads_linear(a: Attention, rank: int, width: int, bias: bool, factory: dict) -> nn.Module:
@@ -294,6 +304,6 @@ def _identity_values(model: nn.Module, a: Attention) -> Values:
     weight = out.weight.detach().flatten(1)
     out_bias = weight.new_zeros(a.out_features) if out.bias is None else out.bias.detach()
     bias = a.v.bias_or_none(model)
-    v = a.v.weight(model).detach().view(a.heads, a.width, -1)
-    bias = None if bias is None else bias.detach().view(a.heads, a.width)
+    v = a.v.weight(model).detach().view(a.heads, a.value_width, -1)
+    bias = None if bias is None else bias.detach().view(a.heads, -1)
     return Values(v, bias, weight, out_bias, extra_value(model, a))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..factors import Spectrum, Statistic, Weights, decompose_site
 from ..modules.maps import OverMaps
 from ..plan import SitePlan
-from ..sites import Site, Undo, is_pointwise
+from ..sites import Site, Undo, dense_in, is_pointwise
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ class Form(Protocol):
 
 def factory_of(module: nn.Module) -> dict[str, Any]:
     """The device and type of a layer, for a layer to be built beside it."""
-    weight = module.get_parameter("weight")
+    weight = dense_in(module).weight if dense_in(module) is not None else module.get_parameter("weight")
     return {"device": weight.device, "dtype": weight.dtype}
 
 
 def in_place_of(layer: nn.Module, module: nn.Module) -> nn.Module:
     """A module that reads channels last as what stands where a linear layer stood, or a 1×1 convolution."""
-    return OverMaps(module) if is_pointwise(layer) else module
+    return OverMaps(module) if is_pointwise(dense_in(layer)) else module
 
 
 def fill(target: Tensor | None, value: Tensor | None) -> None:

@@ -132,7 +132,7 @@ def relax_(
             relaxation._undo.append(host_of(a).observe(model.get_submodule(a.path)))
         center = None
         if site.kind == "vo":
-            center = torch.zeros(a.heads * a.width, device=device, dtype=part(model, a.out).weight.dtype)
+            center = torch.zeros(a.v.count, device=device, dtype=part(model, a.out).weight.dtype)
             relaxation.centers[name] = center
         if found is not None and statistic is not None:
             rest = change_basis(model, site, found, statistic.mean(site))

@@ -10,7 +10,21 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
-from ..sites import Attention, HiddenSite, Host, LinearSite, ProductSite, Refusal, Site, Sites, block_of, is_pointwise
+from ..sites import (
+    Attention,
+    HiddenSite,
+    Host,
+    LinearSite,
+    ProductSite,
+    Projection,
+    Refusal,
+    Site,
+    Sites,
+    block_of,
+    is_pointwise,
+    layer_and_norm,
+    part,
+)
 from ..wrappers import bare
 from .attention import AttentionHost
 from .blocks import check_blocks
@@ -109,7 +123,7 @@ class _Finder:
         else:
             self.closed += parts
             self.attentions[anatomy.path] = anatomy.in_features
-        if shared := [p for p in parts if _shared(self.model.get_submodule(p), self.uses)]:
+        if shared := [p for p in parts if any(_shared(m, self.uses) for m in self.model.get_submodule(p).modules())]:
             self.refuse(anatomy.path, f"{shared[0]} is shared with another part of the model")
             return
         for site, reason in _attention_sites(self.model, anatomy):
@@ -227,7 +241,9 @@ def _shared(module: nn.Module, uses: Counter[int | str]) -> bool:
 
 def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[ProductSite, str | None]]:
     """The QK and the VO site of an attention, each with the reason why it cannot shrink, if it cannot."""
-    q_bias, k_bias, v_bias = (0 if p.bias_or_none(model) is None else a.heads * a.width for p in (a.q, a.k, a.v))
+    q_bias, k_bias, v_bias = (p.count * _constants(model, p) for p in (a.q, a.k, a.v))
+    if a.normed and a.v.path == a.q.path:  # one layer: what takes its place has no norm's scale for the values either
+        k_bias, v_bias = k_bias + a.v.count, v_bias - a.v.count
     if a.k.bias is not None:
         k_bias = 0  # BEiT's key bias is a constant zero, no parameter
     extra = a.heads * a.width if a.keeps_key_bias and model.get_submodule(a.path).bias_k is not None else 0
@@ -245,9 +261,16 @@ def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[ProductSi
     per_qk = 2 if fused else int(q_bias > 0) + int(keys) + int(extra > 0)
     per_vo = int(fused or keeps) + int(extra > 0)
     q_in, k_in, v_in = (p.weight(model).shape[1] for p in (a.q, a.k, a.v))
-    common = {"path": a.path, "full_rank": a.width, "heads": a.heads, "attention": a}
-    qk = {"in_features": q_in, "out_features": k_in, "biases": q_bias + k_bias + extra, "bias_per_rank": per_qk}
+    common = {"path": a.path, "heads": a.heads, "attention": a}
+    qk = {
+        "full_rank": a.width,
+        "in_features": q_in,
+        "out_features": k_in,
+        "biases": q_bias + k_bias + extra,
+        "bias_per_rank": per_qk,
+    }
     vo = {
+        "full_rank": a.value_width,
         "in_features": v_in,
         "out_features": a.out_features,
         "biases": v_bias + out_bias + extra,
@@ -255,6 +278,14 @@ def _attention_sites(model: nn.Module, a: Attention) -> Iterator[tuple[ProductSi
     }
     yield ProductSite(f"{a.path}:qk", "qk", **common, **qk), qk_reason  # type: ignore[arg-type]
     yield ProductSite(f"{a.path}:vo", "vo", **common, **vo), a.vo_reason  # type: ignore[arg-type]
+
+
+def _constants(model: nn.Module, p: Projection) -> int:
+    """How many parameters a row has besides its weights: a bias, and two of a batch norm."""
+    normed = layer_and_norm(part(model, p.path))
+    if normed is not None:
+        return 2 + int(normed[0].bias is not None)
+    return int(p.bias_or_none(model) is not None)
 
 
 def _linear_site(path: str, module: Any, classes: frozenset[int]) -> LinearSite:

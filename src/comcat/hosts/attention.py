@@ -9,20 +9,29 @@ reckons with.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import UnsupportedSite
-from ..sites import Attention, Projection, Refusal, Replacement, Undo, part
+from ..sites import Attention, Projection, Refusal, Replacement, Undo, layer_and_norm, part
 from .biased import BY_SIGNATURE, own_bias, stand_in
-from .calls import Call, Reads, Uncallable, calls_of
+from .calls import Call, Uncallable, calls_of, reads_of
 from .mounting import all_of, drop_parameter, exchange, set_attribute
-from .reasons import foreign_dropout, is_no_softmax, no_reading, qk_reason, unequal, vo_reason
+from .reasons import (
+    QUERIES_GIVEN,
+    WEIGHTS_MADE,
+    foreign_dropout,
+    is_no_softmax,
+    no_reading,
+    qk_reason,
+    unequal,
+    vo_reason,
+)
 from .structures import WIDTHS, Structure, below, resembles, rows_in, rows_out, structures
 from .symmetry import (
     TOLERANCE,
@@ -32,6 +41,7 @@ from .symmetry import (
     attention_dropout,
     checks_types,
     is_plain,
+    is_read_rightly,
     probe,
     random_copy,
     read_past,
@@ -76,7 +86,9 @@ class AttentionHost:
         holder = below(module, local.q.path.rpartition(".")[0])
         parameters = tuple(inspect.signature(module.forward).parameters)
         no_qk = qk_reason(holder, parameters) if no_product else None
-        no_vo = None if symmetry.vo else vo_reason(module)
+        if local.q == local.k:
+            no_qk = QUERIES_GIVEN if local.q.path == local.v.path else WEIGHTS_MADE
+        no_vo = None if symmetry.vo else vo_reason(module, local.out, symmetry.in_turn)
         if no_qk is None and local.q.bias is not None and not whole:
             no_qk = (
                 "a QK product exists, but its query bias stands apart under a forward that comcat cannot stand in for"
@@ -86,6 +98,8 @@ class AttentionHost:
         if mount == "padded" and no_vo is None and dropout > 0 and local.v.bias is not None:
             no_vo = "attention dropout forbids to fold the value bias, which stands apart from its projection"
         if no_qk is not None and no_vo is not None:
+            if local.width != local.value_width or local.q == local.k:  # a reading that was only tried
+                return Refusal(path, f"attention of no known shape: {no_reading(module)}")
             if not symmetry.vo and is_no_softmax(copied, local):
                 no_qk = "it is no softmax over keys (attention across channels, linear attention, or queries added)"
             return Refusal(path, f"attention of no known shape: {no_qk}; {no_vo}")
@@ -166,8 +180,10 @@ def _tried(module: nn.Module, copied: nn.Module, local: Attention) -> tuple[Symm
     """What a trial shows, on the first grid of tokens that shows anything: with a single key no query matters."""
     parameters = ", ".join(inspect.signature(module.forward).parameters)
     why = f"comcat does not know how to call {type(module).__name__}({parameters})"
-    for reads in _reads(module, local):
+    for reads in reads_of(module, local):
         try:
+            if not is_read_rightly(copied, local):
+                return "what stands behind its projections is more than a batch norm"
             calls, unsure = calls_of(copied, [reads])
             return probe(copied, local, calls), calls, unsure
         except Uncallable:
@@ -180,7 +196,7 @@ def _tried(module: nn.Module, copied: nn.Module, local: Attention) -> tuple[Symm
 def _attention(module: nn.Module, s: Structure) -> Attention | str:
     """A reading as an anatomy with paths within the module, or why it is none."""
     holder, out = below(module, s.holder), part(module, s.out)
-    if s.k.count != s.q.count or s.v.count != s.q.count or s.q.count % s.heads:
+    if s.k.count != s.q.count or any(p.count % s.heads for p in (s.q, s.v)):
         return unequal(s.q.count, s.k.count, s.v.count)
     if rows_in(out) != s.v.count:
         return f"its output projection reads {rows_in(out)} channels, expected {s.v.count}"
@@ -200,43 +216,8 @@ def _attention(module: nn.Module, s: Structure) -> Attention | str:
         k=s.k,
         v=s.v,
         out=s.out,
+        normed=any(layer_and_norm(part(module, p.path)) for p in (s.q, s.k, s.v)),
     )
-
-
-def _reads(module: nn.Module, a: Attention) -> Iterator[Reads]:
-    """What a module may read, the likeliest first."""
-    q, k = (p.weight(module).shape[1] for p in (a.q, a.k))
-    holder = below(module, a.q.path.rpartition(".")[0])
-    patch = getattr(getattr(holder, "config", None), "patch_size", None)
-    patch = patch if isinstance(patch, int) else 1
-    for height, across in dict.fromkeys(_grids(module, a)):
-        yield Reads(q, k, a.width, height, across, patch)
-        if q != k:  # queries that the module makes itself
-            yield Reads(k, k, a.width, height, across, patch)
-
-
-def _grids(module: nn.Module, a: Attention) -> Iterator[tuple[int, int]]:
-    holder = below(module, a.q.path.rpartition(".")[0])
-    for owner in (module, holder):
-        bias = getattr(owner, "relative_position_bias", None)
-        area = getattr(bias, "window_area", None)
-        index = getattr(owner, "relative_position_index", None)
-        if isinstance(index, Tensor) and index.ndim == 2:
-            area = index.shape[0]
-        if isinstance(area, int):
-            yield 1, area
-        for name in ("window_size", "resolution", "input_resolution", "feat_size", "grid_size", "patches_resolution"):
-            size = getattr(owner, name, None)
-            size = (size, size) if isinstance(size, int) else size
-            if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
-                yield size[0], size[1]
-    with torch.no_grad():
-        bias = own_bias(module)
-    if bias is not None:
-        yield 1, bias.shape[-1]
-    tables = [t for t in (*holder.parameters(), *holder.buffers()) if t.ndim >= 2 and t.shape[-1] == t.shape[-2] > 1]
-    yield from ((1, t.shape[-1]) for t in tables[:2])
-    yield from ((1, 5), (4, 4), (7, 7), (16, 16))
 
 
 def _below(a: Attention, path: str) -> Attention:
@@ -263,7 +244,7 @@ def _can_stand_in(module: nn.Module, a: Attention) -> bool:
         return False
     bias = own_bias if a.signature in BY_SIGNATURE else None
     copied = random_copy(module, torch.Generator().manual_seed(0))
-    for reads in _reads(module, a):
+    for reads in reads_of(module, a):
         x = reads.rows(a.in_features, 0)
         if is_plain(copied, a, x, bias, _trials(module, parameters, a.heads, reads.tokens)):
             return True
@@ -277,7 +258,7 @@ def _width_attributes(copied: nn.Module, a: Attention, calls: Sequence[Call]) ->
     """
     holder = below(copied, a.q.path.rpartition(".")[0])
     layers = [part(copied, path) for path in dict.fromkeys((a.q.path, a.k.path, a.v.path, a.out))]
-    if len(layers) < 4 or not all(isinstance(layer, nn.Linear) for layer in layers):
+    if len(layers) < 4 or a.value_width != a.width or not all(isinstance(layer, nn.Linear) for layer in layers):
         return ()
     numbers = {n: v for n, v in vars(holder).items() if isinstance(v, int) and not isinstance(v, bool)}
     one = tuple(n for n in WIDTHS if numbers.get(n) == a.width)

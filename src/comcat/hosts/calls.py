@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..sites import Attention
+from .biased import own_bias
+from .structures import below
+
 LAYOUTS = ("tokens", "strip", "grid", "one more", "flat", "map")
 """How tokens may lie: (batch, tokens, channels), a grid of one row, a grid, one more token, no batch, a map."""
 
@@ -71,6 +75,43 @@ ARGUMENTS: tuple[tuple[str, Callable[[Reads], list[Any]]], ...] = (
         lambda r: [r.rows(r.keys, 3, 7), r.rows(r.keys, 3)]),
     ("query|^q$|^x_q$|latent|q_global", lambda r: [r.rows(r.queries, 4)]),
 )  # fmt: skip
+
+
+def reads_of(module: nn.Module, a: Attention) -> Iterator[Reads]:
+    """What a module may read, the likeliest first."""
+    q, k = (p.weight(module).shape[1] for p in (a.q, a.k))
+    holder = below(module, a.q.path.rpartition(".")[0])
+    patch = getattr(getattr(holder, "config", None), "patch_size", None)
+    patch = patch if isinstance(patch, int) else 1
+    for height, across in dict.fromkeys(_grids(module, a)):
+        yield Reads(q, k, a.width, height, across, patch)
+        if q != k:  # queries that the module makes itself
+            yield Reads(k, k, a.width, height, across, patch)
+
+
+def _grids(module: nn.Module, a: Attention) -> Iterator[tuple[int, int]]:
+    holder = below(module, a.q.path.rpartition(".")[0])
+    for owner in (module, holder):
+        bias = getattr(owner, "relative_position_bias", None)
+        area = getattr(bias, "window_area", None)
+        index = getattr(owner, "relative_position_index", None)
+        if isinstance(index, Tensor) and index.ndim == 2:
+            area = index.shape[0]
+        if isinstance(area, int):
+            yield 1, area
+        for name in ("window_size", "resolution", "input_resolution", "feat_size", "grid_size", "patches_resolution"):
+            size = getattr(owner, name, None)
+            size = (size, size) if isinstance(size, int) else size
+            if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size):
+                yield size[0], size[1]
+    with torch.no_grad():
+        bias = own_bias(module)
+    if bias is not None:
+        yield 1, bias.shape[-1]
+    tables = [t for t in (*holder.parameters(), *holder.buffers()) if t.ndim >= 2 and t.shape[-1] == t.shape[-2] > 1]
+    yield from ((1, t.shape[-1]) for t in tables[:2])
+    yield from ((1, 5), (4, 4), (7, 7), (16, 16), (2, 2))
+
 
 Call = Callable[[nn.Module], Tensor]
 

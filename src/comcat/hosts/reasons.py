@@ -16,6 +16,10 @@ from .symmetry import norm_and_gate
 _NORMS = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "qk_norm", "query_norm", "key_norm")
 
 
+QUERIES_GIVEN = "its queries are given to it, so no W_Q is its own"
+WEIGHTS_MADE = "one layer makes its attention weights, so there are no queries and keys"
+
+
 def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
     """What stands between W_Q and W_K."""
     for name, module in holder.named_children():
@@ -24,7 +28,9 @@ def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
         ):
             if not isinstance(module, nn.Identity):
                 return f"{name} sits between W_Q and W_K"
-    if getattr(holder, "rope", None) is not None or any(ROTARY.search(name) for name in parameters):
+    own = set(dir(holder)) - set(dir(nn.Module()))
+    turns = any("rotary" in name and callable(getattr(holder, name)) for name in own)
+    if turns or getattr(holder, "rope", None) is not None or any(ROTARY.search(name) for name in parameters):
         return "rotary position embeddings sit between W_Q and W_K"
     if getattr(holder, "logit_scale", None) is not None:
         return "cosine attention normalises q and k"
@@ -33,13 +39,19 @@ def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
     return "its output depends on more of W_Q and W_K than their product"
 
 
-def vo_reason(module: nn.Module) -> str:
-    """What stands between W_V and W_O."""
+def vo_reason(module: nn.Module, out: str, in_turn: bool) -> str:
+    """What stands between W_V and W_O; ``out`` is the path of the latter."""
+    if in_turn:
+        return "W_O reads the channels of all heads in turn, which comcat does not stand in for"
     norm, gate = norm_and_gate(module)
     if norm is not None:
         return "a norm sits between W_V and W_O"
     if gate is not None:
         return "a gate sits between W_V and W_O"
+    around = below(module, out.partition(".")[0]) if "." in out else None
+    for inner in () if around is None else around.children():
+        if type(inner).__module__.endswith("activation") and not isinstance(inner, nn.Identity):
+            return f"an activation ({type(inner).__name__}) sits between W_V and W_O"
     return "its output depends on more of W_V and W_O than their product"
 
 

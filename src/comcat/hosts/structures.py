@@ -7,31 +7,41 @@ look. That what is found is attention, and which of the possible layouts a fused
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from ..sites import Projection, is_pointwise
+from ..sites import Projection, dense_in, is_pointwise
 
-FUSED = ("qkv", "to_qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "c_attn", "qkv_layer")
+FUSED = (
+    "qkv", "to_qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "c_attn", "qkv_layer", "pwise",
+    "queries_keys_values",
+)  # fmt: skip
 """One layer that makes queries, keys and values."""
 
-PAIRS = (("qk", "v"), ("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"), ("query", "key_value"), ("wq", "wkv"))
-"""One layer for queries, one for keys and values; or one for queries and keys, one for values."""
+PAIRS = (
+    ("qk", "v"), ("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"), ("query", "key_value"), ("wq", "wkv"),
+    ("q.ln", "kv"), ("queries", "keys_values"), ("attn", "v"), ("attention_weights", "value_proj"),
+)  # fmt: skip
+"""One layer for queries, one for keys and values; or one for queries and keys (or for weights), one for values."""
+
+WEIGHTS = ("attn", "attention_weights")
+"""A layer that makes the weights of attention by itself, so that VO is the only product."""
 
 TRIPLES = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("wq", "wk", "wv"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
-    ("W_q", "W_k", "W_v"), ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"),
+    ("W_q", "W_k", "W_v"),
+    ("query.proj", "key.proj", "value.proj"), ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"),
 )  # fmt: skip
 """A layer each."""
 
 OUT = (
     "proj", "out_proj", "o_proj", "output.dense", "projection", "projection_layer", "to_out", "to_out.0", "wo",
     "c_proj", "attn_out_proj", "merge", "out", "o", "out_lin", "dense", "linear_out", "output_proj", "wo.0",
-    "output", "W_o",
+    "output", "W_o", "output.proj",
 )  # fmt: skip
 """The layer that reads the heads' outputs: in the module itself or beside what holds the projections."""
 
@@ -85,18 +95,29 @@ def structures(module: nn.Module) -> Iterator[Structure]:
 
 
 def is_layer(module: Any) -> bool:
-    """Whether a module is a linear layer, if only over positions."""
-    return isinstance(module, nn.Linear) or is_pointwise(module)
+    """Whether a module is a linear layer, if only over positions, or one with its batch norm."""
+    return dense_in(module) is not None
 
 
 def rows_in(layer: Any) -> int:
     """Channels that a layer reads."""
+    layer = dense_in(layer)
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def rows_out(layer: Any) -> int:
     """Channels that a layer puts out."""
+    layer = dense_in(layer)
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def reader_in(module: Any, path: str) -> str | None:
+    """The path of the only linear layer that is at a path or below it: an activation or a norm may be beside it."""
+    found = below(module, path)
+    layers = (
+        [] if found is None else [n for n, m in found.named_modules() if isinstance(m, nn.Linear) or is_pointwise(m)]
+    )
+    return ".".join(filter(None, (path, layers[0]))) if len(layers) == 1 else None
 
 
 def below(module: Any, path: str) -> Any:
@@ -120,11 +141,14 @@ def places(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if names is None:
             continue
         own = [f"{inner}.{o}" if inner else o for o in OUT]
-        if inner and any(is_layer(below(module, o)) for o in own):
+        if inner and any(reader_in(module, o) for o in own):
             return  # an attention of its own, below this module
-        for out in own if not inner else OUT:
+        for name in own if not inner else OUT:
+            out = reader_in(module, name)
+            if out is None or name in names:
+                continue
             layer = below(module, out)
-            if is_layer(layer) and out not in names and rows_in(layer) == _width_of_values(holder, names, layer):
+            if rows_in(layer) == _width_of_values(holder, names, layer):
                 yield inner, names, out
                 return
 
@@ -135,7 +159,7 @@ def _width_of_values(holder: nn.Module, names: tuple[str, ...], out: nn.Module) 
     if len(names) == 3:
         return width if width in (made[0], made[2]) else None  # grouped queries have fewer keys and values
     if len(names) == 2:
-        return width if made[1] in (width, 2 * width) else None
+        return width if made[1] in (width, 2 * width, made[0] + width) else None
     return width if made[0] > width else None  # other rows may lie in the same layer
 
 
@@ -158,30 +182,45 @@ def _layouts(
 ) -> Iterator[tuple[Projection, Projection, Projection]]:
     """How the rows of queries, keys and values may lie in their layers."""
     paths = [f"{inner}.{n}" if inner else n for n in names]
+    made = [rows_out(below(holder, n)) for n in names]
     if len(names) == 3:
-        q, k, v = (Projection(path, 0, rows_out(below(holder, n))) for path, n in zip(paths, names, strict=True))
+        q, k, v = (Projection(path, 0, rows) for path, rows in zip(paths, made, strict=True))
         yield q, k, v
+    elif names[0] in WEIGHTS:
+        weights = Projection(paths[0], 0, made[0])
+        yield weights, weights, Projection(paths[1], 0, width)
+    elif names == ("qk", "v"):
+        half = made[0] // 2
+        yield Projection(paths[0], 0, half), Projection(paths[0], half, 2 * half), Projection(paths[1], 0, width)
+    elif len(names) == 2:
+        for k, v in _side_by_side(paths[1], made[1], (made[1] - width, width), heads):
+            yield Projection(paths[0], 0, made[0]), k, v
+    else:
+        apart = [f"{inner}.{x}_bias" if inner else f"{x}_bias" for x in "qkv"]
+        biases = apart if getattr(holder, "q_bias", None) is not None else None
+        for k, v in _side_by_side(paths[0], made[0], (width, width), heads) if made[0] == 2 * width else ():
+            yield k, k, v  # queries are given to it: VO alone is a product of its own
+        narrow = (made[0] - width) // 2  # queries and keys may be narrower than values, or wider
+        for sizes in dict.fromkeys(((width,) * 3, (narrow, narrow, width))):
+            for q, k, v in _side_by_side(paths[0], made[0], sizes, heads, biases):
+                yield q, k, v
+
+
+def _side_by_side(
+    path: str, rows: int, sizes: Sequence[int], heads: int, biases: Sequence[str] | None = None
+) -> Iterator[list[Projection]]:
+    """Projections of some sizes in a layer: one after the other from its start or to its end, or head by head."""
+    total = sum(sizes)
+    if rows < total or min(sizes) < heads or any(size % heads for size in sizes):
         return
-    if names == ("qk", "v"):
-        yield Projection(paths[0], 0, width), Projection(paths[0], width, 2 * width), Projection(paths[1], 0, width)
-        return
-    fused, share = below(holder, names[-1]), 3 if len(names) == 1 else 2
-    one = width // heads
-    total = rows_out(fused)
-    apart = [f"{inner}.{x}_bias" if inner else f"{x}_bias" for x in "qkv"]
-    own_biases = share == 3 and getattr(holder, "q_bias", None) is not None
-    for start in dict.fromkeys((0, total - share * width)) if total >= share * width else ():
-        found = [
-            Projection(paths[-1], start + i * width, start + (i + 1) * width, apart[i] if own_biases else None)
-            for i in range(share)
+    first = [sum(sizes[:i]) for i in range(len(sizes))]
+    for start in dict.fromkeys((0, rows - total)):
+        yield [
+            Projection(path, start + at, start + at + size, None if biases is None else biases[i])
+            for i, (at, size) in enumerate(zip(first, sizes, strict=True))
         ]
-        if share == 3:
-            yield found[0], found[1], found[2]
-        else:
-            yield Projection(paths[0], 0, rows_out(below(holder, names[0]))), found[0], found[1]
-    if total == share * width and heads > 1 and not own_biases:
-        step = share * one
-        found = [Projection(paths[-1], i * one, (i + 1) * one, heads=heads, step=step) for i in range(share)]
-        first = [] if share == 3 else [Projection(paths[0], 0, rows_out(below(holder, names[0])))]
-        q, k, v = (*first, *found)
-        yield q, k, v
+    if rows == total and heads > 1 and biases is None:
+        yield [
+            Projection(path, at // heads, (at + size) // heads, heads=heads, step=total // heads)
+            for at, size in zip(first, sizes, strict=True)
+        ]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Attention, Projection, part
+from ..sites import Attention, Projection, layer_and_norm, over_maps, part
 from .mounting import drop_hooks
 
 TOLERANCE = 1e-5
@@ -37,11 +37,15 @@ Bias = Callable[[nn.Module], Tensor | None]
 
 @dataclass(frozen=True)
 class Symmetry:
-    """What the probe found: which products exist, and whether values pass with weights that sum to one."""
+    """What the probe found: which products exist, and whether values pass with weights that sum to one.
+
+    ``in_turn`` says that a VO product would exist if the output layer read head by head, not channel by channel.
+    """
 
     qk: bool
     vo: bool
     rows_sum_to_one: bool
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,7 @@ def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.
     """
     a, generator = attention, torch.Generator().manual_seed(1)
     before = [call(copied) for call in calls]
-    rotate = torch.randn(a.heads, a.width, a.width, generator=generator, dtype=torch.float64)
-    rotate = rotate / a.width**0.5 + torch.eye(a.width, dtype=torch.float64)
-    inverse_t = torch.linalg.inv(rotate).mT
-    shift = torch.randn(a.heads * a.width, generator=generator, dtype=torch.float64)
+    rotate, inverse_t, shift = _change_of_basis(a.heads, a.width, generator)
 
     def unchanged(other: nn.Module, expected: Sequence[Tensor] = before) -> bool:
         after = (call(other) for call in calls)
@@ -87,20 +88,33 @@ def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.
     if qk and _shift_bias(qk_copy, a.k, shift):
         qk = unchanged(qk_copy)
 
+    rotate, inverse_t, shift = _change_of_basis(a.heads, a.value_width, generator)
     vo_copy = copy.deepcopy(copied)
     _transform_rows(vo_copy, a.v, a.heads, rotate)
     if unchanged(vo_copy):
         raise NotItsOwn
     out = part(vo_copy, a.out)
-    w = out.weight.flatten(1).unflatten(1, (a.heads, a.width))  # (out, heads, width)
+    before_out = out.weight.clone()
+    w = before_out.flatten(1).unflatten(1, (a.heads, a.value_width))  # (out, heads, width)
     out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1).view_as(out.weight))
     vo = unchanged(vo_copy)
+    w = before_out.flatten(1).unflatten(1, (a.value_width, a.heads))  # (out, width, heads)
+    out.weight.copy_(torch.einsum("owh,hwv->ovh", w, inverse_t).flatten(1).view_as(out.weight))
+    in_turn = not vo and unchanged(vo_copy)
     sums = vo
     if vo and _shift_bias(copied, a.v, shift):  # without a value bias there is none to fold
         moved = shift @ part(copied, a.out).weight.flatten(1).mT
         sums = before[0].shape[-1] == len(moved) and unchanged(copied, [e + moved for e in before])
         _shift_bias(copied, a.v, -shift)
-    return Symmetry(qk, vo, sums)
+    return Symmetry(qk, vo, sums, in_turn)
+
+
+def _change_of_basis(heads: int, width: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """An invertible matrix R a head, R⁻ᵀ, (heads, width, width), and a constant for all channels, (heads · width,)."""
+    rotate = torch.randn(heads, width, width, generator=generator, dtype=torch.float64)
+    rotate = rotate / width**0.5 + torch.eye(width, dtype=torch.float64)
+    shift = torch.randn(heads * width, generator=generator, dtype=torch.float64)
+    return rotate, torch.linalg.inv(rotate).mT, shift
 
 
 @torch.no_grad()
@@ -114,6 +128,26 @@ def read_past(copied: nn.Module, attention: Attention, calls: Sequence[Callable[
     for handle in handles:
         handle.remove()
     return next((path for path in paths if path not in called), None)
+
+
+@torch.no_grad()
+def is_read_rightly(copied: nn.Module, attention: Attention) -> bool:
+    """Whether layers with a batch norm compute what the weights and biases say that are read of the two together."""
+    a, generator = attention, torch.Generator().manual_seed(0)
+    for p in (a.q, a.k, a.v):
+        module = part(copied, p.path)
+        if layer_and_norm(module) is None:
+            continue
+        weight, bias = p.weight(copied), p.bias_or_none(copied)
+        x = torch.randn(2, 3, weight.shape[1], generator=generator, dtype=torch.float64)
+        try:
+            y = module(x.mT[..., None])[..., 0].mT if over_maps(module) else module(x)
+        except Exception:  # whatever a stranger's forward makes of tokens
+            return False
+        expected = F.linear(x, weight, bias)
+        if (y[..., p.rows] - expected).abs().max() > TOLERANCE * (1 + expected.abs().max()):
+            return False
+    return True
 
 
 class _Other(nn.Module):

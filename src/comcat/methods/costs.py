@@ -69,7 +69,7 @@ LITTLE = 0.1
 def share_that_can_shrink(model: nn.Module, sites: Sites) -> float:
     """The parameters that a model's sites hold, as a share of all that it has."""
     layers = {path for site in sites.values() for path in site.modules}
-    held = {id(p): p.numel() for path in layers for p in model.get_submodule(path).parameters(recurse=False)}
+    held = {id(p): p.numel() for path in layers for p in model.get_submodule(path).parameters()}
     return sum(held.values()) / max(1, sum(p.numel() for p in model.parameters()))
 
 

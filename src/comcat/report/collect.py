@@ -149,7 +149,7 @@ def weight_spectra(model: nn.Module, sites: Sites) -> list[Spectrum]:
         assert left is not None and right is not None
         names = ("W_Q", "W_K", "QK") if site.kind == "qk" else ("W_V", "W_O", "VO")
         values = (torch.linalg.svdvals(left), torch.linalg.svdvals(right), product_singular_values(left, right))
-        costs = (a.in_features + a.width, site.out_features + a.width, a.in_features + site.out_features)
+        costs = (a.in_features + site.full, site.out_features + site.full, a.in_features + site.out_features)
         spectra += [s for n, v, c in zip(names, values, costs, strict=True) for s in _by_head(a, n, v, c)]
     return spectra
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import NumericsError
 from ..hosts import host_of
-from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Site, Sites, channels_last
+from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Site, Sites, channels_last, over_maps
 from .moments import Moments
 
 
@@ -79,7 +79,7 @@ class Recorder:
 
         def keep_k(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             k = rows_of(a.k, channels_last(module, output))
-            k = k.flatten(1, -2) if isinstance(module, nn.Conv2d) else k
+            k = k.flatten(1, -2) if over_maps(module) else k
             note(keys=k.shape[-2] if k.ndim > 2 else 1)
             self._of(site, "b", a.heads, a.width).add(k, self.pictures, centred="set")
             if self.gradients and output.requires_grad:
@@ -98,9 +98,9 @@ class Recorder:
             tokens = rows.shape[:-1].numel() / self.pictures
             keys = rows.shape[-2] if rows.ndim == 3 else rows.shape[1:-1].numel()
             self._count(site, tokens, tokens * keys)
-            self._of(site, "joint", 1, a.heads * a.width, a.heads).add(rows, self.pictures, centred="all")
+            self._of(site, "joint", 1, a.v.count, a.heads).add(rows, self.pictures, centred="all")
             if self.gradients and o.requires_grad:
-                moments, pictures = self._of(site, "b", a.heads, a.width), self.pictures
+                moments, pictures = self._of(site, "b", a.heads, a.value_width), self.pictures
                 o.register_hook(lambda g: moments.add(channels_last(module, g), pictures, per="picture"))
             return (o, *inputs[1:])
 

@@ -103,7 +103,7 @@ def rows_of(model: nn.Module, sites: Sites) -> Iterator[Rows]:
     for site in sites.values():
         if isinstance(site, LinearSite):
             yield Rows(site.path, 0, site.out_features)
-        elif isinstance(site, ProductSite):
+        elif isinstance(site, ProductSite) and not site.attention.normed:  # form 'matrix' refuses those
             a = site.attention
             for projection in (a.q, a.k) if site.kind == "qk" else (a.v,):
                 yield Rows(projection.path, projection.start, projection.stop)
