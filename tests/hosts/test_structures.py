@@ -349,10 +349,19 @@ def test_what_cannot_be_called_is_said_without_an_exceptions_text_and_its_layers
 class LinearSelfAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.mix = nn.Linear(DIM, DIM)
+        self.mix, self.last = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.mix(x.softmax(1) * x)
+        return self.last(self.mix(x.softmax(1) * x).softmax(-1))
+
+
+class ConvAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.near, self.projection = nn.Conv1d(DIM, DIM, 3, padding=1, groups=2), nn.Linear(DIM, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projection(self.near(x.mT).mT.relu())
 
 
 def test_what_calls_itself_attention_is_listed_where_it_is_not_understood() -> None:
@@ -360,3 +369,9 @@ def test_what_calls_itself_attention_is_listed_where_it_is_not_understood() -> N
     reasons = {r.name: r.reason for r in sites.refused}
     assert reasons["blocks.0.attend"] == "attention of no known shape: LinearSelfAttention"
     assert "blocks.0.attend.mix" in sites
+
+
+def test_what_calls_itself_attention_and_has_no_two_layers_has_no_product() -> None:
+    reasons = {r.name: r.reason for r in find_sites(HandModel(ConvAttention())).refused}
+    wanted = "it calls itself attention and has no two layers over channels, so there is no product"
+    assert reasons["blocks.0.attend"] == wanted

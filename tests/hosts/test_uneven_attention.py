@@ -126,6 +126,18 @@ class GivesQueries(nn.Module):
         return self.inner(x, x.flip(-1))
 
 
+class Pooling(nn.Module):
+    """Queries are parameters of its own (AIMv2's head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.queries = HEADS, nn.Parameter(torch.randn(16, DIM))
+        self.k_proj, self.v_proj, self.output_proj = (nn.Linear(DIM, DIM) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output_proj(attended(self.queries.expand(len(x), -1, -1), self.k_proj(x), self.v_proj(x)))
+
+
 class MadeWeights(nn.Module):
     """One layer makes the weights of 16 keys for every query (VOLO's outlook)."""
 
@@ -138,6 +150,24 @@ class MadeWeights(nn.Module):
         weights = self.attn(x).unflatten(-1, (HEADS, 16)).transpose(1, 2).softmax(-1)
         v = F.pad(self.v(x), (0, 0, 0, 16))[:, :16].unflatten(-1, (HEADS, -1)).transpose(1, 2)
         return self.proj((weights @ v).transpose(1, 2).flatten(2))
+
+
+class Deformable(nn.Module):
+    """Queries look at few points of two maps (Deformable DETR, RT-DETR)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import RTDetrConfig
+        from transformers.models.rt_detr.modeling_rt_detr import RTDetrMultiscaleDeformableAttention as Attention
+
+        self.inner = Attention(RTDetrConfig(d_model=DIM, num_feature_levels=2), num_heads=HEADS, n_points=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [(2, 2), (3, 4)]
+        where = {"spatial_shapes": torch.tensor(maps), "spatial_shapes_list": maps}
+        at = torch.linspace(0.1, 0.9, 64, dtype=x.dtype).view(1, 16, 2, 2).expand(len(x), -1, -1, -1)
+        start = torch.tensor([0, 4])
+        return self.inner(x, encoder_hidden_states=x, reference_points=at, level_start_index=start, **where)[0]
 
 
 class InTurn(nn.Module):
@@ -162,7 +192,11 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], str | None]] = 
     "normed maps": (OnAMap, BOTH, None),
     "given queries": (GivesQueries, ("vo",), "its queries are given to it, so no W_Q is its own; its vo and linear "
         "sites can still shrink"),
+    "queries of its own": (Pooling, ("vo",), "its queries are given to it, so no W_Q is its own; its vo and linear "
+        "sites can still shrink"),
     "made weights": (MadeWeights, ("vo",), "one layer makes its attention weights, so there are no queries and keys; "
+        "its vo and linear sites can still shrink"),
+    "deformable": (Deformable, ("vo",), "one layer makes its attention weights, so there are no queries and keys; "
         "its vo and linear sites can still shrink"),
     "in turn": (InTurn, ("qk",), "W_O reads the channels of all heads in turn, which comcat does not stand in for"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from ..sites import (
     Site,
     Sites,
     block_of,
+    dense_in,
     is_pointwise,
     layer_and_norm,
     part,
@@ -32,6 +34,7 @@ from .classes import classes_of
 from .feedforward import find_feedforwards
 from .multihead import MultiheadHost
 from .ordinary import check_ordinary, not_replaceable
+from .reasons import NO_PAIR
 from .structures import rows_in, rows_out
 from .symmetry import structure
 
@@ -66,6 +69,10 @@ def find_sites(model: nn.Module) -> Sites:
     if not finder.found and not finder.refused:
         raise ModelError(f"{type(model).__name__} holds no attention and no linear layer to compress")
     return Sites(_in_order(model, finder.found), tuple(finder.refused))
+
+
+_ATTENTION = re.compile("attention|attn|(?-i:MHSA|MSA|MHA|SHSA|MLA)", re.IGNORECASE)
+"""How classes call themselves attention."""
 
 
 class _Finder:
@@ -165,9 +172,10 @@ class _Finder:
         spoken += [s.path for s in self.found.values() if isinstance(s, ProductSite)]
         for path, module in self.model.named_modules():
             name = type(module).__name__
-            if path and "attention" in name.lower() and next(module.parameters(), None) is not None:
+            if path and _ATTENTION.search(name) and next(module.parameters(), None) is not None:
                 if not any(_within(path, s) or _within(s, path) for s in spoken):
-                    self.refuse(path, f"attention of no known shape: {name}")
+                    few = sum(dense_in(m) is m for m in module.modules()) < 2
+                    self.refuse(path, NO_PAIR if few else f"attention of no known shape: {name}")
                     spoken.append(path)
 
 

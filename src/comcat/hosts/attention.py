@@ -32,7 +32,7 @@ from .reasons import (
     unequal,
     vo_reason,
 )
-from .structures import WIDTHS, Structure, below, resembles, rows_in, rows_out, structures
+from .structures import WEIGHTS, WIDTHS, Structure, below, resembles, rows_in, rows_out, structures
 from .symmetry import (
     TOLERANCE,
     NotItsOwn,
@@ -87,7 +87,7 @@ class AttentionHost:
         parameters = tuple(inspect.signature(module.forward).parameters)
         no_qk = qk_reason(holder, parameters) if no_product else None
         if local.q == local.k:
-            no_qk = QUERIES_GIVEN if local.q.path == local.v.path else WEIGHTS_MADE
+            no_qk = WEIGHTS_MADE if local.q.path.rpartition(".")[2] in WEIGHTS else QUERIES_GIVEN
         no_vo = None if symmetry.vo else vo_reason(module, local.out, symmetry.in_turn)
         if no_qk is None and local.q.bias is not None and not whole:
             no_qk = (

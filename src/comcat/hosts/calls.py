@@ -31,6 +31,7 @@ class Reads:
     """What an attention reads: channels of queries' and of keys' inputs, and tokens on a grid.
 
     ``width`` is a head's, ``patch`` the pixels of a token's side, where a module asks for the size of the picture.
+    ``levels`` are the maps of other tokens that it reads from, with seven tokens in all.
     """
 
     queries: int
@@ -39,10 +40,16 @@ class Reads:
     height: int
     across: int
     patch: int = 1
+    levels: int = 1
 
     @property
     def tokens(self) -> int:
         return self.height * self.across
+
+    @property
+    def maps(self) -> list[tuple[int, int]]:
+        """Height and width of every level."""
+        return [*[(1, 1)] * (self.levels - 1), (1, 8 - self.levels)]
 
     def rows(self, channels: int, seed: int, count: int | None = None) -> Tensor:
         """Random tokens, (2, tokens, channels), the same for the same seed."""
@@ -57,7 +64,17 @@ def _rotary(r: Reads) -> list[Any]:
     return [both, tuple(t[None] for t in both), torch.cat(both, -1), angle[:, : r.width // 2], r.rows(r.queries, 7)]
 
 
+def _points(r: Reads) -> list[Any]:
+    """Where queries look on every level: places within (0, 1), alone and with the size of a box."""
+    at = r.rows(2 * r.levels, 6).sigmoid().unflatten(-1, (r.levels, 2))
+    return [at, torch.cat((at, at / 4), -1)]
+
+
 ARGUMENTS: tuple[tuple[str, Callable[[Reads], list[Any]]], ...] = (
+    ("reference_points", _points),
+    ("spatial_shapes_list", lambda r: [r.maps]),
+    ("spatial_shapes", lambda r: [torch.tensor(r.maps)]),
+    ("level_start_index", lambda r: [torch.arange(r.levels)]),
     ("^h$|^height$|^q_h$", lambda r: [r.height]),
     ("^w$|^width$|^q_w$", lambda r: [r.across]),
     ("cu_seqlens|cu_window", lambda r: [torch.tensor([0, r.tokens], dtype=torch.int32)]),
@@ -83,10 +100,12 @@ def reads_of(module: nn.Module, a: Attention) -> Iterator[Reads]:
     holder = below(module, a.q.path.rpartition(".")[0])
     patch = getattr(getattr(holder, "config", None), "patch_size", None)
     patch = patch if isinstance(patch, int) else 1
+    levels = getattr(holder, "n_levels", getattr(holder, "num_levels", 1))
+    levels = levels if isinstance(levels, int) and 0 < levels < 8 else 1
     for height, across in dict.fromkeys(_grids(module, a)):
-        yield Reads(q, k, a.width, height, across, patch)
+        yield Reads(q, k, a.width, height, across, patch, levels)
         if q != k:  # queries that the module makes itself
-            yield Reads(k, k, a.width, height, across, patch)
+            yield Reads(k, k, a.width, height, across, patch, levels)
 
 
 def _grids(module: nn.Module, a: Attention) -> Iterator[tuple[int, int]]:
@@ -146,6 +165,10 @@ def calls_of(module: nn.Module, reads: Sequence[Reads]) -> tuple[list[Call], boo
                     given = {**first, name: value}
                     if value is not None and _works(call := _call(r, layout, given), module):
                         return _with_optional(module, r, layout, given, optional, call)
+        given = {name: value for name in (*required, *optional) for value in _values(name, r)[:1]}
+        given = {n: v for n, v in given.items() if n in required or (v is not None and not ROTARY.search(n))}
+        if _works(call := _call(r, "tokens", given), module):  # where one optional argument wants another
+            return _with_optional(module, r, "tokens", given, optional, call)
     raise Uncallable
 
 

@@ -17,6 +17,7 @@ _NORMS = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", 
 
 
 QUERIES_GIVEN = "its queries are given to it, so no W_Q is its own"
+NO_PAIR = "it calls itself attention and has no two layers over channels, so there is no product"
 WEIGHTS_MADE = "one layer makes its attention weights, so there are no queries and keys"
 
 

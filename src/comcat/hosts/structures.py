@@ -30,11 +30,15 @@ PAIRS = (
 WEIGHTS = ("attn", "attention_weights")
 """A layer that makes the weights of attention by itself, so that VO is the only product."""
 
+GIVEN = (("k_proj", "v_proj"),)
+"""A layer for keys and one for values, where queries are given: VO is the only product."""
+
 TRIPLES = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("wq", "wk", "wv"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
-    ("W_q", "W_k", "W_v"),
-    ("query.proj", "key.proj", "value.proj"), ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"),
+    ("W_q", "W_k", "W_v"), ("q.proj", "k", "v"), ("query.proj", "key.proj", "value.proj"),
+    ("projection_query", "projection_key", "projection_value"),
+    ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"),
 )  # fmt: skip
 """A layer each."""
 
@@ -73,7 +77,7 @@ def projections_of(holder: nn.Module | None) -> tuple[str, ...] | None:
     """The names of the layers that make queries, keys and values: one, two or three."""
     if holder is None:
         return None
-    for names in (*((n,) for n in FUSED), *PAIRS, *TRIPLES):
+    for names in (*((n,) for n in FUSED), *PAIRS, *TRIPLES, *GIVEN):
         if all(is_layer(below(holder, n)) for n in names):
             return names
     return None
@@ -186,9 +190,9 @@ def _layouts(
     if len(names) == 3:
         q, k, v = (Projection(path, 0, rows) for path, rows in zip(paths, made, strict=True))
         yield q, k, v
-    elif names[0] in WEIGHTS:
-        weights = Projection(paths[0], 0, made[0])
-        yield weights, weights, Projection(paths[1], 0, width)
+    elif names[0] in WEIGHTS or names in GIVEN:
+        keys = Projection(paths[0], 0, made[0])
+        yield keys, keys, Projection(paths[1], 0, width)
     elif names == ("qk", "v"):
         half = made[0] // 2
         yield Projection(paths[0], 0, half), Projection(paths[0], half, 2 * half), Projection(paths[1], 0, width)
