@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +22,13 @@ class Family:
     image: int = 32
     more: Callable[[nn.Module], dict[str, Any]] | None = None
     pictures: int = 2
+    given: Callable[[torch.Generator], dict[str, Any]] | None = None
 
     def inputs(self, model: nn.Module) -> Any:
-        """Random pictures, with what else the model takes."""
+        """Random pictures, with what else the model takes; or whatever it takes, where that is no picture."""
         generator = torch.Generator().manual_seed(0)
+        if self.given is not None:
+            return self.given(generator)
         pictures = torch.randn(self.pictures, 3, self.image, self.image, generator=generator)
         return pictures if self.more is None else {"pixel_values": pictures, **self.more(model)}
 
@@ -121,16 +125,22 @@ TIMM = (
 
 
 def _hf(
-    name: str, model: str, config: str, image: int = 32, more: Any = None, pictures: int = 2, **settings: Any
-) -> Family:
+    name: str, model: str, config: str, image: int = 32, more: Any = None, pictures: int = 2, given: Any = None,
+    **settings: Any,
+) -> Family:  # fmt: skip
     def build() -> nn.Module:
-        import transformers
-
-        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+        return _class(model)(_class(config)(**settings))
 
     return Family(
-        library="transformers", name=name, model=model, build=build, image=image, more=more, pictures=pictures
-    )
+        library="transformers", name=name, model=model.rpartition(":")[2], build=build, image=image, more=more,
+        pictures=pictures, given=given,
+    )  # fmt: skip
+
+
+def _class(name: str) -> Any:
+    """A class of transformers, of a module below ``transformers.models`` where one is named before a colon."""
+    module, _, short = name.rpartition(":")
+    return getattr(importlib.import_module(f"transformers.models.{module}" if module else "transformers"), short)
 
 
 _HF: dict[str, Any] = {
@@ -152,6 +162,35 @@ def _words(model: nn.Module) -> dict[str, Any]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
+def _patches(generator: torch.Generator) -> dict[str, Any]:
+    """Patches of 4 × 4 pixels in two frames, 16 of one picture."""
+    return {
+        "hidden_states": torch.randn(16, 3 * 2 * 4 * 4, generator=generator), "grid_thw": torch.tensor([[1, 4, 4]])
+    }  # fmt: skip
+
+
+def _film(name: str, frames: int) -> Callable[[torch.Generator], dict[str, Any]]:
+    return lambda generator: {name: torch.randn(2, frames, 3, 32, 32, generator=generator)}
+
+
+def _prompt(tokens: int) -> Callable[[nn.Module], dict[str, Any]]:
+    """A picture's tokens, then words."""
+    ids = torch.tensor([[40] * tokens + [3, 4, 5]])
+    return lambda model: {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+_LANGUAGE: dict[str, Any] = {
+    "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
+    "intermediate_size": 96, "max_position_embeddings": 64,
+}  # fmt: skip
+_CONV: dict[str, Any] = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
+    "layer_type": "basic", "out_features": ["stage4"],
+}  # fmt: skip
+_DETR: dict[str, Any] = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48,
+    "decoder_attention_heads": 2, "decoder_ffn_dim": 48, "num_queries": 5, "backbone_config": _CONV,
+}  # fmt: skip
 TRANSFORMERS = (
     _hf("vit", "ViTForImageClassification", "ViTConfig", **_HF),
     _hf("deit", "DeiTModel", "DeiTConfig", **_HF),
@@ -208,6 +247,32 @@ TRANSFORMERS = (
     _hf("vilt", "ViltModel", "ViltConfig", more=_words, **{**_HF, "vocab_size": 99, "max_position_embeddings": 16}),
     _hf("pixtral", "PixtralVisionModel", "PixtralVisionConfig", pictures=1, hidden_size=48, num_hidden_layers=2,
         head_dim=16, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8),
+    _hf("qwen2_vl", "qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
+        "qwen2_vl.configuration_qwen2_vl:Qwen2VLVisionConfig", given=_patches, depth=2, embed_dim=48, hidden_size=24,
+        num_heads=3, patch_size=4, mlp_ratio=2),
+    _hf("qwen2_5_vl", "qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
+        "qwen2_5_vl.configuration_qwen2_5_vl:Qwen2_5_VLVisionConfig", given=_patches, depth=2, hidden_size=48,
+        out_hidden_size=24, num_heads=3, patch_size=4, intermediate_size=96, window_size=16,
+        fullatt_block_indexes=[1]),
+    _hf("qwen3_vl", "qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
+        "qwen3_vl.configuration_qwen3_vl:Qwen3VLVisionConfig", given=_patches, depth=2, hidden_size=48,
+        out_hidden_size=24, num_heads=3, patch_size=4, intermediate_size=96, num_position_embeddings=16,
+        deepstack_visual_indexes=[0]),
+    _hf("timesformer", "TimesformerModel", "TimesformerConfig", given=_film("pixel_values", 2), num_frames=2, **_HF),
+    _hf("vjepa2", "VJEPA2Model", "VJEPA2Config", given=_film("pixel_values_videos", 4), crop_size=32, patch_size=8,
+        frames_per_clip=4, hidden_size=48, num_attention_heads=3, num_hidden_layers=2, pred_hidden_size=24,
+        pred_num_attention_heads=2, pred_num_hidden_layers=1, pred_num_mask_tokens=2),
+    _hf("videomae", "VideoMAEModel", "VideoMAEConfig", given=_film("pixel_values", 2), num_frames=2, **_HF),
+    _hf("vivit", "VivitModel", "VivitConfig", given=_film("pixel_values", 2), num_frames=2, tubelet_size=[2, 8, 8],
+        **_HF),
+    _hf("llava", "LlavaForConditionalGeneration", "LlavaConfig", more=_prompt(16), pictures=1,
+        vision_config={"model_type": "clip_vision_model", **_HF}, text_config={"model_type": "llama", **_LANGUAGE},
+        image_token_index=40, vision_feature_layer=-1),
+    _hf("internvl", "InternVLForConditionalGeneration", "InternVLConfig", more=_prompt(4), pictures=1,
+        vision_config={**_HF, "image_size": [32, 32], "patch_size": [8, 8]}, image_token_id=40,
+        text_config={"model_type": "qwen2", **_LANGUAGE}),
+    _hf("detr", "DetrModel", "DetrConfig", 64, **_DETR),
+    _hf("conditional_detr", "ConditionalDetrModel", "ConditionalDetrConfig", 64, **_DETR),
     _hf("idefics3", "Idefics3VisionTransformer", "Idefics3VisionConfig", **_HF),
     _hf("siglip2", "SiglipModel", "SiglipConfig", more=_words, vision_config=_HF, text_config={**_TEXT,
         "projection_size": 48}),
