@@ -207,13 +207,13 @@ def main() -> None:
     options = parser.parse_args()
     families = [f for f in (*TIMM, *TRANSFORMERS) if options.library in (None, f.library)]
     chosen = [f for f in families if not options.only or f.name in options.only]
-    rows = {(row["library"], row["family"]): row for row in measured()}
+    order = [(f.library, f.name) for f in (*TIMM, *TRANSFORMERS)]
     for family in chosen:
-        rows[family.library, family.name] = row = safely(examine, family)
+        row = safely(examine, family)
         print(json.dumps(row), flush=True)
-        order = [(f.library, f.name) for f in (*TIMM, *TRANSFORMERS)]
-        write_json(RESULT, {"benchmark": "families", "environment": environment(), "rows": [
-            rows[key] for key in order if key in rows]})  # fmt: skip
+        rows = {(r["library"], r["family"]): r for r in (*measured(), row)}  # others may have written meanwhile
+        known = [rows[key] for key in order if key in rows]
+        write_json(RESULT, {"benchmark": "families", "environment": environment(), "rows": known})
     PAGE.write_text(page(measured()))
 
 
