@@ -233,7 +233,7 @@ TRANSFORMERS = (
         num_attention_heads=[1, 2, 2, 2]),
     _hf("mobilevit", "MobileViTModel", "MobileViTConfig", 64, image_size=64, hidden_sizes=[24, 32, 48]),
     _hf("mobilevitv2", "MobileViTV2Model", "MobileViTV2Config", 64, image_size=64, width_multiplier=0.5),
-    _hf("cvt", "CvtModel", "CvtConfig", 64, embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 1, 1],
+    _hf("cvt", "CvtModel", "CvtConfig", 64, embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 2, 3],
         drop_path_rate=[0.0, 0.0, 0.0]),
     _hf("levit", "LevitModel", "LevitConfig", 64, image_size=64, hidden_sizes=[32, 48, 64], depths=[1, 1, 1],
         num_attention_heads=[2, 3, 4], key_dim=[8, 8, 8]),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import comcat
 from comcat.apply import apply_
 from comcat.hosts import find_sites
+from comcat.statistics import packed_pictures
 
 from ..models import shake
 from .test_apply import full_plan, low_plan
@@ -136,6 +137,30 @@ def pictures(size: int = 16, count: int = 1) -> Callable[[], dict[str, Any]]:
     return lambda: {"pixel_values": torch.randn(count, 3, size, size)}
 
 
+def whole_qwen25() -> nn.Module:
+    t = transformers
+    vision = {
+        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 48,
+        "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {**TEXT, "rope_parameters": turns, "bos_token_id": 0, "eos_token_id": 1}
+    config = t.Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=40, vision_start_token_id=41, vision_end_token_id=42,
+        video_token_id=43,
+    )  # fmt: skip
+    return t.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def words_and_patches() -> dict[str, Any]:
+    """Two pictures of one size, their patches in one row."""
+    ids = torch.tensor([[41, *[40] * 4, 42, 3], [41, *[40] * 4, 42, 4]])
+    return {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 40).long(),
+        "pixel_values": torch.randn(32, 3 * 2 * 4 * 4), "image_grid_thw": GRID.repeat(2, 1),
+    }  # fmt: skip
+
+
 def film(name: str, frames: int) -> Callable[[], dict[str, Any]]:
     return lambda: {name: torch.randn(2, frames, 3, 16, 16)}
 
@@ -146,6 +171,7 @@ TOWERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], i
     "qwen3-vl": (qwen3, patches, 0, 2, 4),
     "timesformer": (timesformer, film("pixel_values", 2), 4, 4, 2),
     "vjepa2": (vjepa2, film("pixel_values_videos", 4), 0, 3, 3),
+    "whole qwen2.5-vl": (whole_qwen25, words_and_patches, 0, 2, 5),
     "internvl": (internvl, lambda: words_and_picture(1), 2, 2, 5),
     "pixtral": (pixtral, pictures(), 0, 2, 2),
     "llava": (llava, words_and_picture, 2, 2, 5),
@@ -197,13 +223,14 @@ def test_reasons_of_rotary_attention_that_turns_its_queries_itself() -> None:
     assert reasons == {"rotary position embeddings sit between W_Q and W_K; its vo and linear sites can still shrink"}
 
 
-@pytest.mark.parametrize("name", ["llava", "internvl", "vjepa2"])
+@pytest.mark.parametrize("name", ["llava", "internvl", "vjepa2", "qwen2.5-vl", "whole qwen2.5-vl"])
 def test_a_whole_model_with_its_tower_comes_back(name: str, tmp_path: Path) -> None:
     model, inputs = tower(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = comcat.compress(model, [inputs], reduce=0.05, statistic="activation")
     comcat.save(small, tmp_path / "model")
+    assert small.comcat_record.plan.sites
     with torch.no_grad():
         assert numbers(comcat.load(tmp_path / "model")(**inputs)).equal(numbers(small(**inputs)))
 
@@ -220,3 +247,15 @@ def test_the_language_side_shrinks_only_where_it_is_asked_for() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert compressed(only=("model.language_model",)) == {"language"}
+
+
+def test_patches_of_several_pictures_in_one_row_are_counted_by_their_grids() -> None:
+    patches, grid = torch.randn(32, 96), GRID.repeat(2, 1)
+    assert packed_pictures({"pixel_values": patches, "image_grid_thw": grid}) == 2
+    other = torch.tensor([[1, 4, 4], [1, 8, 2]])
+    assert packed_pictures({"pixel_values": patches, "image_grid_thw": other}) == 1
+    assert packed_pictures({"pixel_values": torch.randn(2, 3, 8, 8), "image_grid_thw": grid}) == 0
+    assert packed_pictures({"pixel_values": patches}) == packed_pictures(patches) == 0
+    model, inputs = tower("qwen2.5-vl")
+    with pytest.raises(comcat.SettingsError, match="'macs' needs calibration pictures"):
+        comcat.compress(model, [inputs], reduce=0.05, budget="macs")

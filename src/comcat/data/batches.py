@@ -18,7 +18,7 @@ from .pictures import Pictures, whole_number
 from .preprocess import Preprocess
 from .reading import default_workers
 
-_PICTURES = ("pixel_values", "image", "images", "img")
+_PICTURES = ("pixel_values", "pixel_values_videos", "image", "images", "img")
 _LABELS = ("labels", "label")
 """Keys of a batch that is a mapping: transformers' own, then those that data sets of the hub use."""
 
@@ -130,8 +130,9 @@ def parts_of_batch(batch: Any, where: str) -> tuple[Tensor, Any]:
     """The pictures and the labels (None: it has none) of a batch that a caller brings.
 
     A batch is a tensor of pictures, (pictures,), (pictures, labels), or a mapping: pictures under ``pixel_values``,
-    ``image``, ``images`` or ``img``, labels under ``labels`` or ``label``. Raises :class:`~comcat.errors.DataError`,
-    naming ``where``, on anything else, and on pictures that are no tensor of a floating type.
+    ``pixel_values_videos``, ``image``, ``images`` or ``img``, labels under ``labels`` or ``label``. Raises
+    :class:`~comcat.errors.DataError`, naming ``where``, on anything else, and on pictures that are no tensor of a
+    floating type.
     """
     if isinstance(batch, Mapping):
         keys = [key for key in _PICTURES if key in batch]

@@ -79,9 +79,9 @@ def _between_layers(module: nn.Module, pair: _Pair) -> tuple[str, ...]:
 
 
 def _is_another_thing(module: nn.Module, pair: _Pair) -> bool:
-    """Whether layers that fit by their sizes are those of an attention, or of a convolutional network."""
+    """Whether layers that fit by their sizes are those of an attention, of a convolutional network, or of a list."""
     name = type(module).__name__.lower()
-    if "attention" in name or "attn" in name:
+    if "attention" in name or "attn" in name or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return True
     words = ("mlp", "ffn", "feedforward", "feed_forward", "glu")
     return isinstance(part(module, pair.down), nn.Conv2d) and not any(word in name for word in words)
@@ -227,7 +227,8 @@ def _call(copied: nn.Module, pair: _Pair, channels: int) -> Callable[[nn.Module]
     """A way to call the module that works: on tokens, a grid, a map, or its two halves one after the other."""
     x = torch.randn(2, 4, channels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     try:
-        return calls_of(copied, [Reads(channels, channels, channels, h, w) for h, w in ((1, 4), (4, 4))])[0][0]
+        sizes = [channels, *_narrower_norms(copied, channels)]
+        return calls_of(copied, [Reads(c, c, c, h, w) for c in sizes for h, w in ((1, 4), (4, 4))])[0][0]
     except Uncallable:
         pass
     try:
@@ -235,6 +236,12 @@ def _call(copied: nn.Module, pair: _Pair, channels: int) -> Callable[[nn.Module]
     except Exception:  # whatever a stranger's forward makes of tokens
         return None
     return lambda module: _tensor(_halves(module, pair, x))
+
+
+def _narrower_norms(module: nn.Module, channels: int) -> list[int]:
+    """Channels of norms that a layer's input is several of: neighbours may be joined before it (Qwen3-VL's merger)."""
+    weights = [m.weight for m in module.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    return list(dict.fromkeys(len(w) for w in weights if w.ndim == 1 and len(w) < channels and channels % len(w) == 0))
 
 
 def _tensor(output: Any) -> Tensor:

@@ -145,8 +145,11 @@ def places(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
         if names is None:
             continue
         own = [f"{inner}.{o}" if inner else o for o in OUT]
+        around = inner.rpartition(".")[0]
         if inner and any(reader_in(module, o) for o in own):
             return  # an attention of its own, below this module
+        if around and next(places(below(module, around)), None) is not None:
+            return
         for name in own if not inner else OUT:
             out = reader_in(module, name)
             if out is None or name in names:

@@ -176,7 +176,7 @@ def of_vision(sites: Sites) -> Sites:
     spoken = {n for n, s in sites.items() if LANGUAGE & set(s.path.split("."))}
     if not 0 < len(spoken) < len(sites):
         return sites
-    path = sites[min(spoken)].path.split(".")
+    path = sites[min(spoken, key=lambda n: ("language_model" not in n, n))].path.split(".")
     place = ".".join(path[: 1 + next(i for i, name in enumerate(path) if name in LANGUAGE)])
     warnings.warn(f"the language side stays as it is; only=({place!r},) shrinks it", stacklevel=6)
     return sites.without(spoken)

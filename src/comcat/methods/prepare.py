@@ -18,7 +18,7 @@ from ..measure import count_macs, count_parameters
 from ..measure.latency import measure_latency
 from ..plan import MadeFor, Plan
 from ..sites import Sites, TokenSite
-from ..statistics import Statistics, calibrate, pictures_of
+from ..statistics import Statistics, calibrate, packed_pictures, pictures_of
 from .allocate import allocate, describe, of_forms, of_vision, shrinkable
 from .costs import Cost, Macs, Parameters, warn_of_little
 from .merging.balance import REFERENCE, balanced
@@ -170,7 +170,8 @@ def budget_of(
     if settings.budget == "parameters":
         return float(count_parameters(model)), Parameters()
     if example is None:
-        raise SettingsError(f"budget {settings.budget!r} needs calibration pictures, at least one")
+        wanted = "calibration pictures (batch, channels, height, width), at least one"
+        raise SettingsError(f"budget {settings.budget!r} needs {wanted}")
     if settings.budget == "latency":
         latency = measure_latency(
             model, sites, example, tokens=tokens, batch=settings.batch, compile=settings.compiled, quick=settings.quick,
@@ -217,8 +218,13 @@ def said_of_unreached(names: Sequence[str]) -> str:
     return f"No calibration input reached {listed}"
 
 
-def _first_picture(model: nn.Module, calibration: Iterable) -> Tensor:
-    """One picture (1, channels, height, width), on the model's device and in its type: loaders' are on the CPU."""
+def _first_picture(model: nn.Module, calibration: Iterable) -> Tensor | None:
+    """One picture (1, channels, height, width), on the model's device and in its type: loaders' are on the CPU.
+
+    None where the patches of several pictures lie in one row: no picture can be taken from those.
+    """
     for batch in calibration:
+        if packed_pictures(batch):
+            return None
         return pictures_of(batch)[:1].to(next(model.parameters()))
     raise DataError("no pictures to calibrate on: got an empty iterable")

@@ -18,20 +18,25 @@ from ..measure.running import unwrap
 
 @dataclass(frozen=True)
 class Example:
-    """Some pictures (batch, channels, height, width), and by name what else goes with them, the batch first."""
+    """Some pictures (batch, channels, height, width), and by name what else goes with them, the batch first.
+
+    ``packed`` is the number of pictures where ``images`` are patches of several in one row, (patches, channels), whose
+    grids go with them (Qwen2-VL); such a batch cannot be cut.
+    """
 
     images: Tensor
     name: str | None = None
     others: Mapping[str, Any] | None = None
+    packed: int = 0
 
     @property
     def count(self) -> int:
         """The number of pictures."""
-        return len(self.images)
+        return self.packed or len(self.images)
 
     def first(self, count: int) -> Example:
         """The first pictures with what goes with them."""
-        if count >= self.count:
+        if count >= self.count or self.packed:
             return self
         cut = {n: v[:count] if _goes_along(v, self.count) else v for n, v in (self.others or {}).items()}
         return Example(self.images[:count], self.name, cut or None)
@@ -82,11 +87,30 @@ def pictures_of(batch: Any, where: str = "a calibration batch") -> Tensor:
 def _example(batch: Any, known: frozenset[str]) -> Example:
     """A batch as the model takes it: a mapping by the names that its forward knows, anything else as pictures alone."""
     if isinstance(batch, Mapping):
-        name = next((n for n, v in batch.items() if n in known and isinstance(v, Tensor) and v.ndim > 2), None)
+        packed = packed_pictures(batch)
+        least = 2 if packed else 3
+        name = next((n for n in batch if n in known and _is_rows(batch[n], least)), None)
         others = {n: v for n, v in batch.items() if n in known and n != name and n not in ("labels", "label")}
         if name is not None and others:
-            return Example(batch[name], name, others)
+            return Example(batch[name], name, others, packed)
     return Example(pictures_of(batch))
+
+
+def packed_pictures(batch: Any) -> int:
+    """How many pictures a mapping holds whose patches lie in one row, by their grids; 0 of any other batch.
+
+    Pictures that differ in size count as one.
+    """
+    if not isinstance(batch, Mapping) or any(_is_rows(value, 3) for value in batch.values()):
+        return 0
+    grid = next((value for name, value in batch.items() if str(name).endswith(("grid_thw", "grid_hw"))), None)
+    if not isinstance(grid, Tensor) or grid.ndim != 2 or not len(grid):
+        return 0
+    return len(grid) if bool((grid == grid[0]).all()) else 1
+
+
+def _is_rows(value: Any, least: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= least
 
 
 def _parameters(model: nn.Module) -> frozenset[str]:
