@@ -92,9 +92,9 @@ TIMM = (
     _timm("caformer", "caformer_s18", 64),
     _timm("mobilevit", "mobilevit_xxs", 64),
     _timm("mobilevitv2", "mobilevitv2_050", 64),
-    _timm("mvitv2", "mvitv2_tiny", 64, img_size=64, embed_dim=24, depths=(1, 2), num_heads=1),
+    _timm("mvitv2", "mvitv2_tiny", 64, img_size=64),
     _timm("nest", "nest_tiny", 64, img_size=64),
-    _timm("nextvit", "nextvit_small", 64, depths=(1, 1, 2, 1), stem_chs=(8, 8, 16)),
+    _timm("nextvit", "nextvit_small", 64, depths=(1, 2, 5, 2), stem_chs=(8, 8, 16)),
     _timm("pit", "pit_ti_224", 64, img_size=64, base_dims=(16, 16, 16), depth=(1, 1, 1)),
     _timm("pvt_v2", "pvt_v2_b0", 64, depths=(1, 1, 1, 1), embed_dims=(16, 32, 40, 64)),
     _timm("tiny_vit", "tiny_vit_5m_224", 64, embed_dims=(16, 32, 40, 64), depths=(1, 1, 1, 1),
@@ -112,7 +112,7 @@ TIMM = (
     _timm("swiftformer", "swiftformer_xs", 64, layers=(1, 1, 1, 1), embed_dims=(16, 24, 32, 48)),
     _timm("mobilenetv4", "mobilenetv4_hybrid_medium", 64),
     _timm("botnet", "botnet26t_256", 64, img_size=64),
-    _timm("halonet", "halonet26t", 64),
+    _timm("halonet", "halonet26t", 128),
     _timm("resnet hybrid", "vit_tiny_r_s16_p8_224", 32, img_size=32, embed_dim=48, depth=2, num_heads=3),
     _timm("lowformer", "lowformer_b0", 64),
     _timm("cpubone", "cpubone_nano", 64),
@@ -129,18 +129,13 @@ def _hf(
     **settings: Any,
 ) -> Family:  # fmt: skip
     def build() -> nn.Module:
-        return _class(model)(_class(config)(**settings))
+        library = importlib.import_module("transformers")
+        return getattr(library, model)(getattr(library, config)(**settings))
 
     return Family(
-        library="transformers", name=name, model=model.rpartition(":")[2], build=build, image=image, more=more,
+        library="transformers", name=name, model=model, build=build, image=image, more=more,
         pictures=pictures, given=given,
     )  # fmt: skip
-
-
-def _class(name: str) -> Any:
-    """A class of transformers, of a module below ``transformers.models`` where one is named before a colon."""
-    module, _, short = name.rpartition(":")
-    return getattr(importlib.import_module(f"transformers.models.{module}" if module else "transformers"), short)
 
 
 _HF: dict[str, Any] = {
@@ -163,9 +158,12 @@ def _words(model: nn.Module) -> dict[str, Any]:
 
 
 def _patches(generator: torch.Generator) -> dict[str, Any]:
-    """Patches of 4 × 4 pixels in two frames, 16 of one picture."""
+    """Two pictures of 4 × 4 patches in one row, each patch of 4 × 4 pixels in two frames, with words."""
+    ids = torch.tensor([[41, *[40] * 4, 42, 3], [41, *[40] * 4, 42, 4]])
     return {
-        "hidden_states": torch.randn(16, 3 * 2 * 4 * 4, generator=generator), "grid_thw": torch.tensor([[1, 4, 4]])
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 40).long(),
+        "pixel_values": torch.randn(32, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
     }  # fmt: skip
 
 
@@ -182,6 +180,14 @@ def _prompt(tokens: int) -> Callable[[nn.Module], dict[str, Any]]:
 _LANGUAGE: dict[str, Any] = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
     "intermediate_size": 96, "max_position_embeddings": 64,
+}  # fmt: skip
+_QWEN: dict[str, Any] = {
+    "text_config": {**_LANGUAGE, "head_dim": 12, "bos_token_id": 0, "eos_token_id": 1, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}},
+    "image_token_id": 40, "vision_start_token_id": 41, "vision_end_token_id": 42, "video_token_id": 43,
+}  # fmt: skip
+_QWEN_TOWER: dict[str, Any] = {
+    "depth": 2, "hidden_size": 48, "out_hidden_size": 48, "num_heads": 3, "patch_size": 4, "intermediate_size": 96,
 }  # fmt: skip
 _CONV: dict[str, Any] = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
@@ -247,17 +253,12 @@ TRANSFORMERS = (
     _hf("vilt", "ViltModel", "ViltConfig", more=_words, **{**_HF, "vocab_size": 99, "max_position_embeddings": 16}),
     _hf("pixtral", "PixtralVisionModel", "PixtralVisionConfig", pictures=1, hidden_size=48, num_hidden_layers=2,
         head_dim=16, num_attention_heads=3, intermediate_size=96, image_size=32, patch_size=8),
-    _hf("qwen2_vl", "qwen2_vl.modeling_qwen2_vl:Qwen2VisionTransformerPretrainedModel",
-        "qwen2_vl.configuration_qwen2_vl:Qwen2VLVisionConfig", given=_patches, depth=2, embed_dim=48, hidden_size=24,
-        num_heads=3, patch_size=4, mlp_ratio=2),
-    _hf("qwen2_5_vl", "qwen2_5_vl.modeling_qwen2_5_vl:Qwen2_5_VisionTransformerPretrainedModel",
-        "qwen2_5_vl.configuration_qwen2_5_vl:Qwen2_5_VLVisionConfig", given=_patches, depth=2, hidden_size=48,
-        out_hidden_size=24, num_heads=3, patch_size=4, intermediate_size=96, window_size=16,
-        fullatt_block_indexes=[1]),
-    _hf("qwen3_vl", "qwen3_vl.modeling_qwen3_vl:Qwen3VLVisionModel",
-        "qwen3_vl.configuration_qwen3_vl:Qwen3VLVisionConfig", given=_patches, depth=2, hidden_size=48,
-        out_hidden_size=24, num_heads=3, patch_size=4, intermediate_size=96, num_position_embeddings=16,
-        deepstack_visual_indexes=[0]),
+    _hf("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2VLConfig", given=_patches, **_QWEN, vision_config={
+        "depth": 2, "embed_dim": 48, "hidden_size": 48, "num_heads": 3, "patch_size": 4, "mlp_ratio": 2}),
+    _hf("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", given=_patches, **_QWEN,
+        vision_config={**_QWEN_TOWER, "window_size": 16, "fullatt_block_indexes": [1]}),
+    _hf("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3VLConfig", given=_patches, **_QWEN, vision_config={
+        **_QWEN_TOWER, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}),
     _hf("timesformer", "TimesformerModel", "TimesformerConfig", given=_film("pixel_values", 2), num_frames=2, **_HF),
     _hf("vjepa2", "VJEPA2Model", "VJEPA2Config", given=_film("pixel_values_videos", 4), crop_size=32, patch_size=8,
         frames_per_clip=4, hidden_size=48, num_attention_heads=3, num_hidden_layers=2, pred_hidden_size=24,

@@ -373,3 +373,12 @@ def test_trained_channels_beside_the_closed_form(scripts, folder, tmp_path):
     written = json.loads(next(scripts.rglob("cdcp.json")).read_text())
     assert [row["way"] for row in written["rows"]] == list(cdcp.WAYS)
     assert all(row["saved"] >= 0.4 and 0 <= row["top1_mean"] <= 100 for row in written["rows"])
+
+
+def test_models_of_other_libraries_are_named_before_a_colon(scripts):
+    import common
+
+    model = common.vit("torchvision:squeezenet1_1", num_classes=7)
+    assert type(model).__module__.startswith("torchvision.") and not model.training
+    with pytest.raises(ValueError, match="torchvision:NAME or open_clip:NAME"):
+        common.vit("nowhere:model")

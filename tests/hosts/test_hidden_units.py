@@ -143,6 +143,27 @@ def test_units_that_see_each_other_are_refused(kind: str, reason: str) -> None:
     assert reason in refused["blocks.0.mlp:units"]
 
 
+class Around(nn.Module):
+    """Layers that fit by their sizes, with a feed-forward of its own between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.between = nn.Sequential(nn.Linear(24, 30), nn.GELU(), nn.Linear(30, 24))
+        self._modules["down"] = self._modules.pop("down")  # defined last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.between(self.up(x)))
+
+
+def test_layers_around_others_are_no_feed_forward() -> None:
+    model = HandModel(HandAttention(16, 2, 6))
+    model.blocks[0].mlp = Around()
+    sites = find_sites(model)
+    assert "blocks.0.mlp.between:units" in sites
+    assert "blocks.0.mlp:units" not in {*sites, *(r.name for r in sites.refused)}
+
+
 def test_tied_layers_are_refused() -> None:
     model = HandModel(HandAttention(16, 2, 6), HandAttention(16, 2, 6))
     model.blocks[1].mlp[0] = model.blocks[0].mlp[0]

@@ -371,7 +371,7 @@ def test_what_calls_itself_attention_is_listed_where_it_is_not_understood() -> N
     assert "blocks.0.attend.mix" in sites
 
 
-def test_what_calls_itself_attention_and_has_no_two_layers_has_no_product() -> None:
+def test_what_calls_itself_attention_and_makes_no_queries_has_no_product() -> None:
     reasons = {r.name: r.reason for r in find_sites(HandModel(ConvAttention())).refused}
-    wanted = "it calls itself attention and has no two layers over channels, so there is no product"
+    wanted = "it calls itself attention and has no layers for queries, keys and values, so there is no product"
     assert reasons["blocks.0.attend"] == wanted

@@ -170,6 +170,19 @@ class Deformable(nn.Module):
         return self.inner(x, encoder_hidden_states=x, reference_points=at, level_start_index=start, **where)[0]
 
 
+class Upsampled(nn.Module):
+    """A transposed convolution reads what the heads put out (LowFormer)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.pwise, self.upsampling = nn.Conv2d(DIM, 3 * 8, 1), nn.ConvTranspose2d(8, DIM, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.pwise(x.mT.unflatten(-1, (4, 4))).flatten(2).mT.chunk(3, -1)
+        return self.upsampling(attended(q, k, v).mT.unflatten(-1, (4, 4))).flatten(2).mT
+
+
 class InTurn(nn.Module):
     """The output reads the first channel of every head, then the second of every head (NesT)."""
 
@@ -198,6 +211,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...], str | None]] = 
         "its vo and linear sites can still shrink"),
     "deformable": (Deformable, ("vo",), "one layer makes its attention weights, so there are no queries and keys; "
         "its vo and linear sites can still shrink"),
+    "upsampled": (Upsampled, ("qk",), "W_O is a transposed convolution"),
     "in turn": (InTurn, ("qk",), "W_O reads the channels of all heads in turn, which comcat does not stand in for"),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ from .classes import classes_of
 from .feedforward import find_feedforwards
 from .multihead import MultiheadHost
 from .ordinary import check_ordinary, not_replaceable
-from .reasons import NO_PAIR
+from .reasons import NO_PAIR, is_no_pair
 from .structures import rows_in, rows_out
 from .symmetry import structure
 
@@ -174,8 +174,8 @@ class _Finder:
             name = type(module).__name__
             if path and _ATTENTION.search(name) and next(module.parameters(), None) is not None:
                 if not any(_within(path, s) or _within(s, path) for s in spoken):
-                    few = sum(dense_in(m) is m for m in module.modules()) < 2
-                    self.refuse(path, NO_PAIR if few else f"attention of no known shape: {name}")
+                    none = is_no_pair([m for m in module.modules() if dense_in(m) is m])
+                    self.refuse(path, NO_PAIR if none else f"attention of no known shape: {name}")
                     spoken.append(path)
 
 

@@ -79,12 +79,24 @@ def _between_layers(module: nn.Module, pair: _Pair) -> tuple[str, ...]:
 
 
 def _is_another_thing(module: nn.Module, pair: _Pair) -> bool:
-    """Whether layers that fit by their sizes are those of an attention, of a convolutional network, or of a list."""
+    """Whether layers that fit by their sizes are those of an attention, of a convolutional network, of a list, or
+    around other layers.
+    """
     name = type(module).__name__.lower()
     if "attention" in name or "attn" in name or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return True
+    if any(isinstance(m, nn.Linear) for m in _inside(module, pair)):
+        return True
     words = ("mlp", "ffn", "feedforward", "feed_forward", "glu")
     return isinstance(part(module, pair.down), nn.Conv2d) and not any(word in name for word in words)
+
+
+def _inside(module: nn.Module, pair: _Pair) -> list[nn.Module]:
+    """Modules that are defined after a pair's first layer and before its last, and are no part of it."""
+    named = dict(module.named_modules())
+    paths = list(named)
+    first, last = sorted((paths.index(pair.ups[0].path), paths.index(pair.down)))
+    return [named[path] for path in paths[first + 1 : last] if path not in pair.layers]
 
 
 def _companies(linears: Mapping[str, nn.Module]) -> dict[str, list[str]]:

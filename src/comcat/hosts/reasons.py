@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ _NORMS = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", 
 
 
 QUERIES_GIVEN = "its queries are given to it, so no W_Q is its own"
-NO_PAIR = "it calls itself attention and has no two layers over channels, so there is no product"
+NO_PAIR = "it calls itself attention and has no layers for queries, keys and values, so there is no product"
 WEIGHTS_MADE = "one layer makes its attention weights, so there are no queries and keys"
 
 
@@ -42,11 +43,16 @@ def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
 
 def vo_reason(module: nn.Module, out: str, in_turn: bool) -> str:
     """What stands between W_V and W_O; ``out`` is the path of the latter."""
+    if isinstance(below(module, out), nn.ConvTranspose2d):
+        return "W_O is a transposed convolution"
     if in_turn:
         return "W_O reads the channels of all heads in turn, which comcat does not stand in for"
     norm, gate = norm_and_gate(module)
     if norm is not None:
         return "a norm sits between W_V and W_O"
+    for name in ("v_norm", "norm_v"):
+        if isinstance(getattr(module, name, None), nn.Module):
+            return f"{name} sits between W_V and W_O"
     if gate is not None:
         return "a gate sits between W_V and W_O"
     around = below(module, out.partition(".")[0]) if "." in out else None
@@ -77,6 +83,11 @@ def unequal(queries: int, keys: int, values: int) -> str:
     if keys == values and queries % keys == 0:
         return "queries, keys and values differ in width (grouped or multi-query attention)"
     return f"queries, keys and values differ in width: {queries}, {keys} and {values} channels"
+
+
+def is_no_pair(layers: Sequence[nn.Module]) -> bool:
+    """Whether layers over channels cannot be those of an attention: one alone, which makes no more than it reads."""
+    return len(layers) < 2 and all(rows_out(layer) <= rows_in(layer) for layer in layers)
 
 
 def is_no_softmax(copied: nn.Module, a: Attention) -> bool:

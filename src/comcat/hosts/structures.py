@@ -37,7 +37,7 @@ TRIPLES = (
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("to_q", "to_k", "to_v"), ("q", "k", "v"),
     ("wq", "wk", "wv"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
     ("W_q", "W_k", "W_v"), ("q.proj", "k", "v"), ("query.proj", "key.proj", "value.proj"),
-    ("projection_query", "projection_key", "projection_value"),
+    ("projection_query", "projection_key", "projection_value"), ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
     ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"),
 )  # fmt: skip
 """A layer each."""
@@ -45,7 +45,7 @@ TRIPLES = (
 OUT = (
     "proj", "out_proj", "o_proj", "output.dense", "projection", "projection_layer", "to_out", "to_out.0", "wo",
     "c_proj", "attn_out_proj", "merge", "out", "o", "out_lin", "dense", "linear_out", "output_proj", "wo.0",
-    "output", "W_o", "output.proj",
+    "output", "W_o", "output.proj", "upsampling",
 )  # fmt: skip
 """The layer that reads the heads' outputs: in the module itself or beside what holds the projections."""
 
@@ -105,22 +105,28 @@ def is_layer(module: Any) -> bool:
 
 def rows_in(layer: Any) -> int:
     """Channels that a layer reads."""
-    layer = dense_in(layer)
+    layer = dense_in(layer) or layer
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
 
 
 def rows_out(layer: Any) -> int:
     """Channels that a layer puts out."""
-    layer = dense_in(layer)
+    layer = dense_in(layer) or layer
     return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
 
 
+def _reads_channels(module: nn.Module) -> bool:
+    transposed = isinstance(module, nn.ConvTranspose2d) and module.groups == 1
+    return transposed or isinstance(module, nn.Linear) or is_pointwise(module)
+
+
 def reader_in(module: Any, path: str) -> str | None:
-    """The path of the only linear layer that is at a path or below it: an activation or a norm may be beside it."""
+    """The path of the only layer over channels that is at a path or below it, a transposed convolution at the worst.
+
+    An activation or a norm may be beside it.
+    """
     found = below(module, path)
-    layers = (
-        [] if found is None else [n for n, m in found.named_modules() if isinstance(m, nn.Linear) or is_pointwise(m)]
-    )
+    layers = [] if found is None else [n for n, m in found.named_modules() if _reads_channels(m)]
     return ".".join(filter(None, (path, layers[0]))) if len(layers) == 1 else None
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..sites import Attention, Projection, layer_and_norm, over_maps, part
+from ..sites import Attention, Projection, dense_in, layer_and_norm, over_maps, part
 from .mounting import drop_hooks
 
 TOLERANCE = 1e-5
@@ -94,6 +94,8 @@ def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.
     if unchanged(vo_copy):
         raise NotItsOwn
     out = part(vo_copy, a.out)
+    if dense_in(out) is None:
+        return Symmetry(qk, vo=False, rows_sum_to_one=False)
     before_out = out.weight.clone()
     w = before_out.flatten(1).unflatten(1, (a.heads, a.value_width))  # (out, heads, width)
     out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1).view_as(out.weight))
