@@ -152,7 +152,7 @@ class Around(nn.Module):
         self.between = nn.Sequential(nn.Linear(24, 30), nn.GELU(), nn.Linear(30, 24))
         self._modules["down"] = self._modules.pop("down")  # defined last
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down(self.between(self.up(x)))
 
 
