@@ -38,8 +38,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 LIMIT = 1e-5
 INTRO = """# Families of models
 
-What shrinks in one small model a family, with random weights. A family is whole where all its attention is understood,
-every product that it has shrinks, and it comes back from disk:
+What shrinks in one small model a family, with random weights. A family is whole where its attention is found and
+understood, every product that it has shrinks, everything at full rank changes the output by at most 1e-5, and it comes
+back from disk:
 {counts}.
 A family that is not in the table was not measured.
 
@@ -47,6 +48,9 @@ A family that is not in the table was not measured.
 shrink* is the share of the parameters in all sites, other linear layers included. *Error* is by how much everything at
 full rank changes the output, relative to its largest value, in float32. The last column counts what was refused, with
 the reason.
+
+A batch norm right behind a projection (LeViT, EfficientFormerV2) is folded into what takes the projection's place: the
+same in evaluation, and no longer there in training.
 
 `python benchmarks/families.py` measures this and writes this page.
 """

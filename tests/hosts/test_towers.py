@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import comcat
 from comcat.apply import apply_
+from comcat.errors import SettingsError
 from comcat.hosts import find_sites
 from comcat.statistics import packed_pictures
 
@@ -257,5 +258,5 @@ def test_patches_of_several_pictures_in_one_row_are_counted_by_their_grids() -> 
     assert packed_pictures({"pixel_values": torch.randn(2, 3, 8, 8), "image_grid_thw": grid}) == 0
     assert packed_pictures({"pixel_values": patches}) == packed_pictures(patches) == 0
     model, inputs = tower("qwen2.5-vl")
-    with pytest.raises(comcat.SettingsError, match="'macs' needs calibration pictures"):
+    with pytest.raises(SettingsError, match="'macs' needs calibration pictures"):
         comcat.compress(model, [inputs], reduce=0.05, budget="macs")
