@@ -112,7 +112,7 @@ TIMM = (
     _timm("swiftformer", "swiftformer_xs", 64, layers=(1, 1, 1, 1), embed_dims=(16, 24, 32, 48)),
     _timm("mobilenetv4", "mobilenetv4_hybrid_medium", 64),
     _timm("botnet", "botnet26t_256", 64, img_size=64),
-    _timm("halonet", "halonet26t", 128),
+    _timm("halonet", "halonet26t", 256),
     _timm("resnet hybrid", "vit_tiny_r_s16_p8_224", 32, img_size=32, embed_dim=48, depth=2, num_heads=3),
     _timm("lowformer", "lowformer_b0", 64),
     _timm("cpubone", "cpubone_nano", 64),

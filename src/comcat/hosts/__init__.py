@@ -71,7 +71,7 @@ def find_sites(model: nn.Module) -> Sites:
     return Sites(_in_order(model, finder.found), tuple(finder.refused))
 
 
-_ATTENTION = re.compile("attention|attn|(?-i:MHSA|MSA|MHA|SHSA|MLA)", re.IGNORECASE)
+_ATTENTION = re.compile("attention|attn|(?-i:MHSA|MSA|MHA|SHSA|SHMA|MLA)", re.IGNORECASE)
 """How classes call themselves attention."""
 
 
