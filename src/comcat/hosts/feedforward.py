@@ -252,7 +252,8 @@ def _call(copied: nn.Module, pair: _Pair, channels: int) -> Callable[[nn.Module]
 
 def _narrower_norms(module: nn.Module, channels: int) -> list[int]:
     """Channels of norms that a layer's input is several of: neighbours may be joined before it (Qwen3-VL's merger)."""
-    weights = [m.weight for m in module.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    held = [getattr(m, "weight", None) for m in module.modules()]
+    weights = [w for w in held if isinstance(w, Tensor)]
     return list(dict.fromkeys(len(w) for w in weights if w.ndim == 1 and len(w) < channels and channels % len(w) == 0))
 
 
