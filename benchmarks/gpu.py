@@ -166,10 +166,11 @@ def latency(a: argparse.Namespace) -> dict[str, Any]:
 
 def accuracy(a: argparse.Namespace) -> dict[str, Any]:
     """Top-1 of the packed classifier."""
-    from card.accuracy import Judging
     from card.packed import Packed
 
-    packed = Packed(a.packed)
+    packed = Packed(a.packed)  # what is not there is told before the models' libraries are imported
+    from card.accuracy import Judging
+
     judging = Judging(
         device=a.device, budgets=(0.2, 0.3) if a.tiny else (0.2, 0.3, 0.4, 0.5, 0.6), seeds=packed.seeds() or 1,
         pictures=8 if a.tiny else 512, judged=20 if a.tiny else None,

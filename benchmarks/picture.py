@@ -3,7 +3,8 @@
 ``docs/real-weights.svg`` is what README opens with: what is left of a real model's accuracy, against what is left of
 its parameters and of its time, one line a method. A method or a panel without a committed result is not drawn.
 Parameters are judged by ``real_weights.py``, time by ``real/times.py``. ``docs/paper-tables.svg`` has COMCAT's Tables 1
-and 4 as they come out on the small CIFAR transformer.
+and 4 as they come out on the small CIFAR transformer, ``docs/paper-figure6.svg``, ``…7.svg`` and ``…s89.svg`` its
+figures of searches.
 
 python benchmarks/picture.py
 """
@@ -82,7 +83,56 @@ def main() -> None:
 def pictures() -> dict[Path, str]:
     """Every picture by its path, from the results that are committed."""
     found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/*.json"))]
-    return {PICTURE: svg(panels(found), SAID, METHODS), PAPER: svg(paper_panels(found), PAPER_SAID, PAPER_METHODS)}
+    drawn = {PICTURE: svg(panels(found), SAID, METHODS), PAPER: svg(paper_panels(found), PAPER_SAID, PAPER_METHODS)}
+    searches = {DOCS / f"{r['benchmark']}.svg": search_figure(r) for r in found if r["benchmark"] in SEARCHES}
+    return drawn | searches
+
+
+SEARCHES = {
+    "paper-figure6": "COMCAT's Figure 6 on a small transformer trained on CIFAR-10: not ImageNet",
+    "paper-figure7": "COMCAT's Figure 7 on a small transformer trained on CIFAR-10: not ImageNet",
+    "paper-figures89": "COMCAT's Figures 8 and 9 on a small transformer trained on CIFAR-10: not ImageNet",
+}
+KINDS = {"attn:qk": "QK", "attn:vo": "VO", "mlp.fc1": "first of the feed-forward", "mlp.fc2": "second"}
+POINTS = 24
+"""Points of a line, at most."""
+
+
+def search_figure(r: dict[str, Any]) -> str:
+    """Figure 6, 7, or 8 and 9 from its result."""
+    drawn = _ranks(r) if "series" not in r else _curves(r)
+    names = dict.fromkeys(name for panel in drawn for name in panel.lines)
+    methods = {name: (name, kind) for name, kind in zip(names, "abdecf", strict=False)}
+    return svg(drawn, SEARCHES[r["benchmark"]], methods)
+
+
+def _curves(r: dict[str, Any]) -> list[Panel]:
+    """Lines of a search and of tuning. Parameters in millions become a share of all, epochs a share of one."""
+    panels: dict[str, Panel] = {}
+    for s in r["series"]:
+        title, across, up, along = s["y_label"], s["x_label"], 1.0, 1.0
+        if title == "loss":
+            continue
+        if title.startswith("parameters"):
+            title, up = "parameters, % of all", 100 / r["rows"]["as it was"][0]
+        if across == "epoch":
+            across, along = "pictures seen, % of an epoch", 100.0
+        known = [Point(along * x, up * y, 0.0) for x, y in zip(s["x"], s["y"], strict=True) if y is not None]
+        thin = known[:: -(-len(known) // POINTS)]
+        panel = panels.setdefault(title, Panel(title, across, {}))
+        panel.lines[s["label"]] = thin if thin[-1] is known[-1] else [*thin, known[-1]]
+    return list(panels.values())
+
+
+def _ranks(r: dict[str, Any]) -> list[Panel]:
+    """What every block keeps of its full rank, a line a kind of layer."""
+    panel = Panel("rank kept, % of the full one", "block", {})
+    for name, (kept, full) in r["rows"].items():
+        block, _, kind = name.rpartition("blocks.")[2].partition(".")
+        if kind in KINDS:
+            share = 100.0 if kept is None else 100 * kept / full
+            panel.lines.setdefault(KINDS[kind], []).append(Point(int(block), share, 0.0))
+    return [panel]
 
 
 def paper_panels(results: Sequence[dict[str, Any]]) -> list[Panel]:

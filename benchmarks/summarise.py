@@ -14,6 +14,7 @@ from growth import page as growth
 from real.page import heads, nuclei, real, times, token_overhead
 from sections.choosing import accuracy, calibrate, factorise, prediction
 from sections.deploying import commands, equal_time, export_int8, export_parity, search_runs
+from sections.paper import paper
 from sections.personal import adapter_cost, card_adapter, customization
 from sections.timing import export_speed, latency, search_step, speed, start, time_by_operation
 from sections.training import cait, distributed, throughput, trained, tuning
@@ -68,6 +69,7 @@ SECTIONS = [
     ("Accuracy without fine-tuning", "accuracy", accuracy),
     ("Tuning, and ranks by search", "tuning", tuning),
     ("Long searches", "search-runs", search_runs),
+    ("The paper's search, in small", "paper-", paper),
     ("Prediction against outcome, product against unilateral", "prediction", prediction),
     ("Speed against MACs", "speed", speed),
     ("A budget of time: predicted and measured", "latency", latency),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,9 @@ class Run:
         print()
         table(["", *head], [[k, *v] for k, v in rows.items()])
         if not self.arguments.no_write:
-            write(f"paper-{name}", {"columns": head, "rows": rows, "published": self.published})
+            said = shlex.join(Path(word).name if word.startswith("../") else word for word in sys.argv)
+            result = {"command": f"python {said}", "columns": head, "rows": rows, "published": self.published}
+            write(f"paper-{name}", result)
         return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import sys
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ from comcat.tuning.leaks import check_apart, same_place
 from comcat.tuning.settings import TuneSettings
 from comcat.tuning.tune import tune_
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+RECIPES = (Path(__file__).resolve().parents[2] / "recipes", Path(__file__).resolve().parent)
 _OWN = {
     "reduce": (float, [""]), "pictures": (int, [""]), "seed": (int, ["", "tune."]), "epochs": (float, ["tune."]),
     "rounds": (int, ["search."]),
@@ -57,7 +58,12 @@ def parser(doc: str | None, recipes: tuple[str, ...], out: str, *, required: boo
         "--eval", required=required, help="evaluation pictures with labels, for example ImageNet's val folder"
     )
     p.add_argument("--out", default=out, help="folder for figures, plans, reports and checkpoints")
-    p.add_argument("--recipe", nargs="+", default=recipes, help="the settings: files in recipes/, without .yaml")
+    p.add_argument(
+        "--recipe",
+        nargs="+",
+        default=recipes,
+        help="the settings: files in recipes/ or beside this script, without .yaml",
+    )
     p.add_argument("--model", help="instead of the recipe's: a timm name, timm:NAME, hf:NAME or a folder")
     p.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights (a smoke test)")
     p.add_argument("--limit", type=int, help="train on so many pictures only")
@@ -78,7 +84,9 @@ def command_of(recipe: str, a: argparse.Namespace) -> Compress:
         if getattr(a, name) is not None:
             option = name.replace("_", "-")
             arguments += [word for group in groups for word in (f"--{group}{option}", str(getattr(a, name)))]
-    arguments += ["--data", str(a.data), "--out", a.out, "--recipe", str(RECIPES / f"{recipe}.yaml")]
+    places = [folder / f"{recipe}.yaml" for folder in RECIPES]
+    place = next((path for path in places if path.is_file()), places[0])
+    arguments += ["--data", str(a.data), "--out", a.out, "--recipe", str(place)]
     return tyro.cli(Compress, args=with_recipe(arguments, {"compress": Compress})[1:])
 
 
@@ -174,5 +182,8 @@ def finish(
     print()
     common.table(["", *columns], [[row, *("–" if v is None else v for v in values)] for row, values in rows.items()])
     if not a.no_write:
-        common.write(f"paper-{name}", {"columns": columns, "rows": rows, "data": a.data, "eval": a.eval, **about})
+        said = shlex.join(Path(word).name if word.startswith("../") else word for word in sys.argv)
+        where = {"data": Path(a.data).name, "eval": Path(a.eval).name} if a.data and a.eval else {}
+        result = {"command": f"python {said}", "columns": columns, "rows": rows, "pictures": a.limit, **where, **about}
+        common.write(f"paper-{name}", result)
     return rows

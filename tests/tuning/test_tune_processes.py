@@ -21,8 +21,10 @@ from tests.parallel import in_processes, interrupted, killed
 
 from .material import folder, model, picture, shards
 
+STEPS = 8
+"""Two epochs: each ends with the rest of two pictures."""
 SETTINGS = {
-    "batch_size": 8, "lr": 1e-3, "crop_scale": None, "flip": 0.0, "features": ("all",), "log_every": 1, "steps": 12,
+    "batch_size": 8, "lr": 1e-3, "crop_scale": None, "flip": 0.0, "features": ("all",), "log_every": 1, "steps": STEPS,
 }  # fmt: skip
 
 
@@ -59,14 +61,14 @@ def test_two_processes_are_one(places, extra, tmp_path):
     (first, first_weights), (second, second_weights) = in_processes(2, _run_out, places, tmp_path, extra)
     assert same(first_weights, second_weights)  # each process has the result
     assert first["curve"] == second["curve"] and first["processes"] == 2
-    assert len(losses(alone)) == 12
+    assert len(losses(alone)) == STEPS
     assert losses(first) == pytest.approx(losses(alone), abs=1e-4)
     assert max(abs(a - b) for a, b in zip(losses(alone), losses(alone)[1:], strict=False)) > 1e-2
     for key in ("top1", "count", "loss"):
         assert first["before"][key] == pytest.approx(alone["before"][key], abs=1e-4)
         assert first["after"][key] == pytest.approx(alone["after"][key], abs=1e-2)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))  # written once
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))  # written once
 
 
 def _run_out(places, out, extra):
@@ -115,7 +117,7 @@ def _killed_then_on(places, out, extra):
     step = step_module.Training.step
 
     def deadly(self, number, watch):
-        if number == 11:
+        if number == STEPS - 1:
             raise _Killed
         return step(self, number, watch)
 
@@ -269,7 +271,7 @@ def test_two_sharded_processes_are_one(places, tmp_path, extra):
 
 KILLED = {
     "drop_path_rate": 0.3, "mixup": 0.8, "flip": 0.5, "rand_augment": "rand-m9-mstd0.5-inc1", "ema": 0.9, "repeats": 2,
-    "checkpoint_every": 2, "keep": 1, "steps": 50,
+    "checkpoint_every": 2, "keep": 1, "steps": 30,
 }  # fmt: skip
 
 
@@ -282,7 +284,7 @@ def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(places, tmp_pat
 
     step = 0
     for _ in range(3):
-        step = moments.randint(step + 1, step + 12)
+        step = moments.randint(step + 1, step + 7)
         delay = time.monotonic() + 1e9
 
         def now(step=step) -> bool:
