@@ -93,7 +93,10 @@ SEARCHES = {
     "paper-figure7": "COMCAT's Figure 7 on a small transformer trained on CIFAR-10: not ImageNet",
     "paper-figures89": "COMCAT's Figures 8 and 9 on a small transformer trained on CIFAR-10: not ImageNet",
 }
-KINDS = {"attn:qk": "QK", "attn:vo": "VO", "mlp.fc1": "first of the feed-forward", "mlp.fc2": "second"}
+KINDS = {
+    "attn:qk": "QK", "attn:vo": "VO", "mlp:units": "hidden units", "mlp.fc1": "first of the feed-forward",
+    "mlp.fc2": "second",
+}  # fmt: skip
 POINTS = 24
 """Points of a line, at most."""
 
@@ -125,8 +128,8 @@ def _curves(r: dict[str, Any]) -> list[Panel]:
 
 
 def _ranks(r: dict[str, Any]) -> list[Panel]:
-    """What every block keeps of its full rank, a line a kind of layer."""
-    panel = Panel("rank kept, % of the full one", "block", {})
+    """What every block keeps of its ranks and units, a line a kind of layer."""
+    panel = Panel("ranks and units kept, % of all", "block", {})
     for name, (kept, full) in r["rows"].items():
         block, _, kind = name.rpartition("blocks.")[2].partition(".")
         if kind in KINDS:

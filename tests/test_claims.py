@@ -71,6 +71,37 @@ def test_the_papers_tables_are_two_panels_of_the_small_transformer() -> None:
     assert len(picture.paper_panels([json.loads(p.read_text()) for p in sorted(picture.RESULTS.glob("*/*.json"))])) == 2
 
 
+def test_the_papers_searches_are_drawn_and_told_from_their_results() -> None:
+    picture, told_of = script("picture"), script("sections.paper").paper.paper
+    said = {"command": "python figure6.py", "date": "2026-11-26", "environment": {}}
+    search = {"rounds": 2, "rank_steps": 3, "weight_steps": 1, "batch_size": 4, "reduce": 0.5, "forms": "ranks,units"}
+    lines = [
+        {"x": [0, 1], "y": [70.0, 75.5], "label": "uniform", "x_label": "epoch", "y_label": "top-1, %"},
+        {"x": [0, 0.5, 1], "y": [2.0, None, 1.0], "label": "search", "x_label": "epoch",
+            "y_label": "parameters, millions"},
+        {"x": [0, 1], "y": [3.0, 2.0], "label": "search", "x_label": "epoch", "y_label": "loss"},
+    ]  # fmt: skip
+    figure6 = said | {
+        "benchmark": "paper-figure6", "series": lines, "rows": {"as it was": [2.0, 78.0, 78.0]}, "pictures": 9000,
+        "columns": ["parameters, millions", "top-1 untuned", "top-1 tuned"],
+        "settings": {"search": search, "tune": {"epochs": 1.0}},
+    }  # fmt: skip
+    accuracy, size = picture._curves(figure6)
+    assert [(p.left, p.score) for p in accuracy.lines["uniform"]] == [(0, 70.0), (100, 75.5)]
+    assert [(p.left, p.score) for p in size.lines["search"]] == [(0, 100.0), (100, 50.0)], "of all, gaps left out"
+    ElementTree.fromstring(picture.search_figure(figure6))
+    told = told_of(figure6)
+    assert "paper-figure6.svg" in told and "over ranks and units" in told and "1 epoch of 9,000 pictures" in told
+    rows = {"blocks.1.attn:qk": [16, 64], "blocks.1.mlp:units": [None, 768], "head": [None, 10]}
+    ranks = said | {"benchmark": "paper-figures89", "rows": rows, "columns": ["kept", "of"]}
+    (panel,) = picture._ranks(ranks)
+    assert {name: [(p.left, p.score) for p in line] for name, line in panel.lines.items()} == {
+        "QK": [(1, 25.0)], "hidden units": [(1, 100.0)],
+    }  # fmt: skip
+    table = {**ranks, "benchmark": "paper-table3", "rows": {"ours": [1, 2], "theirs (published)": [3, 4]}}
+    assert "| ours | 1 | 2 |" in told_of(table) and "theirs" not in told_of(table)
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e['page']}: {e['says'][:40]}")
 def test_a_figure_is_what_a_committed_result_rounds_to(entry: dict) -> None:
     assert entry["says"] in claims.words_of(entry["page"]), "the page no longer says so"

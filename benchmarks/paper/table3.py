@@ -10,6 +10,9 @@ compared.
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 from tables import arguments, prepared
 
 from comcat.apply import apply_
@@ -33,24 +36,22 @@ def main(given: list[str] | None = None) -> dict:
         run = prepared(a, name)
         if run.published and not rows:
             rows |= PUBLISHED
-        import copy
-
-        dense = copy.deepcopy(run.model)
-        rows[name] = [count_parameters(dense) / 1e6, count_macs(dense, run.example[:1]) / 1e9, run.dense_top1(), 0.0]
+        dense, shown = copy.deepcopy(run.model), Path(name).name
+        rows[shown] = [count_parameters(dense) / 1e6, count_macs(dense, run.example[:1]) / 1e9, run.dense_top1(), 0.0]
         label, statistic = run.data_statistics()[-1]
         plan = allocate(run.model, statistic, reduce=share, sites=run.sites, multiple=a.multiple)
         top1 = run.top1(plan, statistic)
         handle = apply_(run.model, plan, statistic, sites=run.sites)
         timings = benchmark({"dense": dense, "small": run.model}, run.example, repeats=a.repeats)
-        small = f"{name} −{100 * share:g} % ({label}, no fine-tuning)"
+        small = f"{shown} −{100 * share:g} % ({label}, no fine-tuning)"
         rows[small] = [
             count_parameters(run.model) / 1e6,
             count_macs(run.model, run.example[:1]) / 1e9,
             top1,
             timings["small"].throughput,
         ]
-        rows[name][3] = timings["dense"].throughput
-        print(f"{name}: speed-up {ratio(timings, 'dense', 'small')[0]:.2f}×")
+        rows[shown][3] = timings["dense"].throughput
+        print(f"{shown}: speed-up {ratio(timings, 'dense', 'small')[0]:.2f}×")
         handle.revert()
     assert run is not None
     return run.report("table3", ["parameters (M)", "MACs (G)", "top-1", "images/s"], rows)

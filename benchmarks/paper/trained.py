@@ -158,7 +158,9 @@ class Run:
 
 def prepared(recipe: str, a: argparse.Namespace) -> Run:
     command = command_of(recipe, a)
-    shared = {n: getattr(command, n) for n in ("reduce", "budget", "statistic", "only", "pictures", "seed")}
+    shared = {
+        n: getattr(command, n) for n in ("reduce", "budget", "forms", "statistic", "only", "head", "pictures", "seed")
+    }
     search = SearchSettings(**asdict(command.search), **shared, multiple=command.multiple or 1)
     if same_place(a.data, a.eval):
         raise DataError(

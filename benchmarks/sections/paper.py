@@ -25,6 +25,8 @@ def paper(r: dict[str, Any]) -> str:
         "ImageNet, one seed."]  # fmt: skip
     if r["benchmark"] in DRAWN:
         parts.append(f"![{title}, on the small CIFAR transformer, not on ImageNet]({DRAWN[r['benchmark']]})")
+    if "images/s" in r["columns"]:
+        parts[0] += " Both models took turns, on a machine that did other work beside."
     rows = [[name, *values] for name, values in r["rows"].items() if "published" not in name]
     return "\n\n".join([*parts, rows_of(["", *r["columns"]], rows), where(r)])
 
@@ -38,7 +40,7 @@ def _asked(r: dict[str, Any]) -> str:
         return ""
     steps = f"{search['rounds']} rounds of {search['rank_steps']} steps on the ranks and {search['weight_steps']} on "
     told = f"A blind search for −{100 * search['reduce']:g} % of the parameters: {steps}the weights, "
-    told += f"{search['batch_size']} pictures a step, ranks alone, by the weights. "
+    told += f"{search['batch_size']} pictures a step, over {search['forms'].replace(',', ' and ')}, by the weights. "
     if tune:
         count = f"{r['pictures']:,} pictures" if "pictures" in r else "the training pictures"
         told += f"Tuning: {tune['epochs']:g} epoch of {count}, the dense model being the teacher. "
