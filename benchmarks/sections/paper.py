@@ -22,7 +22,7 @@ def paper(r: dict[str, Any]) -> str:
     """A figure or table: what was done, its picture, its rows without those that others have published."""
     title = TITLES[r["benchmark"]]
     parts = [f"**{title}.** {_asked(r)}On the small CIFAR transformer and in minutes: not the paper's models, not "
-        "ImageNet, one seed."]  # fmt: skip
+        "ImageNet; one seed and few pictures, so that differences of a point or two say nothing."]  # fmt: skip
     if r["benchmark"] in DRAWN:
         parts.append(f"![{title}, on the small CIFAR transformer, not on ImageNet]({DRAWN[r['benchmark']]})")
     if "images/s" in r["columns"]:
