@@ -206,6 +206,29 @@ def test_attention_with_a_mask_that_stays_dense(tmp_path):
     assert done.comparison.relative_error < 2e-6 and operators(done.path)["Attention"] == 2
 
 
+def test_what_follows_from_weights_alone_is_in_the_file_and_what_tracing_wrote_down_is_not(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 224, "patch_size": 14}
+    done = comcat.export(
+        Dinov2Model(Dinov2Config(**sizes)).eval(), out=tmp_path / "m.onnx", data=[pictures(3, 3, 56)[0]]
+    )
+    graph = onnx.load(done.path).graph
+    assert done.comparison.relative_error < 1e-5 and not operators(done.path)["Resize"]
+    assert (16 * 16 + 1) * 24 not in [np.prod(t.dims) for t in graph.initializer], "the embedding of 16 × 16 patches"
+    assert not any(told.metadata_props or told.doc_string for told in (*graph.node, *graph.value_info))
+
+
+def test_what_would_take_more_room_is_left_to_the_runtime(tmp_path):
+    """A bias for every pair of tokens out of a table that is far smaller."""
+    case = CASES["timm-beit"]
+    model = case.model()
+    done = comcat.export(model, out=tmp_path / "m.onnx", data=[case.images(3)])
+    held = 4 * sum(p.numel() for p in model.parameters())
+    index = sum(8 * b.numel() for b in model.buffers())
+    assert sum(len(t.raw_data) for t in onnx.load(done.path).graph.initializer) < held + index + 4096
+
+
 def test_blocks_on_fewer_tokens(tmp_path):
     """Their mask is one row for all queries, which ONNX Runtime's operator does not take as it is."""
     model, images = tiny_vit(), pictures(12)

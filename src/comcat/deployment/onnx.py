@@ -40,7 +40,7 @@ class Onnx:
                 f"the model has {size / 2**30:.1f} GiB of weights, and a file of ONNX holds at most 2: "
                 "export to torch, or in float16"
             )
-        model = _converted(traced, settings)
+        model = _tidied(_converted(traced, settings))
         _drop_unused_outputs(model)
         _name_sizes(model, graph.takes_pixels)
         for key, value in about.items():
@@ -137,6 +137,22 @@ def _converted(traced: Traced, settings: ExportSettings) -> Any:
         raise _not_converted(error, type(traced.graph.model).__name__, settings.opset) from error
     assert converted is not None
     return converted.model_proto
+
+
+def _tidied(model: Any) -> Any:
+    """The graph without what was written down of its tracing. What follows from weights alone, as a positional
+    embedding at the pictures' size, is reckoned now where that makes the file smaller.
+    """
+    from onnxscript import ir, optimizer
+
+    for told in (*model.graph.node, *model.graph.value_info, *(n for f in model.functions for n in f.node)):
+        del told.metadata_props[:]
+        told.doc_string = ""
+    folded = ir.from_proto(model)
+    optimizer.fold_constants(folded, input_size_limit=_MOST_BYTES, output_size_limit=_MOST_BYTES)
+    optimizer.remove_unused_nodes(folded)
+    smaller = ir.to_proto(folded)
+    return smaller if smaller.ByteSize() < model.ByteSize() else model
 
 
 def _not_converted(error: Exception, label: str, opset: int) -> ExportError:
