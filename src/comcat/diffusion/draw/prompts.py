@@ -25,7 +25,7 @@ def texts(given: str | Iterable[str], what: str) -> list[str]:
     """One text or several as a list. Raises SettingsError for anything else."""
     if isinstance(given, str):
         return [given]
-    several = list(given) if isinstance(given, Iterable) else [given]
+    several: list[Any] = list(given) if isinstance(given, Iterable) else [given]
     if odd := [one for one in several if not isinstance(one, str)]:
         raise SettingsError(f"{what}: got {in_short(odd[0])} ({type(odd[0]).__name__}), expected a text or several")
     return several
