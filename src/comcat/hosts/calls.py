@@ -86,6 +86,8 @@ ARGUMENTS: tuple[tuple[str, Callable[[Reads], list[Any]]], ...] = (
     ("^output_|^use_|^is_|^return_", lambda r: [False]),
     ("^cos$", lambda r: [_rotary(r)[0][0]]),
     ("^sin$", lambda r: [_rotary(r)[0][1]]),
+    ("_cos$", lambda r: [_rotary(r)[0][0][None]]),
+    ("_sin$", lambda r: [_rotary(r)[0][1][None]]),
     ("rot|rope|freqs|^position_embeddings$|^pos_emb", _rotary),
     ("pos|object_queries", lambda r: [r.rows(r.queries, 5), r.rows(r.keys, 5), r.rows(r.keys, 5, 7)]),
     ("encoder|key|value|context|memory|^kv$|^y$|cross|source|current",
