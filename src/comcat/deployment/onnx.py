@@ -62,7 +62,9 @@ class Onnx:
         with quiet():
             if settings.calibrates:
                 reader: Any = _Reader(calibration)
-                q.quantize_static(str(plain), str(path), reader, quant_format=q.QuantFormat.QDQ, **options)
+                # unsigned: the runtime carries a rounding on past reshapes, and knows none but unsigned numbers there
+                options |= {"quant_format": q.QuantFormat.QDQ, "activation_type": q.QuantType.QUInt8}
+                q.quantize_static(str(plain), str(path), reader, **options)
             else:
                 q.quantize_dynamic(str(plain), str(path), **options)
         model = onnx.load(path)
