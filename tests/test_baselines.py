@@ -231,7 +231,7 @@ def test_a_weight_of_zeros_stays_zero_and_nan_is_refused(form: str) -> None:
             {"out": [6, 5], "in": [24], "ranks": [3, 3, 3]},
             r"got out \[6, 5\], expected modes whose product is 36",
         ),
-        ("tucker", {"out": [36], "in": [24], "ranks": [3]}, "got 1 ranks, expected 2"),
+        ("tucker", {"out": [36], "in": [24], "ranks": [3]}, "got 1 rank, expected 2"),
         ("tucker", {"out": [36], "in": [24], "ranks": [4, 3]}, "expected 1 to 3 for number 1"),
         ("tucker", {"out": [36], "in": [24], "ranks": [0, 0]}, "expected whole numbers from 1 on"),
         ("tensor_train", {"out": [6, 6], "in": [24], "ranks": [3]}, "expected as many modes of each"),

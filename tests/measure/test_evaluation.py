@@ -141,7 +141,7 @@ def test_pictures_must_be_pictures():
     for batch in ("cat.png", LOGITS.to(torch.uint8), (LOGITS, LABELS, LABELS), None, torch.tensor(1.0)):
         with pytest.raises(DataError, match=r"batch 0: .*expected pictures"):
             evaluate(Says(7), [batch])
-    with pytest.raises(DataError, match=r"got the keys \['imag'\], expected pictures under pixel_values or image or"):
+    with pytest.raises(DataError, match=r"got the keys \['imag'\], expected pictures .*mean 'image'"):
         evaluate(Says(7), [{"imag": LOGITS}])
 
 

@@ -138,7 +138,7 @@ def parts_of_batch(batch: Any, where: str) -> tuple[Tensor, Any]:
         keys = [key for key in _PICTURES if key in batch]
         if not keys:
             known = sorted(map(str, batch))
-            hint = nearest("image", known) or nearest("pixel_values", known)
+            hint = next((found for key in known if (found := nearest(key, _PICTURES))), "")
             raise DataError(f"{where}: got the keys {known}, expected pictures under {' or '.join(_PICTURES)}{hint}")
         pictures = batch[keys[0]]
         labels = next((batch[key] for key in _LABELS if batch.get(key) is not None), None)

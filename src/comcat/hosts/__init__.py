@@ -174,9 +174,14 @@ class _Finder:
             name = type(module).__name__
             if path and _ATTENTION.search(name) and next(module.parameters(), None) is not None:
                 if not any(_within(path, s) or _within(s, path) for s in spoken):
-                    none = is_no_pair([m for m in module.modules() if dense_in(m) is m])
+                    none = is_no_pair([m for m in module.modules() if dense_in(m) is m or _mixes_channels(m)])
                     self.refuse(path, NO_PAIR if none else f"attention of no known shape: {name}")
                     spoken.append(path)
+
+
+def _mixes_channels(module: nn.Module) -> bool:
+    """Whether it is a convolution over neighbours that could make queries, keys and values."""
+    return isinstance(module, nn.Conv2d) and module.groups == 1
 
 
 def _within(path: str, other: str) -> bool:
