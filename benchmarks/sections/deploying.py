@@ -92,13 +92,13 @@ def export_int8(r: dict[str, Any]) -> str:
     """What int8 costs a segmenter, and what it saves."""
     rows = [
         [x["precision"], f"{x['size_bytes'] / 2**20:.1f} MiB", f"{x['of_float32']:.2f}",
-         f"{x['iou']:.3f}" if x.get("iou") is not None else None, f"{x['agreement']:.2f} %"]
+         f"{x['iou']:.3f}" if x.get("iou") is not None else None, f"{x['cosine']:.4f}"]
         for x in r["rows"]
     ]  # fmt: skip
     return "\n\n".join([
         f"The saliency model at −{100 * r['reduce']:g} % of its parameters in ONNX Runtime, against itself in float32 "
         f"in PyTorch on {r['pictures']} photographs; goals: IoU at least 0.92, and a file of at most 0.27.",
-        rows_of(["precision", "file", "of float32", "IoU", "same pixels"], rows), where(r),
+        rows_of(["precision", "file", "of float32", "IoU", "cosine"], rows), where(r),
     ])  # fmt: skip
 
 
