@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import re
@@ -18,9 +19,12 @@ import torch
 from torch import Tensor, nn
 
 import comcat
+from comcat.apply import apply_
 from comcat.data import Pictures
 from comcat.files import write_json
 from comcat.measure import environment
+from comcat.plan import Plan
+from comcat.sites import Sites
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -165,6 +169,16 @@ def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **ar
 def side_of(model: Any) -> int:
     """The side of the pictures that a timm model takes."""
     return model.pretrained_cfg["input_size"][-1]
+
+
+def shaped(model: nn.Module, plan: Plan, sites: Sites) -> nn.Module:
+    """A copy in a plan's shapes: values do not matter to its time, if they are numbers."""
+    small = copy.deepcopy(model)
+    apply_(small, plan, sites=sites, weights=False)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1, 1)
+    return small
 
 
 def random_pictures(count: int, batch: int, size: int = 224, device: str = "cpu") -> list[Tensor]:

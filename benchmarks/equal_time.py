@@ -135,19 +135,10 @@ class Maker:
 
     def times(self, plans: dict[Any, Plan]) -> dict[Any, tuple[float, float, float]]:
         """Of each plan's forward in the dense one's: median and quartiles, all timed in turn in one run."""
-        small = {str(key): self._shaped(plan) for key, plan in plans.items()}
+        small = {str(key): common.shaped(self.model, plan, self.shrinker.sites) for key, plan in plans.items()}
         with torch.no_grad():
             timings = benchmark({"dense": self.model, **small}, self.images, repeats=self.a.repeats)
         return {key: ratio(timings, str(key), "dense") for key in plans}
-
-    def _shaped(self, plan: Plan) -> nn.Module:
-        """A model of a plan's shapes: values do not matter to its time, if they are numbers."""
-        small = copy.deepcopy(self.model)
-        comcat.apply_(small, plan, sites=self.shrinker.sites, weights=False)
-        with torch.no_grad():
-            for parameter in small.parameters():
-                parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1, 1)
-        return small
 
 
 def crossing(tried: dict[float, tuple[float, float, float]], share: float) -> float | None:

@@ -10,14 +10,13 @@ choice minimises has no meaning with random weights; what is measured has.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import kept_result, parser, random_pictures, table, vit, write
+from common import kept_result, parser, random_pictures, shaped, table, vit, write
 
 import comcat
 from comcat.measure import benchmark, ratio
@@ -99,11 +98,7 @@ def row(
         model, _Loss(), reduce=reduce, forms=forms, budget="latency", sites=sites, factorizations=spectra, multiple=8,
         tie=True, total=latency.whole, cost=latency, tokens=ladders,
     )  # fmt: skip
-    small = copy.deepcopy(model)
-    comcat.apply_(small, plan, sites=sites, weights=False)
-    with torch.no_grad():
-        for parameter in small.parameters():
-            parameter.nan_to_num_(0.0, 0.0, 0.0).clamp_(-1, 1)
+    small = shaped(model, plan, sites)
     images = torch.randn(batch, *example.shape[1:], device=device, dtype=example.dtype)
     timings = benchmark({"dense": model, "small": small}, images, repeats=11, min_seconds=2.0)
     speed = ratio(timings, "small", "dense")

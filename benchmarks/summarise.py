@@ -13,11 +13,11 @@ from common import RESULTS
 from growth import page as growth
 from real.page import heads, nuclei, real, times, token_overhead
 from sections.choosing import accuracy, calibrate, factorise, prediction
-from sections.deploying import commands, equal_time, export_int8, export_parity, search_runs
+from sections.deploying import commands, equal_time, export_int8, export_parity
 from sections.paper import paper
 from sections.personal import adapter_cost, card_adapter, customization
 from sections.timing import export_speed, latency, search_step, speed, start, time_by_operation
-from sections.training import cait, distributed, throughput, trained, tuning
+from sections.training import cait, distributed, search_runs, throughput, trained, tuning
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 INTRO = """# Results

@@ -316,14 +316,14 @@ def run(tmp_path, *words):
 
 
 def test_budgets_are_compared_at_the_time_that_was_measured(tiny_task, tmp_path, monkeypatch):
+    import common
     import equal_time
 
-    import comcat
+    from comcat import count_parameters as size
 
     def times(maker, plans):  # the more parameters, the longer, however loaded the machine is
         shares = {
-            k: comcat.count_parameters(maker._shaped(p)) / comcat.count_parameters(maker.model)
-            for k, p in plans.items()
+            k: size(common.shaped(maker.model, p, maker.shrinker.sites)) / size(maker.model) for k, p in plans.items()
         }
         return {key: (share, share, share) for key, share in shares.items()}
 

@@ -100,22 +100,3 @@ def export_int8(r: dict[str, Any]) -> str:
         f"in PyTorch on {r['pictures']} photographs; goals: IoU at least 0.92, and a file of at most 0.27.",
         rows_of(["precision", "file", "of float32", "IoU", "cosine"], rows), where(r),
     ])  # fmt: skip
-
-
-def search_runs(r: dict[str, Any]) -> str:
-    """Where long searches end."""
-    rows = [
-        [x["run"], str(x["steps"]), f"{x['seconds'] / 60:.0f}", f"{x['moved']} of {len(x['sizes'])}",
-         *(f"{x[k]:.2f}" for k in ("kept", "derived", "closed")), f"{x['closed_seconds']:.0f} s"] for x in r["rows"]
-    ]  # fmt: skip
-    head = ["search", "steps", "minutes", "sizes moved", "weights kept", "weights derived anew", "closed form", "in"]
-    sizes = []
-    for x in r["rows"]:
-        told = ", ".join(f"{site} {'–' if a is None else a} → {'–' if b is None else b}"
-                         for site, (a, b) in x["sizes"].items())  # fmt: skip
-        sizes.append(f"Sizes of *{x['run']}*, closed form → search (– is left as it is): {told}.")
-    return "\n\n".join([
-        f"−{100 * r['reduce']:g} % of the parameters, {r['judged']} validation pictures, dense {r['dense']:.2f}, "
-        "nothing tuned after. The closed form beside a search has the same forms.",
-        rows_of(head, rows), *sizes, where(r),
-    ])  # fmt: skip

@@ -74,3 +74,22 @@ def cait(r: dict[str, Any]) -> str:
         f"The small CIFAR ViT, dense {r['dense']:.2f}; {r['settings']['epochs']:g} epoch of tuning, the dense model "
         f"being the teacher.\n\n{rows_of(head, rows)}\n\n{where(r)}"
     )
+
+
+def search_runs(r: dict[str, Any]) -> str:
+    """Where long searches end."""
+    rows = [
+        [x["run"], str(x["steps"]), f"{x['seconds'] / 60:.0f}", f"{x['moved']} of {len(x['sizes'])}",
+         *(f"{x[k]:.2f}" for k in ("kept", "derived", "closed")), f"{x['closed_seconds']:.0f} s"] for x in r["rows"]
+    ]  # fmt: skip
+    head = ["search", "steps", "minutes", "sizes moved", "weights kept", "weights derived anew", "closed form", "in"]
+    sizes = []
+    for x in r["rows"]:
+        told = ", ".join(f"{site} {'–' if a is None else a} → {'–' if b is None else b}"
+                         for site, (a, b) in x["sizes"].items())  # fmt: skip
+        sizes.append(f"Sizes of *{x['run']}*, closed form → search (– is left as it is): {told}.")
+    return "\n\n".join([
+        f"−{100 * r['reduce']:g} % of the parameters, {r['judged']} validation pictures, dense {r['dense']:.2f}, "
+        "nothing tuned after. The closed form beside a search has the same forms.",
+        rows_of(head, rows), *sizes, where(r),
+    ])  # fmt: skip

@@ -23,6 +23,7 @@ from comcat.sites import ProductSite
 from comcat.statistics import calibrate
 
 from . import zoo
+from .exactness import changes_nothing_at_full_rank, costs_what_it_says
 from .test_apply import full_plan
 from .zoo import HandModel, relative_error
 
@@ -217,28 +218,12 @@ def test_both_products_shrink_and_change_nothing_at_full_rank(name: str) -> None
     assert [s.kind for s in sites.values()] == ["qk", "vo"] * 2
     assert {s.attention.mount for s in sites.values()} == {STRUCTURES[name][1]}
     assert {s.heads for s in sites.values()} == {HEADS}
-    with torch.no_grad():
-        before = model(images)
-        for kinds in (("qk", "vo"), ("qk",), ("vo",)):
-            handle = apply_(model, full_plan(sites.only(*kinds)))
-            assert relative_error(model(images), before) < 1e-5
-            handle.revert()
-            assert model(images).equal(before)
+    changes_nothing_at_full_rank(model, images, sites, (("qk", "vo"), ("qk",), ("vo",)))
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_costs_are_those_of_what_is_built(name: str) -> None:
-    model = model_of(name)
-    sites = find_sites(model).only("qk", "vo")
-
-    def size() -> int:
-        return sum(p.numel() for p in model.parameters())
-
-    whole = size()
-    entries = {n: SitePlan(keep=3 if s.kind == "qk" else 2, full=s.full) for n, s in sites.items()}
-    apply_(model, Plan(sites=entries))
-    saved = sum(s.parameters() - s.parameters(entries[n].keep) for n, s in sites.items())
-    assert size() == whole - saved
+    costs_what_it_says(model_of(name))
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

@@ -20,7 +20,7 @@ from comcat.plan import Plan, SitePlan
 from comcat.statistics import calibrate
 
 from . import zoo
-from .test_apply import full_plan
+from .exactness import changes_nothing_at_full_rank, costs_what_it_says
 from .test_structures import DIM, HEADS, attended
 from .zoo import HandModel, relative_error
 
@@ -234,27 +234,12 @@ def test_the_products_that_exist_shrink_and_the_others_are_refused_with_the_reas
     sites = found.only("qk", "vo")
     assert [s.kind for s in sites.values()] == [*kinds] * 2
     assert {r.reason for r in found.refused if r.name.endswith((":qk", ":vo"))} == ({reason} if reason else set())
-    with torch.no_grad():
-        before = model(images)
-        for chosen in (kinds, *((kind,) for kind in kinds)):
-            handle = apply_(model, full_plan(sites.only(*chosen)))
-            assert relative_error(model(images), before) < 1e-5
-            handle.revert()
-            assert model(images).equal(before)
+    changes_nothing_at_full_rank(model, images, sites, (kinds, *((kind,) for kind in kinds)))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_costs_are_those_of_what_is_built(name: str) -> None:
-    model = model_of(name)
-    sites = find_sites(model).only("qk", "vo")
-
-    def size() -> int:
-        return sum(p.numel() for p in model.parameters())
-
-    whole = size()
-    entries = {n: SitePlan(keep=3 if s.kind == "qk" else 2, full=s.full) for n, s in sites.items()}
-    apply_(model, Plan(sites=entries))
-    assert size() == whole - sum(s.parameters() - s.parameters(entries[n].keep) for n, s in sites.items())
+    costs_what_it_says(model_of(name))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -86,12 +86,13 @@ def compare(
     for images in batches:
         ours, theirs = reference(images), other(images)
         _check_alike(ours, theirs)
-        largest = _largest(ours)
-        apart = _relative(ours, theirs, largest)
+        largest = {name: max(value.abs().max().item(), 1e-6) for name, value in ours.items()}
+        errors = _errors(ours, theirs)
+        apart = _in_parts(errors, largest)
         unsettled = torch.zeros(len(apart), dtype=torch.bool)
         if (beyond := (apart > tolerance) & apart.isfinite()).any():
             unsettled[beyond] = apart[beyond] <= 2 * _moved(reference, images, ours, largest, beyond)
-        tally.add(ours, theirs, unsettled)
+        tally.add(ours, theirs, errors, unsettled)
     return tally.result(source, real)
 
 
@@ -101,17 +102,17 @@ def _check_alike(ours: Outputs, theirs: Outputs) -> None:
         raise ExportError(f"the file gives {shapes[0]}, the model {shapes[1]}: they are not the same")
 
 
-def _largest(outputs: Outputs) -> dict[str, float]:
-    return {name: max(value.abs().max().item(), 1e-6) for name, value in outputs.items()}
-
-
-def _relative(ours: Outputs, theirs: Outputs, largest: dict[str, float]) -> Tensor:
-    """The largest difference of any output, picture by picture, in parts of that output's largest value: (batch,)."""
-    parts = [
-        (value.double() - theirs[name].double()).abs().reshape(len(value), -1).amax(1) / largest[name]
+def _errors(ours: Outputs, theirs: Outputs) -> Outputs:
+    """The largest difference of each output, picture by picture: (batch,) each."""
+    return {
+        name: (value.double() - theirs[name].double()).abs().reshape(len(value), -1).amax(1)
         for name, value in ours.items()
-    ]
-    return torch.stack(parts).amax(0)
+    }
+
+
+def _in_parts(errors: Outputs, largest: dict[str, float]) -> Tensor:
+    """The largest of any output, in parts of that output's largest value: (batch,)."""
+    return torch.stack([error / largest[name] for name, error in errors.items()]).amax(0)
 
 
 def _moved(
@@ -123,7 +124,7 @@ def _moved(
     generator = torch.Generator().manual_seed(0)
     for size in ROUNDINGS * TRIES if images.is_floating_point() else ():
         noise = torch.randn(images.shape, generator=generator).to(images)
-        moved = torch.maximum(moved, _relative(ours, reference(images * (1 + size * noise)), largest))
+        moved = torch.maximum(moved, _in_parts(_errors(ours, reference(images * (1 + size * noise))), largest))
     return moved
 
 
@@ -137,11 +138,11 @@ class _Tally:
         self.overlap: dict[int, tuple[int, int]] = {}
         self.votes = self.dense = False
 
-    def add(self, ours: Outputs, theirs: Outputs, unsettled: Tensor) -> None:
+    def add(self, ours: Outputs, theirs: Outputs, errors: Outputs, unsettled: Tensor) -> None:
         self.unsettled += int(unsettled.sum())
         for name, value in ours.items():
-            errors = (value.double() - theirs[name].double()).abs().reshape(len(value), -1).amax(1)[~unsettled]
-            error = errors.max().item() if len(errors) else 0.0
+            settled = errors[name][~unsettled]
+            error = settled.max().item() if len(settled) else 0.0
             self.errors[name] = max(self.errors.get(name, 0.0), error if math.isfinite(error) else math.inf)
             self.largest[name] = max(self.largest.get(name, 0.0), value.abs().max().item())
         name = "logits" if "logits" in ours else next(iter(ours))

@@ -68,9 +68,8 @@ class AdapterProcessor(Acting):
             "freqs_cis": freqs_cis,
             "base_sequence_length": base_sequence_length,
         }
-        given = {name: value for name, value in keywords.items() if value is not None}
         engine, layout = engine_of(attn)
-        return _joined(attn, engine, layout, tensors, given)
+        return _joined(attn, engine, layout, tensors, keywords)
 
 
 class ActingInPlace(Acting):
@@ -95,9 +94,8 @@ class ActingInPlace(Acting):
             "temb": temb,
             "ip_adapter_masks": ip_adapter_masks,
         }
-        given = {name: value for name, value in keywords.items() if value is not None}
         own = super().__call__  # type: ignore[misc]
-        return _joined(attn, own, LAYOUTS[self.library_class.__name__], tensors, given)
+        return _joined(attn, own, LAYOUTS[self.library_class.__name__], tensors, keywords)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time is not found by its name
         return _made, (self.library_class,), self.__dict__
@@ -131,11 +129,12 @@ def release(processor: Any) -> None:
 
 
 def _joined(
-    attn: Any, engine: Callable[..., Any], layout: Layout, tensors: tuple[Any, ...], given: Mapping[str, Any]
+    attn: Any, engine: Callable[..., Any], layout: Layout, tensors: tuple[Any, ...], keywords: Mapping[str, Any]
 ) -> Any:
     """What the library's own code computes while the extra channels stand beside the heads."""
     joining = Joining(getattr(attn, CHANNELS), layout)
     seen = SeenAttention(attn, joining, projections_of(attn))
+    given = {name: value for name, value in keywords.items() if value is not None}
     with _Meeting(joining):
         result = engine(seen, *tensors, **given)
     if joining.calls == 0 or (joining.calls > 1 and layout.beside is None):
