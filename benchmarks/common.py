@@ -163,6 +163,9 @@ def vit(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32, **ar
         model = importlib.import_module("timm").create_model(short, pretrained=False, **arguments)
     else:
         raise ValueError(f"got {name!r}, expected a name of timm's, torchvision:NAME or open_clip:NAME")
+    for layer in model.modules():  # a fresh head of torchvision's is all zeros: then no layer would matter
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.trunc_normal_(layer.weight, std=0.02)
     return model.eval().to(device=device, dtype=dtype)
 
 

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comcat import compress, count_parameters
 from comcat.apply import apply_
-from comcat.errors import NumericsError
+from comcat.errors import ModelError, NumericsError
 from comcat.hosts import find_sites
 from comcat.measure import is_classifier
 from comcat.sites import Site
 from comcat.statistics import calibrate
 
+from ..models import tiny_vit
 from .conftest import Subject, subject_of
 from .test_apply import full_plan, low_plan
 from .zoo import relative_error, run
@@ -247,6 +249,18 @@ def test_dense_outputs_take_a_label_for_every_pixel(channels: int, bias: float) 
         model.decode.weight[:] = float("nan")
     with pytest.raises(NumericsError, match="NaN"):
         calibrate(model, [images], sites=find_sites(model).only("vo"))
+
+
+@pytest.mark.parametrize("forms", ["ranks", "units", "ranks,units"])
+def test_a_head_of_zeros_is_refused_since_nothing_would_cost_anything(forms: str) -> None:
+    """It says the same whatever the blocks compute, so the choice would cut them all to nothing."""
+    model = tiny_vit()
+    nn.init.zeros_(model.head.weight)
+    shown = [torch.randn(4, 3, 32, 32)]
+    with pytest.raises(ModelError, match=r"no gradient reaches any layer: .*head of zeros.*'activation'"):
+        compress(model, shown, reduce=0.4, forms=forms)
+    small = compress(model, shown, reduce=0.4, forms=forms, statistic="activation")
+    assert count_parameters(small) > 0.55 * count_parameters(model)
 
 
 def test_activation_needs_nothing_of_the_output() -> None:

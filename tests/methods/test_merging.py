@@ -120,6 +120,14 @@ def test_absurd_settings_are_told(bad):
         comcat.merge(tiny_vit(), X, **bad)
 
 
+def test_an_output_that_nothing_moves_is_no_guide():
+    model = tiny_vit()
+    torch.nn.init.zeros_(model.head.weight)
+    with pytest.raises(ModelError, match="the same however few tokens its blocks run on, as with a head of zeros"):
+        comcat.merge(model, X, keep=0.7)
+    assert comcat.merge(model, example=X[0], keep=0.7).sites
+
+
 def test_models_that_cannot():
     with pytest.raises(SettingsError, match="needs pictures"):
         comcat.merge(tiny_vit())

@@ -50,7 +50,7 @@ def calibrate(
 
     Raises:
         DataError: without pictures. NumericsError: where an activation or gradient is not finite; the message names the
-            site.
+            site. ModelError: where no gradient reaches any site, as with a head of zeros.
     """
     if statistic not in STATISTICS:
         raise SettingsError(
@@ -67,6 +67,7 @@ def calibrate(
             model, examples_of(model, batches, limit, progress), device, recorder.begin, recorder.check,
             torch.Generator().manual_seed(seed) if statistic == "loss" else None,
         )  # fmt: skip
+    recorder.check_gradients()
     reached = {name for name, _ in recorder.moments}
     unreached = tuple(name for name in sites if name not in reached)
     return Statistics(statistic, seen, recorder.moments, recorder.rows, recorder.pairs, unreached)

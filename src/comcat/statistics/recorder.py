@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericsError
+from ..errors import ModelError, NumericsError
 from ..hosts import host_of
 from ..sites import Attention, HiddenSite, LinearSite, ProductSite, Projection, Site, Sites, channels_last, over_maps
 from .moments import Moments
@@ -23,6 +23,7 @@ class Recorder:
         self.rows: dict[str, float] = {}
         self.pairs: dict[str, float] = {}
         self._counted: set[str] = set()
+        self._of_gradients: dict[tuple[str, str], Moments] = {}
 
     def attached(self, model: nn.Module) -> ExitStack:
         stack = ExitStack()
@@ -54,6 +55,10 @@ class Recorder:
             self.moments[key] = Moments(heads, width, self.device, groups)
         return self.moments[key]
 
+    def _of_gradient(self, site: Site, side: str, heads: int, width: int) -> Moments:
+        self._of_gradients[site.name, side] = moments = self._of(site, side, heads, width)
+        return moments
+
     def _observe_qk(self, stack: ExitStack, model: nn.Module, site: ProductSite, a: Attention) -> None:
         def rows_of(projection: Projection, output: Tensor) -> Tensor:
             return output[..., projection.channels]
@@ -83,7 +88,7 @@ class Recorder:
             note(keys=k.shape[-2] if k.ndim > 2 else 1)
             self._of(site, "b", a.heads, a.width).add(k, self.pictures, centred="set")
             if self.gradients and output.requires_grad:
-                moments, pictures = self._of(site, "a", a.heads, a.width), self.pictures
+                moments, pictures = self._of_gradient(site, "a", a.heads, a.width), self.pictures
                 output.register_hook(
                     lambda g: moments.add(rows_of(a.k, channels_last(module, g)), pictures, per="picture")
                 )
@@ -100,7 +105,7 @@ class Recorder:
             self._count(site, tokens, tokens * keys)
             self._of(site, "joint", 1, a.v.count, a.heads).add(rows, self.pictures, centred="all")
             if self.gradients and o.requires_grad:
-                moments, pictures = self._of(site, "b", a.heads, a.value_width), self.pictures
+                moments, pictures = self._of_gradient(site, "b", a.heads, a.value_width), self.pictures
                 o.register_hook(lambda g: moments.add(channels_last(module, g), pictures, per="picture"))
             return (o, *inputs[1:])
 
@@ -172,7 +177,7 @@ class Recorder:
             moments.add(_as_rows(g, pictures), pictures, per="picture")
 
         if self.gradients and x.requires_grad:
-            moments, pictures = self._of(site, side, 1, width), self.pictures
+            moments, pictures = self._of_gradient(site, side, 1, width), self.pictures
             x.register_hook(keep)
 
     def check(self) -> None:
@@ -181,6 +186,14 @@ class Recorder:
                 raise NumericsError(
                     f"{name}: its activations or gradients hold NaN or infinite values on the calibration pictures"
                 )
+
+    def check_gradients(self) -> None:
+        """Raises :class:`~comcat.errors.ModelError` if every gradient was zero: then nothing would cost anything."""
+        if self._of_gradients and not any(moments.square.any() for moments in self._of_gradients.values()):
+            raise ModelError(
+                "no gradient reaches any layer: the model's output is the same whatever they compute, as with a head "
+                "of zeros; train the head first, leave it out, or choose statistic 'activation', which needs no gradient"
+            )
 
 
 class _hook:

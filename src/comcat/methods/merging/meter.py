@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...apply import apply_
-from ...errors import NumericsError
+from ...errors import ModelError, NumericsError
 from ...hosts import find_sites
 from ...hosts.classes import classes_of
 from ...measure.running import call, evaluating
@@ -63,7 +63,7 @@ def token_ladders(offer: Offer, meter: Meter) -> list[TokenLadder]:
     """What every block loses at every share that is offered to it."""
     from tqdm import tqdm
 
-    found = []
+    found, moved = [], not offer.sites
     with tqdm(
         total=len(offer.sites) * len(MEASURED), desc="tokens", unit="try", disable=not meter.progress, leave=False
     ) as bar:
@@ -73,9 +73,15 @@ def token_ladders(offer: Offer, meter: Meter) -> list[TokenLadder]:
             for share in shares:
                 tried.append((share, meter.loss({site.name: offer.entry(site, share)})))
                 bar.update()
+            moved = moved or any(loss != 0 for _, loss in tried)
             law = _law(tried)
             choices = [Choice({site.name: offer.entry(site, s)}, law(s), 1.0) for s in sorted(offer.shares(site))]
             found.append(TokenLadder(site, (*choices, AS_IT_IS)))
+    if not moved:
+        raise ModelError(
+            "the model's output is the same however few tokens its blocks run on, as with a head of zeros: there is "
+            "nothing to choose by; train the head first, or leave it out"
+        )
     return found
 
 

@@ -18,8 +18,9 @@ class SearchOptions:
 
     beta: float = 1.5
     """Exponent β of the cost in Eq. 6."""
-    penalty: Literal["always", "above"] = "always"
-    """Whether the cost weighs always, as in Eq. 6, or only above the budget."""
+    penalty: Literal["always", "above"] = "above"
+    """Whether the cost weighs above the budget alone, as in the paper's code, or always, as its Eq. 6 has it: then a
+    long search goes far below the budget."""
     penalised: Literal["sites", "model"] = "sites"
     """What the cost is of: the sites alone, as in Eq. 6, or the whole model, whose fixed part weakens β."""
     grid: Grid = "near"
