@@ -192,7 +192,7 @@ class Recorder:
         if self._of_gradients and not any(moments.square.any() for moments in self._of_gradients.values()):
             raise ModelError(
                 "no gradient reaches any layer: the model's output is the same whatever they compute, as with a head "
-                "of zeros; train the head first, leave it out, or choose statistic 'activation', which needs no gradient"
+                "of zeros; train the head first, leave it out, or choose statistic 'activation', which needs none"
             )
 
 
