@@ -39,8 +39,9 @@ def opened(a: Any) -> Any:
     pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **few)
     pictures, prompts = lessons(0)
     diffusion.customize(
-        pipe, pictures, prompt=prompts, identifier=IDENTIFIER, protect=protected_prompts(), **SETTINGS | few
-    )
+        pipe, pictures, prompt=prompts, identifier=IDENTIFIER, protect=protected_prompts(), **SETTINGS | few,
+        out=a.work / "digit.safetensors", progress=True,
+    )  # fmt: skip
     return pipe
 
 

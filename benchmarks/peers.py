@@ -220,7 +220,8 @@ class EncodingSource:
         mean, std = encode_pixels(self.family, torch.stack(pixels))
         latents = mean + std * torch.randn(mean.shape, generator=generator).to(mean)
         framing = {k: torch.cat([f[k] for f in framings]).to(mean.device) for k in framings[0]}
-        return Batch(latents, self.family.encode(prompts) | framing, torch.tensor(weights))
+        conditions = self.family.encode(prompts) | framing
+        return Batch(latents, conditions, torch.tensor(weights), mean.new_ones(len(mean), 1, 1, 1))
 
 
 def peak_of_step(run: Optimisation, family: Family, *, encoding: bool, live_text: bool) -> int:

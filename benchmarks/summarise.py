@@ -15,7 +15,14 @@ from real.page import heads, nuclei, real, times, token_overhead
 from sections.choosing import accuracy, calibrate, factorise, prediction
 from sections.deploying import commands, equal_time, export_int8, export_parity
 from sections.paper import paper
-from sections.personal import adapter_cost, card_adapter, customization
+from sections.personal import (
+    adapter_bytes,
+    adapter_cost,
+    adapter_options,
+    card_adapter,
+    customization,
+    lora_export,
+)
 from sections.timing import export_speed, latency, search_step, speed, start, time_by_operation
 from sections.training import cait, distributed, search_runs, throughput, trained, tuning
 
@@ -85,6 +92,9 @@ SECTIONS = [
     ("Cost as the model grows", "growth", growth),
     ("A step of rank search", "search-step", search_step),
     ("What a diffusion adapter costs", "adapter-cost", adapter_cost),
+    ("Where an adapter's bytes lie", "adapter-bytes", adapter_bytes),
+    ("An adapter as a plain LoRA", "lora-export", lora_export),
+    ("Options of learning a concept", "adapter-options", adapter_options),
     ("Several processes, and runs that are killed", "distributed", distributed),
     ("Throughput of tuning", "throughput", throughput),
     ("A DeiT-tiny for CIFAR-10", "train-", trained),

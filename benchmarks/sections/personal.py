@@ -23,6 +23,45 @@ def adapter_cost(r: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def adapter_bytes(r: dict[str, Any]) -> str:
+    rows = [[name, " ".join(f"`{one}`" for one in c["only"]), c["bytes"] / 1e6] for name, c in r["choices"].items()]
+    parts = ", ".join(f"{m['bytes'] / 1e6:.2f} MB in each of `{kind}` ({m['factors']} factors of {m['heads']} heads)"
+                      for kind, m in r["module"].items())  # fmt: skip
+    return "\n\n".join([
+        f"{r['model']}, its true shapes on the meta device, rank {r['rank']} in {r['dtype']}: {parts}. How well so "
+        "little learns a concept was not measured.",
+        rows_of(["what learns", "`--only`", "MB"], rows), where(r),
+    ])  # fmt: skip
+
+
+def lora_export(r: dict[str, Any]) -> str:
+    goal, met = r["goal"], r["met_from_rank"]
+    rows = [
+        [x["rank"], 100 * x["difference"], 100 * x["of_change"], x["bytes"] / 1e3, x["of_plain"]] for x in r["rows"]
+    ]
+    told = "It is not met." if met is None else f"It is met from rank {met}."
+    return "\n\n".join([
+        f"The demo's adapter, {r['adapter_bytes'] / 1e3:.0f} kB in 16 bit, as a plain LoRA, fitted to the tokens of "
+        f"{r['steps']} steps of its prompt and the empty one, and judged in other noise. Difference: of the "
+        f"denoiser's output, in per cent of it and of what the adapter changes. The goal: at most "
+        f"{100 * goal['difference']:.0f} % "
+        f"at rank {goal['rank']} or below, at most {goal['of_plain']} times the bytes of PEFT's LoRA of that rank. "
+        + told,
+        rows_of(["rank", "difference %", "of the change %", "kB", "× plain LoRA"], rows), where(r),
+    ])  # fmt: skip
+
+
+def adapter_options(r: dict[str, Any]) -> str:
+    s = r["settings"]
+    rows = [[option, *(spread(value, 100) for value in own.values())] for option, own in r["options"].items()]
+    return "\n\n".join([
+        f"The embedded pipeline learns its tenth digit in {s['steps']} steps of {s['batch']}; {s['samples']} pictures "
+        f"a number, {len(s['seeds'])} seeds, mean ± standard deviation. The bar, at the right edge of every picture, "
+        "belongs to no digit; the masks leave it out.",
+        rows_of(["option", "recognised %", "with the bar %", "the nine %"], rows), where(r),
+    ])  # fmt: skip
+
+
 def card_adapter(r: dict[str, Any]) -> str:
     return adapter_cost(r) + caveat(r)
 

@@ -18,7 +18,18 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield tmp_path
-    for name in ("common", "peers", "customization", "adapter_cost", "card.flux2", "card", "lora_export", *PAPER):
+    for name in (
+        "common",
+        "peers",
+        "customization",
+        "adapter_cost",
+        "card.flux2",
+        "card",
+        "lora_export",
+        "adapter_bytes",
+        "adapter_options",
+        *PAPER,
+    ):
         sys.modules.pop(name, None)
 
 
@@ -165,6 +176,32 @@ def test_encoding_anew_draws_what_the_cache_draws(scripts, tmp_path):
         assert batch.weights.tolist() == [0.5, 0.5, 0.25, 0.25]
     a, b = (s(5, torch.Generator().manual_seed(0)) for s in (anew, cached))
     torch.testing.assert_close(a.conditions["prompt"], b.conditions["prompt"])
+
+
+def test_bytes_of_choices(scripts, capsys):
+    import adapter_bytes
+
+    found = adapter_bytes.main([])
+    choices = {name: one["bytes"] for name, one in found["choices"].items()}
+    double, single = found["module"]["transformer_blocks"], found["module"]["single_transformer_blocks"]
+    assert double["bytes"] == 2 * single["bytes"] == 2 * 8 * 24 * 3072
+    assert (
+        choices["all"] == 5 * double["bytes"] + 20 * single["bytes"] and choices["values and outputs"] < choices["all"]
+    )
+    assert choices["one double block"] == double["bytes"] and "three single blocks" in capsys.readouterr().out
+    assert any(1e6 <= own <= 2e6 for own in choices.values())
+    assert json.loads(next((scripts / "results").rglob("adapter-bytes.json")).read_text())["rank"] == 1
+
+
+@pytest.mark.slow
+def test_options_of_adapters(scripts):
+    import adapter_options
+
+    given = ["--quick", "--work", str(scripts / "work"), "--options", "plain", "with a bar, masked"]
+    found = adapter_options.main(given)
+    assert found["options"].keys() == {"plain", "with a bar, masked"}
+    assert all(0 <= run["recognised"] <= 1 for own in found["runs"].values() for run in own)
+    assert adapter_options.has_bar(adapter_options.barred(adapter_options.digit_pictures(7, 1)[0]))
 
 
 def test_adapter_cost(scripts, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import comcat.diffusion as diffusion
-from comcat.errors import ModelError, UnsupportedSite
+from comcat.errors import ModelError, SettingsError, UnsupportedSite
 
 from .. import tiny
 from ..denoisers import CASES, Case, unet
@@ -65,6 +65,52 @@ def test_the_wrong_kind_of_attention(name: str, where: Any, message: str) -> Non
     with pytest.raises(UnsupportedSite, match=message):
         diffusion.attach(model, where=where)
     assert model.attn_processors == before
+
+
+@pytest.mark.parametrize(
+    ("only", "expected"),
+    [
+        (["vo"], {"0.attn": ("vo",), "1.attn": ("vo",)}),
+        (["transformer_blocks.1"], {"1.attn": ("qk", "vo")}),
+        (["transformer.transformer_blocks.1.attn:qk"], {"1.attn": ("qk",)}),
+        (["transformer_blocks.0:qk", "transformer_blocks:vo"], {"0.attn": ("qk", "vo"), "1.attn": ("vo",)}),
+    ],
+)
+@torch.no_grad()
+def test_an_adapter_of_chosen_blocks_and_products(only: list[str], expected: Any, tmp_path: Path) -> None:
+    case = CASES["sd3"]
+    model, found = case.model(), diffusion.find_adaptable(case.model())
+    plain = case.run(model)
+    adapter = diffusion.attach(model, rank=2, only=only, init="random")
+    assert adapter.modules == {
+        f"transformer.transformer_blocks.{path}": products for path, products in expected.items()
+    }
+    assert sum(p.numel() for p in adapter.parameters()) == found.parameters(2, "joint", only)
+    acting = case.run(model)
+    assert not torch.allclose(acting, plain)
+    diffusion.save(model, tmp_path / "a.safetensors", dtype=torch.float32)
+    diffusion.fuse(model)
+    torch.testing.assert_close(case.run(model), acting, rtol=1e-4, atol=1e-5)
+    diffusion.unfuse(model)
+    diffusion.unload(model)
+    assert torch.equal(case.run(model), plain)
+    diffusion.load(model, tmp_path / "a.safetensors")
+    torch.testing.assert_close(case.run(model), acting)
+
+
+@pytest.mark.parametrize(
+    ("only", "said"),
+    [
+        (["transformer_block.0"], r"chooses no attention; .*did you mean 'transformer_blocks\.0'"),
+        (["vo", "kv"], "only='kv' chooses no attention; expected qk, vo, a path such as transformer"),
+        (["transformer_blocks.1:kq"], "chooses no attention"),
+    ],
+)
+def test_a_choice_of_nothing_is_told(only: list[str], said: str) -> None:
+    model = CASES["sd3"].model()
+    with pytest.raises(SettingsError, match=said):
+        diffusion.attach(model, only=only)
+    assert diffusion.adapters(model) == {}
 
 
 def custom_diffusion(model: Any) -> None:

@@ -46,8 +46,9 @@ def to_8_bit(model: nn.Module) -> None:
 
 
 def to_4_bit(model: nn.Module) -> None:
+    """Every linear layer, also the one that reads the latents: the first weights are whole numbers then."""
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and ".attn" in name and module.weight.numel() % 2 == 0:
+        if type(module) is nn.Linear and module.weight.numel() % 2 == 0:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, Linear4bit(module))
 

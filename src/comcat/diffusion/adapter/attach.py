@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,6 +11,7 @@ from ...errors import ModelError, SettingsError, UnsupportedSite, listed, neares
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
 from ...settings import expect_one_of
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
+from .find import narrowed
 from .guard import refresh_guard
 from .hosts import AdaptableAttention, RefusedAttention, host_of
 from .places import Place, find_places, place_at
@@ -27,6 +28,7 @@ def attach(
     *,
     rank: int = 2,
     where: WhereToAttach | None = None,
+    only: Sequence[str] = (),
     text_encoder: bool = False,
     name: str = "default",
     init: Init = "zero",
@@ -43,6 +45,8 @@ def attach(
         where: ``"cross"`` (from picture to text, as in the paper), ``"self"``, ``"all"``, or ``"joint"`` where text and
             picture share one attention (SD 3, Flux, Qwen-Image …). Left out, where the picture meets the text: cross or
             joint.
+        only: what of that attention, by product (``"vo"``), path prefix (``"transformer_blocks.3"``), or both
+            (``"transformer_blocks:vo"``); all of it by default.
         text_encoder: the pipeline's CLIP text encoders as well.
         name: what the adapter is called in this pipeline.
         init: ``"zero"``: it changes nothing until it is trained; ``"random"``: as in the paper.
@@ -63,7 +67,7 @@ def attach(
         raise SettingsError(f"got dtype {dtype!r}, expected a floating-point one such as torch.float32")
     check_new(target, name)
     where = where or default_where(target)
-    chosen = _choose(denoiser_of(target), where)
+    chosen = narrowed(_choose(denoiser_of(target), where), only)
     if text_encoder:
         chosen += _choose_text(target)
     widest = max(width for found in chosen for width in found.widths.values())

@@ -72,20 +72,21 @@ class CachedSource:
         self.numbers = [[prompts.index(prompt) for prompt in stream.prompt_of()] for stream in streams]
 
     def __call__(self, step: int, generator: torch.Generator) -> Batch:
-        latents, framings, weights, which = [], [], [], []
+        latents, framings, masks, weights, which = [], [], [], [], []
         for numbers, stream in zip(self.numbers, self.streams, strict=True):
             places = range(step * stream.count, (step + 1) * stream.count)
             frames = [stream.rotation.frame(p, generator) for p in places]
             drawn, framing = stream.latents.draw(frames, generator)
             latents.append(drawn)
             framings.append(framing)
+            masks.append(stream.latents.masks[frames])
             weights += [stream.weight / stream.count] * stream.count
             shown = torch.tensor([numbers[frame] for frame in frames])
             if stream.dropout:
                 shown[torch.rand(stream.count, generator=generator) < stream.dropout] = self.empty
             which += shown.tolist()
         conditions = self.texts.of(which) | {k: torch.cat([f[k] for f in framings]) for k in framings[0]}
-        return Batch(torch.cat(latents), conditions, torch.tensor(weights))
+        return Batch(torch.cat(latents), conditions, torch.tensor(weights), torch.cat(masks))
 
 
 def check_dropout(family: Family, where: str, dropout: float) -> None:

@@ -23,14 +23,15 @@ from ..adapter.files import name_of, save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
 from ..draw.prompts import check_heard, check_other_prompts, prompts_given, splitting_notes
-from ..pipeline.families import Family, family_of
+from ..pipeline.families import family_of
 from ..pipeline.noising import noising_of
-from ..pipeline.residence import Idle, check_whole, frozen, recomputing
+from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
-from .examples import EXAMPLES, Examples, notes_on_sizes, one_each, read_examples
+from .examples import EXAMPLES, Examples, fingerprint, notes_on_sizes, one_each, read_examples
 from .holdings import notes_before
 from .latents import Rotation, check_resolution, encode
+from .masks import read_masks
 from .optimisation import Optimisation
 from .prior import class_in, make_class_pictures
 from .protection import Protection
@@ -102,6 +103,7 @@ class Customization:
         given = prompts_given(prompt, identifier)
         self.family = family_of(pipe)
         check_whole(pipe)
+        self.dtype = str(computing_dtype(self.family.denoiser)).removeprefix("torch.")
         self.pipe, self.identifier, self.name = pipe, identifier, name
         self.settings, self.progress = settings, progress
         check_other_prompts(identifier, {"protect": settings.protect, "prior_prompt": [settings.prior_prompt or ""]})
@@ -132,6 +134,7 @@ class Customization:
         self.class_examples = None
         if settings.prior_images is not None:
             self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
+        self.masks = read_masks(settings.masks, self.examples, self.side, **self._framing("concept"))
         self.out = None if out is None else check_out(home_path(out))
         self.optimisation: Optimisation | None = None
 
@@ -155,7 +158,7 @@ class Customization:
         settings, family = self.settings, self.family
         with shortage_explained("attaching the adapter", [f"a rank below {settings.rank}"]):
             adapter = attach(
-                self.pipe, rank=settings.rank, where=self.where, text_encoder=settings.text_encoder,
+                self.pipe, rank=settings.rank, where=self.where, only=settings.only, text_encoder=settings.text_encoder,
                 name=self.name, init=settings.init, seed=derive_seed(settings.seed, "factors"),
             )  # fmt: skip
         learner = _Learner(adapter)
@@ -234,27 +237,28 @@ class Customization:
     def _source(self, class_pictures: Examples | None, live: bool) -> CachedSource:
         settings = self.settings
         streams = []
-        kinds = [(self.examples, self.prompts, 1.0, settings.caption_dropout, "concept")]
+        kinds = [(self.examples, self.masks, self.prompts, 1.0, settings.caption_dropout, "concept")]
         if class_pictures is not None and settings.prior_prompt is not None:
-            kinds.append((class_pictures, [settings.prior_prompt], settings.prior_weight, 0.0, "class"))
-        for pictures, prompts, weight, dropout, what in kinds:
-            seed = derive_seed(settings.seed, what)
+            kinds.append((class_pictures, None, [settings.prior_prompt], settings.prior_weight, 0.0, "class"))
+        for pictures, masks, prompts, weight, dropout, what in kinds:
             with shortage_explained(
                 "encoding the pictures", [f"a resolution below {self.side}", "a base in 16 bit (dtype bfloat16)"]
             ):
-                latents = encode(
-                    self.family, pictures.images, self.side, crops=settings.crops, flip=settings.flip, seed=seed
-                )
+                latents = encode(self.family, pictures.images, self.side, masks=masks, **self._framing(what))
             rotation = Rotation(latents.frames_of, settings.seed, what)
             streams.append(Stream(latents, rotation, prompts, settings.batch_size, weight, dropout))
         return CachedSource(self.family, streams, live=live)
+
+    def _framing(self, what: str) -> dict[str, Any]:
+        settings = self.settings
+        return {"crops": settings.crops, "flip": settings.flip, "seed": derive_seed(settings.seed, what)}
 
     def _class_pictures(self) -> Examples | None:
         """Pictures of the class for prior preservation: given, or made by the pipeline as it is now."""
         if self.settings.prior_prompt is None or self.class_examples is not None:
             return self.class_examples
         folder = None if self.out is None else class_in(folder_of(self.out))
-        about = {"model": name_of(self.pipe), "dtype": _dtype_of(self.family)}
+        about = {"model": name_of(self.pipe), "dtype": self.dtype}
         made = make_class_pictures(
             self.pipe, self.settings, self.side, folder, about=about, processes=self.processes, progress=self.progress
         )
@@ -290,8 +294,9 @@ class Customization:
             "prompt": self.prompt if len({*self.prompts}) == 1 else self.prompts,
             "identifier": self.identifier,
             "pictures": self.examples.fingerprint,
+            **({} if self.masks is None else {"masks": fingerprint(self.masks)}),
             "base": name_of(self.pipe),
-            "dtype": _dtype_of(self.family),
+            "dtype": self.dtype,
         }
 
     def _save(self, token: LearnedToken | None) -> None:
@@ -343,8 +348,3 @@ class _Learner:
     token: LearnedToken | None = None
     protection: Protection | None = None
     stays: bool = False
-
-
-def _dtype_of(family: Family) -> str:
-    """``float32``: the type to compute in."""
-    return str(next(family.denoiser.parameters()).dtype).removeprefix("torch.")

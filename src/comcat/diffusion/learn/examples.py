@@ -29,6 +29,12 @@ class Examples:
     notes: list[str]
     fingerprint: str
     """Stands for all their pixels, in order."""
+    names: list[str]
+    """Of each, in errors: its path in its source, or its place in a list."""
+    named: bool
+    """Whether those are names that the source gives."""
+    skipped: list[str]
+    """Those that could not be read, with the reason."""
 
 
 def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") -> Examples:
@@ -39,10 +45,12 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
     """
     if isinstance(source, str | Path | Pictures):
         pictures = source if isinstance(source, Pictures) else open_pictures(source, max_unreadable=1.0)
-        images = [sample.image.convert("RGB") for sample in islice(pictures, MANY + 1)]
-        skipped = pictures.skipped
+        samples = list(islice(pictures, MANY + 1))
+        images, names = [sample.image.convert("RGB") for sample in samples], [sample.key for sample in samples]
+        named, skipped = True, list(pictures.skipped)
     else:
-        images, skipped = [_picture(image, what) for image in _several(source, what)], []
+        images, named, skipped = [_picture(image, what) for image in _several(source, what)], False, []
+        names = [f"picture {number}" for number in range(len(images))]
     if not images:
         raise DataError(f"got no {what}, expected at least one")
     if len(images) > MANY:
@@ -52,8 +60,12 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
         notes.append(f"Unreadable {what} left out: {len(skipped)}, the first: {skipped[0]}")
     if len(images) == 1:
         notes.append(f"Only one of the {what}: what is learned will hold its background and pose as well.")
-    hashes = "".join(content_hash(image) for image in images)
-    return Examples(images, notes, f"{derive_seed(hashes):016x}")
+    return Examples(images, notes, fingerprint(images), names, named, skipped)
+
+
+def fingerprint(images: Iterable[Image.Image]) -> str:
+    """Stands for all pixels of pictures, in order."""
+    return f"{derive_seed(''.join(content_hash(image) for image in images)):016x}"
 
 
 def _several(source: Any, what: str) -> Iterable[Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import MemoryShortage, listed
-from ...modules.adapters import LowRankTerms
+from ..adapter.find import narrowed
 from ..adapter.places import find_places
 from ..pipeline.components import Component, denoiser_of, text_encoders_of
 from ..pipeline.families import Family
@@ -63,10 +63,10 @@ def holdings_of(family: Family, where: str, settings: CustomizeSettings) -> Hold
         kept += [encoder for _, encoder in family.text_encoders().values()]
     learned = 0
     for number, component in enumerate(components):
-        for found in find_places(component)[0]:
-            if number or where in ("all", found.where):
-                terms = LowRankTerms(found.widths, found.heads, settings.rank, device="meta")
-                learned += sum(p.numel() for p in terms.parameters())
+        found = find_places(component)[0]
+        if not number:
+            found = narrowed([one for one in found if where in ("all", one.where)], settings.only)
+        learned += sum(one.parameters(settings.rank) for one in found)
     return Holdings(sum(_bytes(m.parameters()) + _bytes(m.buffers()) for m in kept), learned)
 
 

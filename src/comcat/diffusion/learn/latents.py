@@ -5,45 +5,71 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import NumericsError
 from ...runs.seeding import derive_seed
 from ..pipeline.families import Conditions, Family, check_side
 
+LEAST_SHOWN = 0.002
+"""Of a crop: where a mask shows less of it, there is nothing to learn from."""
+
 
 @dataclass(frozen=True)
 class Frame:
-    """A square cut from a picture: pixels (3, side, side) in −1…1, and where it lay."""
+    """A square cut from a picture: pixels (3, side, side) in −1…1, where it lay, and its mask (1, side, side) in
+    0…1.
+    """
 
     pixels: Tensor
     size: tuple[int, int]
     corner: tuple[int, int]
+    mask: Tensor | None = None
+
+    def mirrored(self) -> Frame:
+        mask = None if self.mask is None else self.mask.flip(-1)
+        return replace(self, pixels=self.pixels.flip(-1), mask=mask)
 
 
-def frames(image: Image.Image, side: int, *, crops: int, flip: bool, seed: int) -> Iterator[Frame]:
+def frames(
+    image: Image.Image, side: int, *, crops: int, flip: bool, seed: int, mask: Image.Image | None = None
+) -> Iterator[Frame]:
     """The squares that training shows of a picture: its shorter side becomes ``side`` pixels, the rest is cropped.
 
     One crop is the centre's; of several, each lies at random. A square picture has one. ``flip`` adds each one's mirror
-    image.
+    image. Crops in which a ``mask`` (of the picture's size) shows nothing are left out.
     """
     scale = side / min(image.size)
     width, height = (max(side, round(n * scale)) for n in image.size)
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    resized, shown = (i and i.resize((width, height), Image.Resampling.LANCZOS) for i in (image, mask))
+    assert resized is not None
     chance = random.Random(seed)
     corners = {(chance.randint(0, height - side), chance.randint(0, width - side)) for _ in range(crops)}
     for top, left in sorted(corners) if crops > 1 else [((height - side) // 2, (width - side) // 2)]:
-        square = resized.crop((left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1  # (3, side, side)
-        yield Frame(pixels, (image.height, image.width), (top, left))
+        box = (left, top, left + side, top + side)
+        pixels = torch.from_numpy(np.array(resized.crop(box))).permute(2, 0, 1).float() / 127.5 - 1  # (3, side, side)
+        within = None if shown is None else torch.from_numpy(np.array(shown.crop(box)))[None].float() / 255
+        if within is not None and within.mean() < LEAST_SHOWN:
+            continue
+        frame = Frame(pixels, (image.height, image.width), (top, left), within)
+        yield frame
         if flip:
-            yield Frame(pixels.flip(-1), (image.height, image.width), (top, left))
+            yield frame.mirrored()
+
+
+def all_frames(
+    images: Iterable[Image.Image], side: int, *, crops: int, flip: bool, seed: int, masks: Sequence[Image.Image] | None
+) -> Iterator[Iterator[Frame]]:
+    """The squares of each picture."""
+    for number, image in enumerate(images):
+        mask = None if masks is None else masks[number]
+        yield frames(image, side, crops=crops, flip=flip, seed=derive_seed(seed, "crops", number), mask=mask)
 
 
 def check_resolution(side: int | None, family: Family) -> int:
@@ -68,6 +94,8 @@ class Latents:
     framing: Conditions
     frames_of: list[list[int]]
     """For each picture, its frames."""
+    masks: Tensor
+    """What counts of each place of the latents, (frames, 1, height, width), 1 on the mean of a frame."""
 
     def draw(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Conditions]:
         """Latents of the frames ``indices``, (len(indices), channels, height, width), with their framing."""
@@ -77,11 +105,19 @@ class Latents:
         return drawn, {name: value[index] for name, value in self.framing.items()}
 
 
-def encode(family: Family, images: Iterable[Image.Image], side: int, *, crops: int, flip: bool, seed: int) -> Latents:
+def encode(
+    family: Family,
+    images: Iterable[Image.Image],
+    side: int,
+    *,
+    crops: int,
+    flip: bool,
+    seed: int,
+    masks: Sequence[Image.Image] | None = None,
+) -> Latents:
     """The latents of all frames of all pictures, encoded one by one on the pipeline's device, in float32."""
-    means, stds, framings, frames_of = [], [], [], []
-    for number, image in enumerate(images):
-        of = frames(image, side, crops=crops, flip=flip, seed=derive_seed(seed, "crops", number))
+    means, stds, framings, frames_of, counted = [], [], [], [], []
+    for number, of in enumerate(all_frames(images, side, crops=crops, flip=flip, seed=seed, masks=masks)):
         own = []
         for frame in of:
             mean, std = encode_pixels(family, frame.pixels[None])
@@ -96,9 +132,20 @@ def encode(family: Family, images: Iterable[Image.Image], side: int, *, crops: i
             means.append(mean)
             stds.append(std)
             framings.append(family.framing(frame.size, frame.corner, side))
+            counted.append(_at_latents(frame.mask, mean))
         frames_of.append(own)
     framing = {name: torch.cat([f[name] for f in framings]).to(means[0].device) for name in framings[0]}
-    return Latents(torch.cat(means), torch.cat(stds), framing, frames_of)
+    return Latents(torch.cat(means), torch.cat(stds), framing, frames_of, torch.cat(counted))
+
+
+def _at_latents(mask: Tensor | None, like: Tensor) -> Tensor:
+    """A mask (1, side, side) on the grid of latents (1, channels, rows, columns), 1 on the mean: (1, 1, rows,
+    columns).
+    """
+    if mask is None:
+        return like.new_ones(1, 1, *like.shape[-2:])
+    share = nn.functional.adaptive_avg_pool2d(mask[None].to(like), (like.shape[-2], like.shape[-1]))
+    return share / share.mean()
 
 
 def _in_more_bits(dtype: torch.dtype) -> str:

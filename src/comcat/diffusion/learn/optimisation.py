@@ -17,16 +17,20 @@ from ...runs.seeding import derive_seed
 from ...runs.watching import LossWatch
 from ..pipeline.families import Conditions, Family
 from ..pipeline.noising import Noising
+from ..pipeline.residence import computing_dtype
 from ..pipeline.shortage import shortage_explained
 from .settings import CustomizeSettings
 
 
 class Batch(NamedTuple):
-    """What all processes see in a step: latents (batch, channels, height, width), conditions, weights (batch,)."""
+    """What all processes see in a step: latents (batch, channels, height, width), conditions, weights (batch,), and
+    what counts of each place, (batch, 1, height, width).
+    """
 
     latents: Tensor
     conditions: Conditions
     weights: Tensor
+    masks: Tensor
 
 
 class Source(Protocol):
@@ -84,7 +88,7 @@ class Optimisation(Run):
         self.family, self.noising, self.parameters = family, noising, dict(parameters)
         self.source, self.settings, self.processes = source, settings, processes
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        half = next(family.denoiser.parameters()).dtype == torch.float16
+        half = computing_dtype(family.denoiser) == torch.float16
         # Gradients pass through the frozen model in its own type; in float16 small ones would vanish.
         self.scaler = torch.amp.GradScaler(family.device.type, enabled=half, init_scale=2.0**12)
         self.progress = Progress()
@@ -95,15 +99,16 @@ class Optimisation(Run):
         batch = self.source(step, generator)
         times = self.noising.draw(len(batch.latents), generator).to(batch.latents.device)
         noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
-        latents, times, noise, weights, conditions = (
-            share_of(part, self.processes) for part in (batch.latents, times, noise, batch.weights, batch.conditions)
+        latents, conditions, weights, masks, times, noise = (
+            share_of(part, self.processes) for part in (*batch, times, noise)
         )
         noisy = self.noising.mix(latents, noise, times)
-        dtype = next(self.family.denoiser.parameters()).dtype
+        dtype = computing_dtype(self.family.denoiser)
         predicted = self.family.predict(
             noisy.to(dtype), times, {k: _as_computed(k, v, dtype) for k, v in conditions.items()}
         )
-        errors = (predicted.float() - self.noising.target(latents, noise, times).float()).square().flatten(1).mean(1)
+        errors = (predicted.float() - self.noising.target(latents, noise, times).float()).square() * masks
+        errors = errors.flatten(1).mean(1)
         return (errors * weights.to(errors) * self.noising.weight(times).to(errors)).sum()
 
     def step(self, number: int, watch: LossWatch) -> Mapping[str, str]:
@@ -179,7 +184,7 @@ class Optimisation(Run):
             advice.append("gradient_checkpointing")
         if settings.text_encoder or settings.new_token:
             advice.append("leaving the text encoder as it is")
-        if next(self.family.denoiser.parameters()).dtype == torch.float32:
+        if computing_dtype(self.family.denoiser) == torch.float32:
             advice.append("a base in 16 bit (dtype bfloat16)")
         side = settings.resolution or self.family.resolution()
         if side // 2 >= self.family.multiple():

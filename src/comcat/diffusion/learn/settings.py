@@ -24,6 +24,9 @@ class CustomizeSettings:
     where: Literal["cross", "self", "all", "joint"] | None = None
     """Which attention learns: cross, self or all of a UNet; joint or all of a transformer (SD 3, Flux). Left out, where
     pictures meet the text: cross or joint."""
+    only: tuple[str, ...] = ()
+    """What of that attention learns: products (qk, vo), path prefixes (transformer_blocks.3) or both
+    (transformer_blocks:vo); by default all."""
     text_encoder: bool = False
     """Let the CLIP text encoders' attention learn as well."""
     init: Literal["zero", "random"] = "zero"
@@ -53,6 +56,8 @@ class CustomizeSettings:
     """How many it makes."""
     prior_weight: float = 1.0
     """Weight of their loss."""
+    masks: str | None = None
+    """Folder of a mask for each picture, of its name and size: white where the concept is. The rest is not learned."""
     resolution: int | None = None
     """Side of the square pictures to train on, in pixels; left out, the pipeline's own."""
     crops: int = 4
@@ -95,8 +100,9 @@ class CustomizeSettings:
     @property
     def shaping(self) -> dict[str, Any]:
         """The settings that the result depends on, beyond rounding."""
-        free = {"gradient_checkpointing", "checkpoint_every", "keep"}
-        return {k: v for k, v in asdict(self).items() if k not in free and not k.startswith("sample_")}
+        free = {"gradient_checkpointing", "checkpoint_every", "keep", "masks"}  # a run tells masks by their pixels
+        found = {k: v for k, v in asdict(self).items() if k not in free and not k.startswith("sample_")}
+        return found if self.only else {k: v for k, v in found.items() if k != "only"}  # older runs know none
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,13 +14,49 @@ from .families import Family
 
 
 def check_whole(pipe: Any) -> None:
-    """Raises ModelError if accelerate's hooks move the pipeline's parts about: training decides that itself."""
-    moved = [n for n, m in pipe.components.items() if isinstance(m, nn.Module) and hasattr(m, "_hf_hook")]
-    if moved:
+    """Raises ModelError if hooks of accelerate or diffusers act in the pipeline's parts. A step of training needs the
+    denoiser's weights in place until its gradients are computed, in one type, and all of it computed.
+    """
+    parts = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    grouped = [n for n, m in parts.items() if "group_offloading" in _hooks(m)]
+    if moved := [n for n, m in parts.items() if hasattr(m, "_hf_hook") or n in grouped]:
         raise ModelError(
             f"the pipeline offloads {', '.join(moved)}; customizing keeps off the device what a step does not need by "
-            "itself: load the pipeline without offloading"
+            "itself: load the pipeline without offloading. What makes a step fit: a base quantised to 8 or 4 bit, "
+            "gradient_checkpointing"
         )
+    for name, part in parts.items():
+        if "layerwise_casting" in (hooks := _hooks(part)):
+            raise ModelError(
+                f"the {name} keeps its weights in another type than it computes in (layerwise casting), and gradients "
+                "would meet them as they are kept: load it without, or quantised to 8 bit by torchao"
+            )
+        if hooks:
+            raise ModelError(
+                f"hooks of diffusers act in the {name} ({', '.join(sorted(hooks))}), so that a step need not compute "
+                "all of it: take them out, disable_cache() those of a cache"
+            )
+
+
+def _hooks(part: nn.Module) -> set[str]:
+    """The names of the hooks that diffusers has registered anywhere in a part."""
+    registries = (vars(m).get("_diffusers_hook") for m in part.modules())
+    return {name for registry in registries if registry is not None for name in registry.hooks}
+
+
+def computing_dtype(denoiser: nn.Module) -> torch.dtype:
+    """The type that a denoiser computes in: that of its first weights which are no whole numbers, as quantised ones
+    are. Raises ModelError if there are none, or some have 8 bit and no scale.
+    """
+    kinds = [p.dtype for p in denoiser.parameters() if p.is_floating_point()]
+    if small := [str(kind).removeprefix("torch.") for kind in kinds if kind.itemsize < 2]:
+        raise ModelError(
+            f"the {type(denoiser).__name__} has weights in {small[0]}, in which nothing can be computed: load it in "
+            "bfloat16, or quantised by torchao or bitsandbytes"
+        )
+    if not kinds:
+        raise ModelError(f"the {type(denoiser).__name__} has no weights of 16 bit or more, expected its norms in them")
+    return kinds[0]
 
 
 @contextmanager
@@ -63,14 +99,17 @@ class Idle:
         self.parts = [(m, next(m.parameters()).device) for m in parts if next(m.parameters(), None) is not None]
 
     def leave(self) -> None:
+        """A part that refuses to be moved stays: transformers' in 8 bit of bitsandbytes do."""
         for module, _ in self.parts:
-            module.to("cpu")
+            with suppress(ValueError):
+                module.to("cpu")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def come(self) -> None:
         for module, device in self.parts:
-            module.to(device)
+            with suppress(ValueError):
+                module.to(device)
 
     @contextmanager
     def away(self) -> Iterator[None]:
