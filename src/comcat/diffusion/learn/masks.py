@@ -14,7 +14,7 @@ _BLACK = 8  # of 255: what compression leaves of black
 
 
 def read_masks(
-    source: str, examples: Examples, side: int, *, crops: int, flip: bool, seed: int
+    source: str | None, examples: Examples, side: int, *, crops: int, flip: bool, seed: int
 ) -> list[Image.Image] | None:
     """The mask of each picture, of mode ``"L"`` and as large as it; None without a source. It is that of the picture's
     name, whatever the ending; for pictures without names, that at its place. The rest is as for ``latents.encode``.
