@@ -24,13 +24,14 @@ class Family:
     pictures: int = 2
     given: Callable[[torch.Generator], dict[str, Any]] | None = None
 
-    def inputs(self, model: nn.Module) -> Any:
+    def inputs(self, model: nn.Module, pictures: int | None = None, seed: int = 0) -> Any:
         """Random pictures, with what else the model takes; or whatever it takes, where that is no picture."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         if self.given is not None:
             return self.given(generator)
-        pictures = torch.randn(self.pictures, 3, self.image, self.image, generator=generator)
-        return pictures if self.more is None else {"pixel_values": pictures, **self.more(model)}
+        count = self.pictures if pictures is None or self.more is not None else pictures
+        pixels = torch.randn(count, 3, self.image, self.image, generator=generator)
+        return pixels if self.more is None else {"pixel_values": pixels, **self.more(model)}
 
 
 def _timm(name: str, model: str, image: int = 224, **settings: Any) -> Family:

@@ -83,7 +83,7 @@ class _Finder:
         self.found: dict[str, Site] = {}
         self.refused: list[Refusal] = []
         self.closed: list[str] = []  # paths whose insides are spoken for
-        self.attentions: dict[str, int] = {}  # paths of attention whose other layers may shrink, and its channels
+        self.attentions: dict[str, tuple[int, ...]] = {}  # attention whose other layers may shrink, and its channels
         self.known: dict[tuple, tuple[str, Attention | Refusal]] = {}
         self.uses, self.classes = _uses(model), classes_of(model)
         self.linears: dict[str, nn.Module] = {}
@@ -106,7 +106,7 @@ class _Finder:
             if anatomy.closes:
                 self.closed.append(path)
             else:
-                self.attentions[path] = 0
+                self.attentions[path] = ()
         elif anatomy is not None:
             self.take_attention(anatomy)
         elif isinstance(module, nn.Linear) or is_pointwise(module):
@@ -128,8 +128,8 @@ class _Finder:
         if anatomy.mount in ("whole", "crossed"):
             self.closed.append(anatomy.path)
         else:
-            self.closed += parts
-            self.attentions[anatomy.path] = anatomy.in_features
+            self.closed += parts[:2] if anatomy.vo_reason else parts  # what makes values alone, and reads them, is open
+            self.attentions[anatomy.path] = (anatomy.in_features, anatomy.out_features)
         if shared := [p for p in parts if any(_shared(m, self.uses) for m in self.model.get_submodule(p).modules())]:
             self.refuse(anatomy.path, f"{shared[0]} is shared with another part of the model")
             return
@@ -141,8 +141,8 @@ class _Finder:
 
     def take_linear(self, path: str, module: Any) -> None:
         around = self.attention_around(path)
-        channels = 0 if around is None else self.attentions[around]
-        if channels and channels not in (rows_in(module), rows_out(module)):
+        channels = () if around is None else self.attentions[around]
+        if channels and rows_in(module) not in channels and rows_out(module) not in channels:
             return  # it computes a position bias, or another part of the attention: no tokens flow through it
         if (reason := not_replaceable(module)) is not None:
             self.closed.append(path)

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UnsupportedSite
 from ..sites import Attention, Projection, Refusal, Replacement, Undo, layer_and_norm, part
+from .between import between_qk, between_vo, not_carried
 from .biased import BY_SIGNATURE, own_bias, stand_in
 from .calls import Call, Uncallable, calls_of, reads_of
 from .mounting import all_of, drop_parameter, exchange, set_attribute
@@ -85,10 +86,12 @@ class AttentionHost:
             undo()
         holder = below(module, local.q.path.rpartition(".")[0])
         parameters = tuple(inspect.signature(module.forward).parameters)
-        no_qk = qk_reason(holder, parameters) if no_product else None
+        no_qk = None if not no_product else qk_reason(holder, parameters) or between_qk(copied, local, calls)
         if local.q == local.k:
             no_qk = WEIGHTS_MADE if local.q.path.rpartition(".")[2] in WEIGHTS else QUERIES_GIVEN
         no_vo = None if symmetry.vo else vo_reason(module, local.out, symmetry.in_turn)
+        no_vo = no_vo or (None if symmetry.vo else between_vo(copied, local, calls))
+        no_qk, no_vo = no_qk or not_carried(module, local.q, local.k), no_vo or not_carried(module, local.v)
         if no_qk is None and local.q.bias is not None and not whole:
             no_qk = (
                 "a QK product exists, but its query bias stands apart under a forward that comcat cannot stand in for"
@@ -98,7 +101,8 @@ class AttentionHost:
         if mount == "padded" and no_vo is None and dropout > 0 and local.v.bias is not None:
             no_vo = "attention dropout forbids to fold the value bias, which stands apart from its projection"
         if no_qk is not None and no_vo is not None:
-            if local.width != local.value_width or local.q == local.k:  # a reading that was only tried
+            in_part = rows_in(part(module, local.out)) != local.v.count
+            if (local.width != local.value_width and not in_part) or local.q == local.k:  # was only tried
                 return Refusal(path, f"attention of no known shape: {no_reading(module)}")
             if not symmetry.vo and is_no_softmax(copied, local):
                 no_qk = "it is no softmax over keys (attention across channels, linear attention, or queries added)"
@@ -198,7 +202,7 @@ def _attention(module: nn.Module, s: Structure) -> Attention | str:
     holder, out = below(module, s.holder), part(module, s.out)
     if s.k.count != s.q.count or any(p.count % s.heads for p in (s.q, s.v)):
         return unequal(s.q.count, s.k.count, s.v.count)
-    if rows_in(out) != s.v.count:
+    if rows_in(out) < s.v.count:
         return f"its output projection reads {rows_in(out)} channels, expected {s.v.count}"
     parameters = tuple(inspect.signature(module.forward).parameters)
     scale = getattr(holder, "scale", getattr(holder, "scaling", None))

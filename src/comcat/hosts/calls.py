@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ..sites import Attention
 from .biased import own_bias
-from .structures import below
+from .structures import below, rows_in
 
 LAYOUTS = ("tokens", "strip", "grid", "one more", "flat", "map")
 """How tokens may lie: (batch, tokens, channels), a grid of one row, a grid, one more token, no batch, a map."""
 
-ROTARY = re.compile("rot|rope|freqs|position_embeddings")
+ROTARY = re.compile("rot|rope|freqs|^position_embeddings$")
 """Optional arguments that may stand between W_Q and W_K; where none can be given, nothing is proven of QK."""
 
 
@@ -104,10 +104,12 @@ def reads_of(module: nn.Module, a: Attention) -> Iterator[Reads]:
     patch = patch if isinstance(patch, int) else 1
     levels = getattr(holder, "n_levels", getattr(holder, "num_levels", 1))
     levels = levels if isinstance(levels, int) and 0 < levels < 8 else 1
+    first = next(rows_in(m) for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d))
+    pairs = [(q, k), (k, k)]  # the latter where a module makes the queries itself
+    pairs += [(n, n) for n in (a.out_features, first)]  # projections may read a part of it, or what is made of it
     for height, across in dict.fromkeys(_grids(module, a)):
-        yield Reads(q, k, a.width, height, across, patch, levels)
-        if q != k:  # queries that the module makes itself
-            yield Reads(k, k, a.width, height, across, patch, levels)
+        for queries, keys in dict.fromkeys(pairs):
+            yield Reads(queries, keys, a.width, height, across, patch, levels)
 
 
 def _grids(module: nn.Module, a: Attention) -> Iterator[tuple[int, int]]:
@@ -129,6 +131,10 @@ def _grids(module: nn.Module, a: Attention) -> Iterator[tuple[int, int]]:
         bias = own_bias(module)
     if bias is not None:
         yield 1, bias.shape[-1]
+    for child in holder.children():
+        height, across = getattr(child, "height", None), getattr(child, "width", None)
+        if isinstance(height, int) and isinstance(across, int) and 0 < height * across < 10**4:
+            yield height, across
     tables = [t for t in (*holder.parameters(), *holder.buffers()) if t.ndim >= 2 and t.shape[-1] == t.shape[-2] > 1]
     yield from ((1, t.shape[-1]) for t in tables[:2])
     yield from ((1, 5), (4, 4), (7, 7), (16, 16), (2, 2))

@@ -22,8 +22,8 @@ NO_PAIR = "it calls itself attention and has no layers for queries, keys and val
 WEIGHTS_MADE = "one layer makes its attention weights, so there are no queries and keys"
 
 
-def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
-    """What stands between W_Q and W_K."""
+def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str | None:
+    """What stands between W_Q and W_K, as far as names say it."""
     for name, module in holder.named_children():
         if any(
             word in name for word in ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "qk_norm")
@@ -38,11 +38,11 @@ def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str:
         return "cosine attention normalises q and k"
     if getattr(holder, "rel_pos_h", None) is not None:
         return "relative positions are computed from q"
-    return "its output depends on more of W_Q and W_K than their product"
+    return None
 
 
-def vo_reason(module: nn.Module, out: str, in_turn: bool) -> str:
-    """What stands between W_V and W_O; ``out`` is the path of the latter."""
+def vo_reason(module: nn.Module, out: str, in_turn: bool) -> str | None:
+    """What stands between W_V and W_O, as far as names say it; ``out`` is the path of the latter."""
     if isinstance(below(module, out), nn.ConvTranspose2d):
         return "W_O is a transposed convolution"
     if in_turn:
@@ -59,7 +59,7 @@ def vo_reason(module: nn.Module, out: str, in_turn: bool) -> str:
     for inner in () if around is None else around.children():
         if type(inner).__module__.endswith("activation") and not isinstance(inner, nn.Identity):
             return f"an activation ({type(inner).__name__}) sits between W_V and W_O"
-    return "its output depends on more of W_V and W_O than their product"
+    return None
 
 
 def no_reading(module: nn.Module) -> str:

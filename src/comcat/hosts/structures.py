@@ -17,15 +17,20 @@ from ..sites import Projection, dense_in, is_pointwise
 
 FUSED = (
     "qkv", "to_qkv", "qkv_proj", "query_key_value", "in_proj", "Wqkv", "c_attn", "qkv_layer", "pwise",
-    "queries_keys_values",
+    "queries_keys_values", "qkv.conv", "qkv_proj.convolution", "qkvs.0",
 )  # fmt: skip
-"""One layer that makes queries, keys and values."""
+"""One layer that makes queries, keys and values; ``qkvs.0`` is that of the first head, where each has its own."""
 
+EACH_HEAD = ("qkvs.0",)
 PAIRS = (
     ("qk", "v"), ("q", "kv"), ("to_q", "to_kv"), ("q_proj", "kv_proj"), ("query", "key_value"), ("wq", "wkv"),
     ("q.ln", "kv"), ("queries", "keys_values"), ("attn", "v"), ("attention_weights", "value_proj"),
+    ("to_query", "to_key"),
 )  # fmt: skip
-"""One layer for queries, one for keys and values; or one for queries and keys (or for weights), one for values."""
+"""One layer for queries, one for keys and values; or one for queries and keys (or for weights), one for values.
+
+As many keys as the output layer reads are values as well.
+"""
 
 WEIGHTS = ("attn", "attention_weights")
 """A layer that makes the weights of attention by itself, so that VO is the only product."""
@@ -38,18 +43,19 @@ TRIPLES = (
     ("wq", "wk", "wv"), ("q_lin", "k_lin", "v_lin"), ("query_proj", "key_proj", "value_proj"),
     ("W_q", "W_k", "W_v"), ("q.proj", "k", "v"), ("query.proj", "key.proj", "value.proj"),
     ("projection_query", "projection_key", "projection_value"), ("q_proj.linear", "k_proj.linear", "v_proj.linear"),
-    ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"),
+    ("linear_q", "linear_k", "linear_v"), ("queries", "keys", "values"), ("q", "k", "v_gate"),
+    ("q_content_proj", "k_content_proj", "v_proj"),
 )  # fmt: skip
-"""A layer each."""
+"""A layer each; that of the values may put out as many gates behind them."""
 
 OUT = (
     "proj", "out_proj", "o_proj", "output.dense", "projection", "projection_layer", "to_out", "to_out.0", "wo",
     "c_proj", "attn_out_proj", "merge", "out", "o", "out_lin", "dense", "linear_out", "output_proj", "wo.0",
-    "output", "W_o", "output.proj", "upsampling",
+    "output", "W_o", "output.proj", "upsampling", "conv3_1x1",
 )  # fmt: skip
 """The layer that reads the heads' outputs: in the module itself or beside what holds the projections."""
 
-INNER = ("", "self", "attention", "attn", "self_attention", "attention.self", "attention.attention")
+INNER = ("", "self", "attention", "attn", "self_attention", "attention.self", "attention.attention", "self_attn")
 """Where the projections may be within the module."""
 
 HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads", "n_head", "nheads", "num_head", "nhead")
@@ -78,7 +84,7 @@ def projections_of(holder: nn.Module | None) -> tuple[str, ...] | None:
     if holder is None:
         return None
     for names in (*((n,) for n in FUSED), *PAIRS, *TRIPLES, *GIVEN):
-        if all(is_layer(below(holder, n)) for n in names):
+        if all(is_layer(below(holder, n)) or is_strided(below(holder, n)) for n in names):
             return names
     return None
 
@@ -92,15 +98,23 @@ def structures(module: nn.Module) -> Iterator[Structure]:
     """Every reading of a module as attention, the likeliest first."""
     for inner, names, out in places(module):
         holder = below(module, inner)
-        width = rows_in(below(module, out))
-        for heads in _numbers_of_heads(holder, module, width):
-            for q, k, v in _layouts(holder, names, inner, width, heads):
+        width = _width_of_values(holder, names, below(module, out))
+        if width is None:
+            continue
+        partly = width != rows_in(below(module, out))
+        for heads in [1] if names == EACH_HEAD else _numbers_of_heads(holder, module, width):
+            for q, k, v in _layouts(holder, names, inner, width, heads, partly):
                 yield Structure(inner, q, k, v, out, heads)
 
 
 def is_layer(module: Any) -> bool:
     """Whether a module is a linear layer, if only over positions, or one with its batch norm."""
     return dense_in(module) is not None
+
+
+def is_strided(module: Any) -> bool:
+    """Whether a module is a linear layer over every second position, or fewer: such a one is read and never changed."""
+    return type(module) is nn.Conv2d and module.kernel_size == (1, 1) and module.groups == 1 and module.stride != (1, 1)
 
 
 def rows_in(layer: Any) -> int:
@@ -161,7 +175,7 @@ def places(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...], str]]:
             if out is None or name in names:
                 continue
             layer = below(module, out)
-            if rows_in(layer) == _width_of_values(holder, names, layer):
+            if _width_of_values(holder, names, layer) is not None:
                 yield inner, names, out
                 return
 
@@ -170,9 +184,15 @@ def _width_of_values(holder: nn.Module, names: tuple[str, ...], out: nn.Module) 
     """Channels of all heads' values, if the layers could be an attention with this output."""
     width, made = rows_in(out), [rows_out(below(holder, name)) for name in names]
     if len(names) == 3:
-        return width if width in (made[0], made[2]) else None  # grouped queries have fewer keys and values
+        return width if width in (made[0], made[2], made[2] / 2) else None  # grouped queries: fewer keys and values
     if len(names) == 2:
         return width if made[1] in (width, 2 * width, made[0] + width) else None
+    if names == EACH_HEAD:
+        return width // len(list(below(holder, "qkvs").children()))
+    read = rows_in(below(holder, names[0]))
+    part_of_it = read < width and (made[0] == 3 * read or (read < made[0] <= width and (made[0] - read) % 2 == 0))
+    if part_of_it:  # values are as wide as what they are made from, and the output layer reads more besides
+        return read
     return width if made[0] > width else None  # other rows may lie in the same layer
 
 
@@ -191,12 +211,13 @@ def _numbers_of_heads(holder: nn.Module, module: nn.Module, width: int) -> list[
 
 
 def _layouts(
-    holder: nn.Module, names: tuple[str, ...], inner: str, width: int, heads: int
+    holder: nn.Module, names: tuple[str, ...], inner: str, width: int, heads: int, partly: bool
 ) -> Iterator[tuple[Projection, Projection, Projection]]:
     """How the rows of queries, keys and values may lie in their layers."""
     paths = [f"{inner}.{n}" if inner else n for n in names]
     made = [rows_out(below(holder, n)) for n in names]
     if len(names) == 3:
+        made[2] = width if made[2] == 2 * width else made[2]  # gates lie behind the values
         q, k, v = (Projection(path, 0, rows) for path, rows in zip(paths, made, strict=True))
         yield q, k, v
     elif names[0] in WEIGHTS or names in GIVEN:
@@ -205,16 +226,20 @@ def _layouts(
     elif names == ("qk", "v"):
         half = made[0] // 2
         yield Projection(paths[0], 0, half), Projection(paths[0], half, 2 * half), Projection(paths[1], 0, width)
+    elif len(names) == 2 and made == [width, width]:
+        keys = Projection(paths[1], 0, width)  # which are the values as well
+        yield Projection(paths[0], 0, width), keys, keys
     elif len(names) == 2:
         for k, v in _side_by_side(paths[1], made[1], (made[1] - width, width), heads):
             yield Projection(paths[0], 0, made[0]), k, v
     else:
         apart = [f"{inner}.{x}_bias" if inner else f"{x}_bias" for x in "qkv"]
         biases = apart if getattr(holder, "q_bias", None) is not None else None
-        for k, v in _side_by_side(paths[0], made[0], (width, width), heads) if made[0] == 2 * width else ():
+        given = made[0] == 2 * width and not partly
+        for k, v in _side_by_side(paths[0], made[0], (width, width), heads) if given else ():
             yield k, k, v  # queries are given to it: VO alone is a product of its own
         narrow = (made[0] - width) // 2  # queries and keys may be narrower than values, or wider
-        for sizes in dict.fromkeys(((width,) * 3, (narrow, narrow, width))):
+        for sizes in dict.fromkeys((*(() if partly else [(width,) * 3]), (narrow, narrow, width))):
             for q, k, v in _side_by_side(paths[0], made[0], sizes, heads, biases):
                 yield q, k, v
 

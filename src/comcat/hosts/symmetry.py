@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..sites import Attention, Projection, dense_in, layer_and_norm, over_maps, part
 from .mounting import drop_hooks
+from .structures import rows_in
 
 TOLERANCE = 1e-5
 """Relative.
@@ -94,7 +95,7 @@ def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.
     if unchanged(vo_copy):
         raise NotItsOwn
     out = part(vo_copy, a.out)
-    if dense_in(out) is None:
+    if dense_in(out) is None or rows_in(out) != a.v.count:
         return Symmetry(qk, vo=False, rows_sum_to_one=False)
     before_out = out.weight.clone()
     w = before_out.flatten(1).unflatten(1, (a.heads, a.value_width))  # (out, heads, width)
@@ -190,10 +191,11 @@ def random_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
     copied.eval()  # apart, since some classes return nothing there
     drop_hooks(copied)
     with torch.no_grad():
-        for p in copied.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=generator, dtype=p.dtype) * (p.shape[-1] ** -0.5 if p.ndim > 1 else 0.3)
-            )
+        for module in copied.modules():
+            for p in module.parameters(recurse=False):
+                reads = p[0].numel() if isinstance(module, nn.Conv2d) else p.shape[-1]  # or the softmax is one-hot
+                scale = reads**-0.5 if p.ndim > 1 else 0.3
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * scale)
     return copied
 
 
