@@ -71,16 +71,19 @@ class Matrix:
         seen = material.statistic if isinstance(material.statistic, LayerStatistic) and material.fill else None
         for path in dict.fromkeys(p.path for p in (a.q, a.k, a.v)):
             sides = {side: p for side, p in zip("qkv", (a.q, a.k, a.v), strict=True) if p.path == path}
+            if not ranks.keys() & sides.keys():
+                continue
             made: list[nn.Module] = []
             for side, rows in layout(sides, part(model, path).weight.shape[0]):
                 bias = None if rows.bias is not None else rows.bias_or_none(model)
                 by = seen.layer(path, rows.start) if seen and side in ranks else None
                 made.append(_matrix(rows.weight(model), bias, ranks.get(side), material.fill, by))
             parts[path] = in_place_of(part(model, path), made[0] if len(made) == 1 else ConcatLinear(made))
-        out = part(model, a.out)
-        by = seen.layer(a.out, 0) if seen and "o" in ranks else None
-        narrow = _matrix(out.get_parameter("weight").flatten(1), out.bias, ranks.get("o"), material.fill, by)
-        parts[a.out] = in_place_of(out, narrow)
+        if "o" in ranks:
+            out = part(model, a.out)
+            by = seen.layer(a.out, 0) if seen else None
+            narrow = _matrix(out.get_parameter("weight").flatten(1), out.bias, ranks["o"], material.fill, by)
+            parts[a.out] = in_place_of(out, narrow)
         return host_of(a).mount(model, a, Replacement(parts=parts))
 
 

@@ -128,7 +128,8 @@ class _Finder:
         if anatomy.mount in ("whole", "crossed"):
             self.closed.append(anatomy.path)
         else:
-            self.closed += parts[:2] if anatomy.vo_reason else parts  # what makes values alone, and reads them, is open
+            alone = anatomy.vo_reason is not None and anatomy.mount == "padded"  # QK: what reads values stays open
+            self.closed += parts[:2] if alone else parts
             self.attentions[anatomy.path] = (anatomy.in_features, anatomy.out_features)
         if shared := [p for p in parts if any(_shared(m, self.uses) for m in self.model.get_submodule(p).modules())]:
             self.refuse(anatomy.path, f"{shared[0]} is shared with another part of the model")

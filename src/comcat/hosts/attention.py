@@ -84,19 +84,16 @@ class AttentionHost:
             widths = _width_attributes(copied, local, calls)
         finally:
             undo()
-        holder = below(module, local.q.path.rpartition(".")[0])
-        parameters = tuple(inspect.signature(module.forward).parameters)
-        no_qk = None if not no_product else qk_reason(holder, parameters) or between_qk(copied, local, calls)
-        if local.q == local.k:
-            no_qk = WEIGHTS_MADE if local.q.path.rpartition(".")[2] in WEIGHTS else QUERIES_GIVEN
-        no_vo = None if symmetry.vo else vo_reason(module, local.out, symmetry.in_turn)
-        no_vo = no_vo or (None if symmetry.vo else between_vo(copied, local, calls))
-        no_qk, no_vo = no_qk or not_carried(module, local.q, local.k), no_vo or not_carried(module, local.v)
+        no_qk = _no_qk(module, copied, local, calls) if no_product or local.q == local.k else None
+        no_qk = no_qk or not_carried(module, local.q, local.k)
+        no_vo = not_carried(module, local.v) if symmetry.vo else vo_reason(module, local.out, symmetry.in_turn)
+        if no_vo is None and not symmetry.vo:
+            no_vo = between_vo(copied, local, calls)
         if no_qk is None and local.q.bias is not None and not whole:
             no_qk = (
                 "a QK product exists, but its query bias stands apart under a forward that comcat cannot stand in for"
             )
-        dropout = attention_dropout(holder)
+        dropout = attention_dropout(below(module, local.q.path.rpartition(".")[0]))
         mount = "whole" if whole and no_qk is None else "parts" if widths and no_qk is None else "padded"
         if mount == "padded" and no_vo is None and dropout > 0 and local.v.bias is not None:
             no_vo = "attention dropout forbids to fold the value bias, which stands apart from its projection"
@@ -144,6 +141,15 @@ class AttentionHost:
         if replacement.without_value_bias and attention.v.bias is not None:
             undos.append(drop_parameter(module, attention.v.bias.rpartition(".")[2]))
         return all_of(undos)
+
+
+def _no_qk(module: nn.Module, copied: nn.Module, local: Attention, calls: Sequence[Call]) -> str:
+    """Why there is no QK product."""
+    if local.q == local.k:
+        return WEIGHTS_MADE if local.q.path.rpartition(".")[2] in WEIGHTS else QUERIES_GIVEN
+    holder = below(module, local.q.path.rpartition(".")[0])
+    parameters = tuple(inspect.signature(module.forward).parameters)
+    return qk_reason(holder, parameters) or between_qk(copied, local, calls)
 
 
 def _parameters(model: nn.Module, attention: Attention) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -262,7 +268,11 @@ def _width_attributes(copied: nn.Module, a: Attention, calls: Sequence[Call]) ->
     """
     holder = below(copied, a.q.path.rpartition(".")[0])
     layers = [part(copied, path) for path in dict.fromkeys((a.q.path, a.k.path, a.v.path, a.out))]
-    if len(layers) < 4 or a.value_width != a.width or not all(isinstance(layer, nn.Linear) for layer in layers):
+    if (
+        len(layers) < 4
+        or not rows_in(layers[-1]) == a.v.count == a.q.count
+        or not all(isinstance(layer, nn.Linear) for layer in layers)
+    ):
         return ()
     numbers = {n: v for n, v in vars(holder).items() if isinstance(v, int) and not isinstance(v, bool)}
     one = tuple(n for n in WIDTHS if numbers.get(n) == a.width)
