@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from comcat.apply import apply_
 from comcat.hosts import find_sites
+from comcat.hosts.symmetry import random_copy
 from comcat.sites import Sites
 
 from .test_apply import full_plan
@@ -21,9 +22,9 @@ from .zoo import HandModel, relative_error
 class InPart(nn.Module):
     """Attention of one head over half of the channels; the output layer reads the others too (as SHViT's)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *between: nn.Module) -> None:
         super().__init__()
-        self.qkv, self.proj = nn.Linear(DIM // 2, 4 + 4 + DIM // 2), nn.Sequential(nn.ReLU(), nn.Linear(DIM, DIM))
+        self.qkv, self.proj = nn.Linear(DIM // 2, 4 + 4 + DIM // 2), nn.Sequential(*between, nn.Linear(DIM, DIM))
 
     def forward(self, x: Tensor) -> Tensor:
         x1, x2 = x.chunk(2, -1)
@@ -153,7 +154,9 @@ SUMMED = "queries and keys are sums of what several layers make, which comcat do
 RELU = "an activation (ReLU) sits between W_V and W_O"
 NONE = "attention of no known shape: "
 CASES: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
-    "in part": (InPart, {"qk"}, {RELU}),
+    "in part": (lambda: InPart(nn.ReLU()), {"qk"}, {RELU}),
+    "in part, and a product": (InPart, {"qk"}, {
+        "W_O reads other channels beside those of the values, which comcat does not stand in for"}),
     "gated": (Gated, {"qk"}, {"an activation or a norm sits between W_V and W_O"}),
     "head by head": (lambda: HeadByHead(False), set(), {f"{NONE}{EACH}; {RELU}"}),
     "convolved": (lambda: HeadByHead(True), set(), {f"{NONE}dws.0 (Conv1d) sits between W_Q and W_K; {RELU}"}),
@@ -189,7 +192,15 @@ def test_products_that_exist_shrink_exactly_and_what_stands_between_the_others_i
 
 
 def test_layers_of_a_refused_vo_product_still_shrink_as_linear_layers() -> None:
-    _, sites = found(InPart)
+    _, sites = found(lambda: InPart(nn.ReLU()))
     assert "blocks.0.attend.proj.1" in sites and "blocks.0.attend.qkv" not in sites
     _, sites = found(Gated)
     assert {"blocks.0.attend.v_gate", "blocks.0.attend.proj"} <= set(sites)
+
+
+def test_a_random_copy_of_convolutions_keeps_the_scale_of_what_flows() -> None:
+    """Else a softmax gives all to one key, and what is added to its logits goes unseen."""
+    net = nn.Sequential(*[nn.Conv2d(256, 256, 1, bias=False) for _ in range(3)])
+    x = torch.randn(2, 256, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        assert 0.5 < random_copy(net, torch.Generator().manual_seed(0))(x).std() < 2

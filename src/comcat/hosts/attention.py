@@ -86,7 +86,7 @@ class AttentionHost:
             undo()
         no_qk = _no_qk(module, copied, local, calls) if no_product or local.q == local.k else None
         no_qk = no_qk or not_carried(module, local.q, local.k)
-        no_vo = not_carried(module, local.v) if symmetry.vo else vo_reason(module, local.out, symmetry.in_turn)
+        no_vo = not_carried(module, local.v) if symmetry.vo else vo_reason(module, local.out, symmetry)
         if no_vo is None and not symmetry.vo:
             no_vo = between_vo(copied, local, calls)
         if no_qk is None and local.q.bias is not None and not whole:

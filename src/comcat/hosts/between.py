@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..sites import Attention, Projection, part
 from .calls import Call
-from .structures import below, is_layer, is_strided, rows_in
+from .structures import below, is_layer, is_strided
 from .symmetry import TOLERANCE, probe
 
 SUMMED = "queries and keys are sums of what several layers make, which comcat does not stand in for"
@@ -52,8 +52,6 @@ def between_qk(copied: nn.Module, a: Attention, calls: Sequence[Call]) -> str:
 
 def between_vo(copied: nn.Module, a: Attention, calls: Sequence[Call]) -> str:
     """What stands between W_V and W_O."""
-    if rows_in(part(copied, a.out)) != a.v.count:
-        return "W_O reads more channels than those of the values, which comcat does not stand in for"
     if (found := _obstacle(copied, a, calls, "vo")) is not None:
         return f"{found} sits between W_V and W_O"
     if not _is_affine(copied, a.v, calls):

@@ -12,7 +12,7 @@ from torch import nn
 from ..sites import Attention
 from .calls import ROTARY, Reads, Uncallable, calls_of
 from .structures import below, places, rows_in, rows_out
-from .symmetry import norm_and_gate
+from .symmetry import Symmetry, norm_and_gate
 
 _NORMS = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "qk_norm", "query_norm", "key_norm")
 
@@ -41,12 +41,14 @@ def qk_reason(holder: Any, parameters: tuple[str, ...]) -> str | None:
     return None
 
 
-def vo_reason(module: nn.Module, out: str, in_turn: bool) -> str | None:
+def vo_reason(module: nn.Module, out: str, symmetry: Symmetry) -> str | None:
     """What stands between W_V and W_O, as far as names say it; ``out`` is the path of the latter."""
     if isinstance(below(module, out), nn.ConvTranspose2d):
         return "W_O is a transposed convolution"
-    if in_turn:
+    if symmetry.in_turn:
         return "W_O reads the channels of all heads in turn, which comcat does not stand in for"
+    if symmetry.in_part:
+        return "W_O reads other channels beside those of the values, which comcat does not stand in for"
     norm, gate = norm_and_gate(module)
     if norm is not None:
         return "a norm sits between W_V and W_O"

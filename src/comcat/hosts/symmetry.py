@@ -40,13 +40,15 @@ Bias = Callable[[nn.Module], Tensor | None]
 class Symmetry:
     """What the probe found: which products exist, and whether values pass with weights that sum to one.
 
-    ``in_turn`` says that a VO product would exist if the output layer read head by head, not channel by channel.
+    ``in_turn`` says that a VO product would exist if the output layer read head by head, not channel by channel, and
+    ``in_part`` that one exists with a part of the channels that it reads.
     """
 
     qk: bool
     vo: bool
     rows_sum_to_one: bool
     in_turn: bool = False
+    in_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,21 @@ def probe(copied: nn.Module, attention: Attention, calls: Sequence[Callable[[nn.
     if unchanged(vo_copy):
         raise NotItsOwn
     out = part(vo_copy, a.out)
-    if dense_in(out) is None or rows_in(out) != a.v.count:
+    if dense_in(out) is None:
         return Symmetry(qk, vo=False, rows_sum_to_one=False)
-    before_out = out.weight.clone()
-    w = before_out.flatten(1).unflatten(1, (a.heads, a.value_width))  # (out, heads, width)
-    out.weight.copy_(torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1).view_as(out.weight))
-    vo = unchanged(vo_copy)
+    before_out, count = out.weight.clone(), a.v.count
+
+    def undone_from(start: int) -> bool:
+        weight = before_out.flatten(1).clone()  # (out, channels)
+        w = weight[:, start : start + count].unflatten(1, (a.heads, a.value_width))  # (out, heads, width)
+        weight[:, start : start + count] = torch.einsum("ohw,hwv->ohv", w, inverse_t).flatten(1)
+        out.weight.copy_(weight.view_as(out.weight))
+        return unchanged(vo_copy)
+
+    if rows_in(out) != count:
+        in_part = any(undone_from(start) for start in range(0, rows_in(out) - count + 1, count))
+        return Symmetry(qk, vo=False, rows_sum_to_one=False, in_part=in_part)
+    vo = undone_from(0)
     w = before_out.flatten(1).unflatten(1, (a.value_width, a.heads))  # (out, width, heads)
     out.weight.copy_(torch.einsum("owh,hwv->ovh", w, inverse_t).flatten(1).view_as(out.weight))
     in_turn = not vo and unchanged(vo_copy)
