@@ -51,7 +51,7 @@ shrink* is the share of the parameters in all sites, other linear layers include
 full rank changes the output, relative to its largest value, in float32. The last column counts what was refused, with
 the reason.
 
-Batch norms take their means and variances from {settling} pictures first. One right behind a projection (LeViT,
+Batch norms first take their means and variances from up to {settling} pictures. One right behind a projection (LeViT,
 EfficientFormerV2) is folded into what takes the projection's place: the same in evaluation, and no longer there in
 training.
 

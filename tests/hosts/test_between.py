@@ -151,21 +151,21 @@ REST = "; its vo and linear sites can still shrink"
 EACH = "every head has a layer of its own, which comcat does not stand in for"
 COARSE = "a projection passes over positions, which comcat does not stand in for"
 SUMMED = "queries and keys are sums of what several layers make, which comcat does not stand in for"
+CURVED = "something that is not linear (an activation, a norm, a softmax) sits between W_V and W_O"
 RELU = "an activation (ReLU) sits between W_V and W_O"
 NONE = "attention of no known shape: "
 CASES: dict[str, tuple[Callable[[], nn.Module], set[str], set[str]]] = {
     "in part": (lambda: InPart(nn.ReLU()), {"qk"}, {RELU}),
     "in part, and a product": (InPart, {"qk"}, {
         "W_O reads other channels beside those of the values, which comcat does not stand in for"}),
-    "gated": (Gated, {"qk"}, {"an activation or a norm sits between W_V and W_O"}),
+    "gated": (Gated, {"qk"}, {CURVED}),
     "head by head": (lambda: HeadByHead(False), set(), {f"{NONE}{EACH}; {RELU}"}),
     "convolved": (lambda: HeadByHead(True), set(), {f"{NONE}dws.0 (Conv1d) sits between W_Q and W_K; {RELU}"}),
     "from queries": (lambda: OfMaps(BottleneckOfMaps()), set(), {
         f"{NONE}relative positions are computed from q; post_attn (ReLU) sits between W_V and W_O"}),
     "coarser": (lambda: OfMaps(Coarser()), {"vo"}, {f"{COARSE}{REST}"}),
     "additive": (Additive, set(), {
-        f"{NONE}it is no softmax over keys (attention across channels, linear attention, or queries added); "
-        "an activation or a norm sits between W_V and W_O"}),
+        f"{NONE}it is no softmax over keys (attention across channels, linear attention, or queries added); {CURVED}"}),
     "summed": (Summed, {"vo"}, {f"{SUMMED}{REST}"}),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ def between_vo(copied: nn.Module, a: Attention, calls: Sequence[Call]) -> str:
     if (found := _obstacle(copied, a, calls, "vo")) is not None:
         return f"{found} sits between W_V and W_O"
     if not _is_affine(copied, a.v, calls):
-        return "an activation or a norm sits between W_V and W_O"
+        return "something that is not linear (an activation, a norm, a softmax) sits between W_V and W_O"
     return "its output depends on more of W_V and W_O than their product"
 
 
