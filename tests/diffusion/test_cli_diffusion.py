@@ -83,6 +83,17 @@ def test_customize_says_what_it_did(model, images, tmp_path, capsys):
     assert customize(model, images, tmp_path / "dog.safetensors", "--seed", "4", "--restart") == 0
 
 
+def test_values_of_one_block_learn_where_masks_are_white(model, images, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for path in images.iterdir():
+        Image.new("L", Image.open(path).size, 255).save(masks / path.name)
+    out = tmp_path / "dog.safetensors"
+    assert customize(model, images, out, "--only", "mid_block:vo", "--masks", str(masks)) == 0
+    assert {path.split(".")[1] for path in cd.read(out).factors} == {"mid_block"}
+    assert {name for factors in cd.read(out).factors.values() for name in factors} == {"v_down", "out_up"}
+
+
 def test_recipes_of_the_paper(model, images, tmp_path):
     recipes = Path(__file__).parents[2] / "recipes"
     out = tmp_path / "dog.safetensors"
@@ -118,6 +129,8 @@ def test_recipes_of_the_paper(model, images, tmp_path):
         ({"out": "dog.txt"}, "ends in .safetensors"),
         ({"model": "absent/"}, "there is no folder"),
         ({"more": ["--where", "joint"]}, "joint"),
+        ({"more": ["--only", "vo", "mid_blok"]}, "only='mid_blok' chooses no attention"),
+        ({"more": ["--masks", "absent"]}, "no pictures at"),
         ({"more": ["--device", "cuda:99"]}, "--device 'cuda:99', which cannot be used"),
     ],
 )
