@@ -45,6 +45,17 @@ MODULES: dict[str, Callable[[Any], Any]] = {
     "evaluate": lambda given: comcat.evaluate(given, [PICTURES]),
     "evaluate against": lambda given: comcat.evaluate(tiny_vit(), [PICTURES], against=given),
     "tune with a teacher": lambda given: comcat.tune(tiny_vit(num_classes=10), "digits:train", steps=1, teacher=given),
+    "tune": lambda given: comcat.tune(given, "digits:train", steps=1),
+    "merge": lambda given: comcat.merge(given, [PICTURES], keep=0.5),
+    "allocate": lambda given: comcat.allocate(given, reduce=0.3),
+    "prune": lambda given: comcat.prune(given, "digits:train", reduce=0.3, steps=2),
+    "prune with a teacher": lambda given: comcat.prune(
+        tiny_vit(num_classes=10), "digits:train", reduce=0.3, steps=2, teacher=given
+    ),
+    "search": lambda given: comcat.search(given, "digits:train", reduce=0.3),
+    "explore": lambda given: comcat.explore(given, [PICTURES]),
+    "count_parameters": comcat.count_parameters,
+    "count_macs": lambda given: comcat.count_macs(given, PICTURES),
 }
 
 
@@ -54,6 +65,47 @@ def test_what_is_no_module_is_told_in_a_line(use: str) -> None:
         with pytest.raises(ModelError, match="expected a module") as caught:
             MODULES[use](given)
         assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),  # type: ignore[dict-item, return-value]
+    "data parallel": torch.nn.DataParallel,
+}
+SEEN = comcat.data.Preprocess(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+FEW = {"batch_size": 4, "preprocess": SEEN}
+PLANS: dict[str, Callable[[torch.nn.Module], comcat.Plan]] = {
+    "merge": lambda model: comcat.merge(model, [torch.randn(4, 3, 32, 32)], keep=0.5),
+    "allocate": lambda model: comcat.allocate(model, reduce=0.3),
+    "search": lambda model: comcat.search(
+        model, comcat.open_pictures("digits:train").take(40, 0), reduce=0.3, rounds=1, rank_steps=1, weight_steps=0,
+        **FEW,
+    ),
+    "prune": lambda model: comcat.prune(
+        model, comcat.open_pictures("digits:train").take(16, 0), reduce=0.3, steps=2, **FEW
+    ).comcat_record.plan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPERS))
+@pytest.mark.parametrize("use", list(PLANS))
+def test_a_plan_for_a_wrapped_model_is_for_the_model_inside(use: str, wrapper: str) -> None:
+    inside = tiny_vit(num_classes=10)
+    plan = PLANS[use](WRAPPERS[wrapper](inside))
+    assert plan.sites and all(name.startswith(("blocks.", "head")) for name in plan.sites)
+    comcat.apply_(WRAPPERS[wrapper](inside), plan)
+
+
+def test_budgets_of_a_wrapped_model_are_explored() -> None:
+    found = comcat.explore(torch.nn.DataParallel(tiny_vit()), [torch.randn(4, 3, 32, 32)], points=2, measured=0)
+    assert "blocks.0" in found.dense.parts
+
+
+@pytest.mark.parametrize("wrapper", list(WRAPPERS))
+def test_a_wrapped_model_is_tuned_inside(wrapper: str) -> None:
+    inside = tiny_vit(num_classes=10)
+    given, before = WRAPPERS[wrapper](inside), inside.head.weight.clone()
+    assert comcat.tune(given, comcat.open_pictures("digits:train").take(8, 0), steps=1, **FEW) is given
+    assert not inside.head.weight.equal(before)
 
 
 PATHS: dict[str, Callable[[Any], Any]] = {

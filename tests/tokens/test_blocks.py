@@ -188,6 +188,17 @@ def test_exported_with_a_dynamic_batch():
         torch.testing.assert_close(exported(more), model(more), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("how", ["similar", "grid", "drop"])
+def test_traced_for_torchscript(how):
+    model = tiny_vit()
+    comcat.apply_(model, comcat.merge(model, [X], keep=0.6, how=how))
+    traced = torch.jit.trace(model, X)
+    more = torch.cat((X, X.flip(-1)))
+    torch.testing.assert_close(traced(more), model(more), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ModelError, match=r"a Block on fewer tokens"):
+        torch.jit.script(model)
+
+
 def config_model(kind, **more):
     import transformers as tf
 

@@ -1,6 +1,7 @@
 """``comcat merge`` as a user types it."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from safetensors.torch import save_file
 
 import comcat
 from comcat.cli import main
+from comcat.errors import StoreError
+from comcat.tuning.settings import TuneSettings
+from comcat.tuning.step import Training
 
 from ..models import pictures, tiny_vit
 
@@ -150,6 +154,34 @@ def test_tokens_become_fewer_in_the_blocks_that_are_named():
     )
     fewer = {n.removesuffix(":tokens") for n in small.comcat_record.plan.sites if n.endswith(":tokens")}
     assert fewer and fewer <= {"blocks.1", "blocks.2"}
+
+
+def test_a_stopped_run_goes_on_with_the_same_tokens_alone(folder, tmp_path, monkeypatch):
+    few = comcat.open_pictures("digits:train").take(24, 0)
+    way = {"bench": False, "eval_limit": 8, "tune": TuneSettings(steps=4, batch_size=4)}
+
+    def run(name, keep, **more):
+        merge_to = comcat.merge_to
+        return merge_to(
+            tmp_path / name, str(folder), few, evaluation="digits:test", keep=keep, pictures=4, way=way | more
+        )
+
+    step = Training.step
+
+    def interrupted(self, number, watch):
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number, watch)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match="step 3 of 4"):
+        patched.setattr(Training, "step", interrupted)
+        run("stopped", 0.6)
+    assert not (tmp_path / "stopped").exists()
+    with pytest.raises(StoreError, match=r"other settings: student was .*--restart"):
+        run("stopped", 0.8)  # weights are the same, but not what is computed with them
+    stopped, whole = run("stopped", 0.6).model, run("whole", 0.6).model
+    assert all(torch.equal(a, b) for a, b in zip(stopped.parameters(), whole.parameters(), strict=True))
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".run")] == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ..errors import ModelError
+from ..wrappers import bare
 from .running import call, checked, eagerly, evaluating, unwrap
 
 
@@ -30,7 +31,7 @@ def count_parameters(model: nn.Module) -> int:
 
     Raises ModelError where a lazy parameter has no shape yet.
     """
-    return sum(parameter.numel() for _, parameter in _distinct(model.named_parameters()))
+    return sum(parameter.numel() for _, parameter in _distinct(bare(model).named_parameters()))
 
 
 # What safetensors calls the types, in the order that it ranks them in (the largest type comes first in a file).
@@ -82,6 +83,7 @@ def count_macs(model: nn.Module, example: Tensor | tuple | list | Mapping) -> in
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    bare(model)  # raises for what is no module
     one = tree_map_only(Tensor, lambda tensor: tensor[:1] if tensor.dim() else tensor, checked(example))
     # torch's counter knows products of matrices, not those with a vector.
     vectors = {

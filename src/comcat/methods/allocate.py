@@ -20,6 +20,7 @@ from ..factors import Spectrum, Statistic, Weights, spectra
 from ..linalg import Factorization
 from ..plan import MadeFor, Plan, SitePlan, shapes_of
 from ..sites import HiddenSite, LinearSite, ProductSite, Sites
+from ..wrappers import bare
 from .choose import least_loss, same_share
 from .costs import Cost, Parameters
 from .ladders import Choice, Order, idle, ladders, tail_loss
@@ -85,6 +86,7 @@ def allocate(
     from ..hosts import find_sites
     from ..measure import count_parameters
 
+    model = bare(model)
     _check(reduce, rule, multiple, energy)
     check_tokens(forms, budget, rule, statistic)
     if budget != "parameters" and cost is None:

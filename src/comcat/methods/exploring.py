@@ -19,6 +19,7 @@ from ..measure.latency import Latency, measure_latency
 from ..plan import Plan
 from ..sites import HiddenSite, Sites, block_of
 from ..statistics import Statistics
+from ..wrappers import bare
 from .allocate import allocate, of_forms
 from .budgets.savings import saved_share
 from .costs import Cost, Macs, Parameters
@@ -104,6 +105,7 @@ def explore(
     chosen = CompressSettings(**{**settings, "reduce": 0.5})
     if chosen.ranks == "search":
         raise SettingsError("got ranks='search', which trains for every budget; expected a rule")
+    model = bare(model)
     check_request(model, chosen)
     calibration = kept(calibration)
     held_out = None if held_out is None else kept(held_out)

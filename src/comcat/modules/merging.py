@@ -46,6 +46,19 @@ class TokenReduction(nn.Module):
         self.names = tuple(names)
         self.keep, self.full, self.prefix, self.stream, self.residual = keep, full, prefix, stream, residual
 
+    @property
+    def identity(self) -> str:
+        """All that it was made with, as text."""
+        made = {
+            name: value for name, value in vars(self).items() if name[0] != "_" and name not in ("training", "seen")
+        }
+        return f"{type(self).__name__} {sorted(made.items())}"
+
+    def tokens(self, x: Tensor) -> int:
+        """How many tokens there are behind those in front; torch.jit.trace makes tensors of sizes."""
+        rows = x.shape[1]
+        return (int(rows) if isinstance(rows, Tensor) else rows) - self.prefix
+
     def count(self, tokens: int) -> int:
         """How many of so many tokens are run."""
         return self.keep if tokens == self.full else max(1, round(tokens * self.keep / self.full))
@@ -63,8 +76,8 @@ class TokenReduction(nn.Module):
         x = args[0] if args else kwargs[self.stream]
         if isinstance(x, torch.fx.Proxy):
             raise ModelError(
-                f"torch.fx cannot trace a {type(block).__name__}, because how many tokens run depends on the picture's "
-                "size; use torch.export, or take the merges back by handle.revert()"
+                f"torch.fx cannot trace a {_kind(block)} on fewer tokens, because how many run depends on the "
+                "picture's size; use torch.export, or take the merges back by handle.revert()"
             )
         rest = args[1:], {name: value for name, value in kwargs.items() if name != self.stream or args}
         if exporting():
@@ -74,7 +87,7 @@ class TokenReduction(nn.Module):
             return run(*args, **kwargs)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(rest)):
             raise ModelError(
-                f"got a tensor beside the tokens of a {type(block).__name__} (as an attention mask), expected none: "
+                f"got a tensor beside the tokens of a {_kind(block)} (as an attention mask), expected none: "
                 "it has a row for every token, and the block runs on fewer; take the merges back by handle.revert()"
             )
         few = self._reduced(x, reduction)
@@ -132,7 +145,7 @@ class SimilarTokens(TokenReduction):
         self.mask, self.norm = mask, norm
 
     def reduction(self, block: nn.Module, x: Tensor) -> Groups | None:
-        tokens = x.shape[1] - self.prefix
+        tokens = self.tokens(x)
         count = self.count(tokens)
         if count >= tokens:
             return None
@@ -161,7 +174,7 @@ class GridTokens(TokenReduction):
     def reduction(self, block: nn.Module, x: Tensor) -> Windows | None:
         if self.window == (1, 1):
             return None
-        return Windows(self.grid_of(x.shape[1] - self.prefix), self.window)
+        return Windows(self.grid_of(self.tokens(x)), self.window)
 
     def grid_of(self, tokens: int) -> tuple[int, int]:
         """Rows and columns of so many tokens: those of the last picture, else those that the model was made for, else
@@ -219,7 +232,7 @@ class ChosenTokens(TokenReduction):
         self.query, self.key, self.heads, self.scale, self.norm = query, key, heads, scale, norm
 
     def reduction(self, block: nn.Module, x: Tensor) -> Chosen | None:
-        tokens = x.shape[1] - self.prefix
+        tokens = self.tokens(x)
         count = self.count(tokens)
         if count >= tokens:
             return None
@@ -249,12 +262,17 @@ class RunsOnFewerTokens:
 
     def __prepare_scriptable__(self) -> Any:
         raise ModelError(
-            f"TorchScript cannot compile a {type(self).__name__}, because its forward is chosen at run time; use "
+            f"TorchScript cannot compile a {_kind(self)} on fewer tokens, as its forward is chosen at run time; use "
             "torch.export or torch.jit.trace, or take the merges back by handle.revert()"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a class made at run time is not found by its name
         return _made, (type(self).__mro__[2],), self.__dict__
+
+
+def _kind(block: nn.Module) -> str:
+    """What the library calls the block's class."""
+    return type(block).__mro__[2].__name__
 
 
 def _made(base: type[nn.Module]) -> nn.Module:

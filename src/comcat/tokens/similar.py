@@ -113,7 +113,7 @@ def _highest(likeness: Tensor, count: int) -> Tensor:
     if exporting():  # ONNX has no stable sort, but its TopK takes the first of equals
         return F.one_hot(likeness.topk(count, dim=-1).indices, likeness.shape[-1]).sum(1) > 0
     first = likeness.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    return torch.zeros_like(likeness, dtype=torch.bool).scatter_(1, first, True)
+    return torch.zeros_like(likeness).scatter_(1, first, 1.0) > 0  # torch.jit.trace has no scatter of booleans
 
 
 def _padded(index: Tensor, tokens: int) -> Tensor:

@@ -19,6 +19,7 @@ from ..runs.loop import carry_out, find_checkpoint
 from ..runs.processes import Processes
 from ..runs.state import whole_state
 from ..settings import from_keywords
+from ..wrappers import bare
 from .data import open_labelled
 from .leaks import check_apart, check_sources
 from .settings import TuneSettings
@@ -69,6 +70,7 @@ def tune(
             run, or where none can be written.
     """
     chosen = from_keywords(TuneSettings, settings)
+    bare(student)  # raises for what is no module
     if evaluation is not None:
         check_sources(data, evaluation)
         data, evaluation = open_labelled(student, data), open_labelled(student, evaluation)
@@ -102,23 +104,24 @@ def tune_(
     progress: bool = False,
 ) -> nn.Module:
     """:func:`tune` with its settings in one piece."""
-    processes = Processes(cpu=next(student.parameters()).device.type == "cpu")
+    model = bare(student)
+    processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
     with processes.together():
         setup = set_up(
-            student,
-            open_labelled(student, data),
+            model,
+            open_labelled(model, data),
             settings,
             teacher=teacher,
-            evaluation=None if evaluation is None else open_labelled(student, evaluation),
+            evaluation=None if evaluation is None else open_labelled(model, evaluation),
             folder=None if out is None else Path(out),
             preprocess=preprocess,
             processes=processes,
         )
     if setup.steps:
-        result = _trained(student, setup, restart=restart, progress=progress)
+        result = _trained(model, setup, restart=restart, progress=progress)
     else:
         result = {"curve": [], "seconds": 0.0, "images_per_second": None}
-    _note(student, {"settings": asdict(settings), "teacher": name_of_teacher(teacher), **result})
+    _note(model, {"settings": asdict(settings), "teacher": name_of_teacher(teacher), **result})
     return student
 
 

@@ -19,6 +19,7 @@ from ..record import Record
 from ..report import ReportData
 from ..store import load_model
 from ..store.folder import RUN, check_replaceable
+from ..wrappers import bare
 
 Source = Pictures | str | os.PathLike[str]
 """Pictures, or what :func:`comcat.open_pictures` takes."""
@@ -58,7 +59,7 @@ def check_out(out: Path, overwrite: bool) -> None:
 
 def model_of(model: nn.Module | str | os.PathLike[str]) -> nn.Module:
     """The model itself, or the one of that name, loaded to the CPU."""
-    return model if isinstance(model, nn.Module) else load_model(model)
+    return bare(model) if isinstance(model, nn.Module) else load_model(model)
 
 
 def called(model: nn.Module | str | os.PathLike[str], given: str | None = None) -> str:

@@ -28,6 +28,7 @@ from ...tuning.data import open_labelled
 from ...tuning.leaks import check_apart, check_sources
 from ...tuning.setup import CHECKPOINTS, Setup, set_up
 from ...tuning.tune import name_of_teacher
+from ...wrappers import bare
 from ..compress import Compressed, origin_or_none
 from ..prepare import Prepared
 from ..request import check_request
@@ -71,7 +72,7 @@ def prune(
         BudgetError: for a saving that is out of reach. ModelError: where nothing can be pruned.
         And what :func:`comcat.tune` raises.
     """
-    chosen = from_keywords(PruneSettings, settings)
+    chosen, model = from_keywords(PruneSettings, settings), bare(model)
     if evaluation is not None:
         check_sources(data, evaluation)
         data, evaluation = open_labelled(model, data), open_labelled(model, evaluation)
@@ -107,7 +108,8 @@ def prune_(
     progress: bool = False,
 ) -> Pruned:
     """:func:`prune` with its settings in one piece."""
-    teacher = model if teacher is None else teacher
+    model = bare(model)
+    teacher = model if teacher is None else bare(teacher)
     processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
     with processes.together():
         setup, ground = check_pruning(

@@ -16,6 +16,7 @@ from ...hosts import find_sites
 from ...plan import Plan, SitePlan
 from ...settings import from_keywords
 from ...statistics.trunk import Trunk, find_trunk
+from ...wrappers import bare
 from ..allocate import describe
 from ..choose import Table, least_loss
 from ..ladders import AS_IT_IS, Choice
@@ -50,7 +51,7 @@ def merge(
         ModelError: where the model has no trunk, or none of its blocks can run on fewer tokens; the message says why.
         SettingsError: for a share, a form or a block that cannot be.
     """
-    s = from_keywords(MergeSettings, settings)
+    s, model = from_keywords(MergeSettings, settings), bare(model)
     if s.keep == 1:
         return _of_all_tokens(model, s)
     shown = shown_of(model, calibration, s.pictures, progress)

@@ -25,6 +25,7 @@ from ...runs.watching import LossWatch
 from ...settings import from_keywords
 from ...tuning.data import Batch, Feed, TrainingData, open_labelled
 from ...tuning.leaks import check_apart, check_sources
+from ...wrappers import bare
 from ..prepare import Prepared, prepare
 from ..settings import CompressSettings, check_forms
 from .mixture import Mixture
@@ -69,7 +70,7 @@ def search(
             labels do not fit, or pictures of the evaluation set are searched on. NumericsError: if the loss is no
             number or explodes. StoreError: where checkpoints were made with other settings.
     """
-    chosen = from_keywords(SearchSettings, settings)
+    chosen, model = from_keywords(SearchSettings, settings), bare(model)
     if evaluation is not None:
         check_sources(data, evaluation)
         data = open_labelled(model, data)
