@@ -200,11 +200,11 @@ class HiddenSite:
 class TokenSite:
     """The tokens on which a block runs.
 
-    ``path`` is the block's. ``full`` is the number of the grid's tokens, ``prefix`` that of the tokens in front (class,
-    registers), ``channels`` the width of a token. ``grid`` are rows and columns, and ``patches`` the path of the
-    convolution that cuts a picture into patches, where tokens lie in its order. ``stream`` is the name of the block's
-    first argument, ``mask`` the one by which it takes an additive attention mask, ``norm`` its child that is given the
-    tokens first.
+    ``path`` is the block's. ``full`` is the number of the grid's tokens, ``prefix`` that of the tokens beside them
+    (class, registers, detection), of which ``suffix`` come last, ``channels`` the width of a token. ``grid`` are rows
+    and columns, and ``patches`` the path of the convolution that cuts a picture into patches, where tokens lie in its
+    order. ``stream`` is the name of the block's first argument, ``mask`` the one by which it takes an additive
+    attention mask, ``norm`` its child that is given the tokens first.
     """
 
     name: str
@@ -217,7 +217,13 @@ class TokenSite:
     stream: str = "x"
     mask: str | None = None
     norm: str | None = None
+    suffix: int = 0
     kind: Literal["tokens"] = "tokens"
+
+    @property
+    def front(self) -> int:
+        """Tokens in front of the grid's."""
+        return self.prefix - self.suffix
 
     @property
     def owner(self) -> str:
@@ -229,7 +235,7 @@ class TokenSite:
         return ()
 
     def share(self, keep: int) -> float:
-        """Rows that flow through the block when ``keep`` tokens run, as a share of all, those in front included."""
+        """Rows that flow through the block when ``keep`` tokens run, as a share of all with those beside the grid."""
         return (self.prefix + keep) / (self.prefix + self.full)
 
     def parameters(self, keep: int | None = None) -> int:

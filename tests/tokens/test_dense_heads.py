@@ -13,6 +13,7 @@ import comcat
 from comcat.forms.tokens import grid_entry, token_entry
 from comcat.measure.running import call
 from comcat.plan import Plan
+from comcat.sites import part
 from comcat.statistics.trunk import Trunk, find_trunk
 
 from ..models import pictures, shake, tiny_vit
@@ -82,8 +83,16 @@ def classifier() -> nn.Module:
     return tf.Dinov2ForImageClassification(tf.Dinov2Config(**BLOCKS, mlp_ratio=2, num_labels=3))
 
 
+def detector() -> nn.Module:
+    import transformers as tf
+
+    sizes = {**BLOCKS, "image_size": [32, 32], "intermediate_size": 64}
+    return tf.YolosForObjectDetection(tf.YolosConfig(**sizes, num_detection_tokens=5, num_labels=3))
+
+
 HEADS = {
     "segformer": SegformerStyle, "dpt": dpt, "depth-anything": depth_anything, "upernet": upernet, "dinov2": classifier,
+    "yolos": detector,
 }  # fmt: skip
 
 
@@ -158,3 +167,24 @@ def test_what_a_merge_leaves_alone_is_told_apart_by_place() -> None:
     with torch.no_grad():
         _, maps = model.forward_intermediates(SQUARE)
     assert all(len(m.flatten(2).unique(dim=2).unbind(2)) == 16 for m in maps)
+
+
+@pytest.mark.parametrize("how", ["similar", "grid", "drop"])
+def test_detection_tokens_behind_the_grid_run_as_themselves(how: str) -> None:
+    model = detector().eval()
+    shake(model)
+    plan = comcat.merge(model, [SQUARE], keep=0.6, how=how)
+    told = next(iter(plan.sites.values()))
+    assert (told.full, told.details["tokens"]["prefix"], told.details["tokens"]["suffix"]) == (16, 6, 5)
+    block = part(model, next(iter(plan.sites)).removesuffix(":tokens"))
+    x = torch.randn(2, 22, 32)
+    comcat.apply_(model, Plan.from_json(plan.to_json()))
+    x[:, -5:-1] = 1.0  # alike: the first to be merged, if they were the grid's
+    few: list[Tensor] = []
+    inside = next(m for n, m in block.named_modules() if "norm" in type(m).__name__.lower())
+    inside.register_forward_hook(lambda m, i, o: few.append(i[0]))
+    with torch.no_grad():
+        after = block(x)
+    after = after[0] if isinstance(after, tuple) else after
+    assert after.shape == x.shape and few[-1].shape[1] == 6 + told.keep
+    assert few[-1][:, 1:6].equal(x[:, -5:]) and few[-1][:, :1].equal(x[:, :1])

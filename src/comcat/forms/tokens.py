@@ -16,7 +16,7 @@ from ..sites import TokenSite, Undo, part
 from ..tokens import Windows
 from .protocol import Flow, Material, Planned
 
-_KEYS = {"prefix", "channels", "stream", "residual"}
+_KEYS = {"prefix", "suffix", "channels", "stream", "residual"}
 _MORE: Mapping[str, frozenset[str]] = {
     "similar": frozenset({"mask", "norm"}),
     "grid": frozenset({"window", "grid", "patches"}),
@@ -27,6 +27,8 @@ _MORE: Mapping[str, frozenset[str]] = {
 def token_entry(site: TokenSite, form: str, keep: int, *, residual: bool = True, **more: Any) -> SitePlan:
     """A site's entry in a plan, with all that the form needs to know of the block."""
     told: dict[str, Any] = {"prefix": site.prefix, "channels": site.channels, "stream": site.stream}
+    if site.suffix:
+        told["suffix"] = site.suffix
     if not residual:
         told["residual"] = False
     if form == "similar":
@@ -59,11 +61,14 @@ def site_of_entry(name: str, entry: SitePlan) -> TokenSite:
     for key, least in (("prefix", 0), ("channels", 1)):
         if not isinstance(told[key], int) or isinstance(told[key], bool) or told[key] < least:
             raise PlanError(f"{name}: got {key} {told[key]!r}, expected a whole number from {least}")
+    suffix = told.get("suffix", 0)
+    if not isinstance(suffix, int) or isinstance(suffix, bool) or not 0 <= suffix <= told["prefix"]:
+        raise PlanError(f"{name}: got suffix {suffix!r}, expected a whole number from 0 to prefix, {told['prefix']}")
     grid = told.get("grid")
     return TokenSite(
         name, name.removesuffix(":tokens"), entry.full, told["prefix"], told["channels"],
         grid=None if grid is None else (grid[0], grid[1]), patches=told.get("patches"), stream=told["stream"],
-        mask=told.get("mask"), norm=told.get("norm"),
+        mask=told.get("mask"), norm=told.get("norm"), suffix=suffix,
     )  # fmt: skip
 
 
@@ -139,25 +144,24 @@ def _check_grid(name: str, entry: SitePlan, told: Mapping[str, Any]) -> None:
 
 def _similar(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:
     return SimilarTokens(
-        *_common(entry, told), residual=told.get("residual", True), mask=told.get("mask"), names=_names(block),
+        **_common(block, entry, told), residual=told.get("residual", True), mask=told.get("mask"),
         norm=told.get("norm"),
     )  # fmt: skip
 
 
 def _grid(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:
     return GridTokens(
-        *_common(entry, told),
+        **_common(block, entry, told),
         residual=told.get("residual", True),
-        names=_names(block),
         window=tuple(told["window"]),
         grid=tuple(told["grid"]),
     )
 
 
 def _drop(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str, Any]) -> TokenReduction:
-    common = _common(entry, told)
+    common = _common(block, entry, told)
     if told.get("by", "class") == "random":
-        return ChosenTokens(*common, names=_names(block))
+        return ChosenTokens(**common)
     for key in ("query", "key"):
         path, _, stop = told[key]
         layer = block.get_submodule(path)
@@ -165,8 +169,8 @@ def _drop(block: nn.Module, site: TokenSite, entry: SitePlan, told: Mapping[str,
         if not isinstance(layer, nn.Linear) or layer.out_features < stop or isinstance(holder, LowRankAttention):
             raise PlanError(f"{site.name}: {path} is not the projection that it was when the plan was made")
     return ChosenTokens(
-        *common, query=tuple(told["query"]), key=tuple(told["key"]), heads=told["heads"], scale=told["scale"],
-        norm=told.get("norm"), names=_names(block),
+        **common, query=tuple(told["query"]), key=tuple(told["key"]), heads=told["heads"], scale=told["scale"],
+        norm=told.get("norm"),
     )  # fmt: skip
 
 
@@ -175,8 +179,9 @@ def _names(block: nn.Module) -> list[str]:
     return list(inspect.signature(block.forward).parameters)[1:]
 
 
-def _common(entry: SitePlan, told: Mapping[str, Any]) -> tuple[int, int, int, str]:
-    return entry.keep, entry.full, told["prefix"], told["stream"]
+def _common(block: nn.Module, entry: SitePlan, told: Mapping[str, Any]) -> dict[str, Any]:
+    beside = {"prefix": told["prefix"], "suffix": told.get("suffix", 0)}
+    return {"keep": entry.keep, "full": entry.full, **beside, "stream": told["stream"], "names": _names(block)}
 
 
 _BUILDERS: Mapping[str, Callable[..., TokenReduction]] = {"similar": _similar, "grid": _grid, "drop": _drop}

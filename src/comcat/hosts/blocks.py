@@ -82,11 +82,11 @@ def check_blocks(model: nn.Module, sites: Iterable[Any]) -> None:
         if site.patches is not None and site.patches not in modules:
             raise PlanError(f"{site.name}: the model has no {site.patches!r}{nearest(site.patches, modules)}")
         block = modules[site.path]
-        key = (structure(block), site.channels, site.prefix)
+        key = (structure(block), site.channels, site.front)
         if key not in known:
-            known[key] = objection_or_anatomy(block, site.channels, site.prefix, named=_asked(block))
+            known[key] = objection_or_anatomy(block, site.channels, site.front, named=_asked(block))
         if isinstance(found := known[key], str):
-            raise PlanError(f"{site.name}: {found} (tried with {site.prefix} + 9 tokens of {site.channels} channels)")
+            raise PlanError(f"{site.name}: {found} (tried with {site.front} + 9 tokens of {site.channels} channels)")
         for what in ("stream", "mask", "norm"):
             said, there = getattr(site, what), getattr(found, what)
             if said not in (None, there):

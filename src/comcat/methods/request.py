@@ -40,7 +40,10 @@ def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | Non
     check_ordinary(model)
     record = getattr(model, "comcat_record", None)
     if record is not None and record.plan.sites:
-        raise ModelError("the model is compressed already; begin from the original")
+        raise ModelError(
+            "the model is compressed already; begin from the original: forms='ranks,units,tokens' (--forms) does all "
+            "in one, and comcat.apply_ takes a plan of comcat.merge on what is compressed"
+        )
     if (unsound := first_unsound(model.named_parameters())) is not None:
         raise NumericsError(f"{unsound} holds NaN or infinite values")
 

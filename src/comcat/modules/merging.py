@@ -32,7 +32,8 @@ class TokenReduction(nn.Module):
 
     Args:
         keep, full: of ``full`` tokens of the grid, ``keep`` are run; of another number the same share.
-        prefix: tokens in front (class, registers) that pass by. stream: the name of the block's first argument.
+        prefix: tokens beside the grid's (class, registers, detection) that pass by, of which ``suffix`` come last;
+            inside, all of them are in front. stream: the name of the block's first argument.
         residual: the update is added to what each token was; without, tokens that were merged leave as one.
         names: the block's other arguments, in their order.
     """
@@ -40,10 +41,18 @@ class TokenReduction(nn.Module):
     names: tuple[str, ...]
 
     def __init__(
-        self, keep: int, full: int, prefix: int, stream: str, *, residual: bool = True, names: Sequence[str] = ()
+        self,
+        keep: int,
+        full: int,
+        prefix: int,
+        stream: str,
+        *,
+        residual: bool = True,
+        names: Sequence[str] = (),
+        suffix: int = 0,
     ) -> None:
         super().__init__()
-        self.names = tuple(names)
+        self.names, self.suffix = tuple(names), suffix
         self.keep, self.full, self.prefix, self.stream, self.residual = keep, full, prefix, stream, residual
 
     @property
@@ -82,6 +91,7 @@ class TokenReduction(nn.Module):
         rest = args[1:], {name: value for name, value in kwargs.items() if name != self.stream or args}
         if exporting():
             rest = self._without_masks(*rest)
+        x = self._last_behind_first(x)
         reduction = self.reduction(block, x)
         if reduction is None:
             return run(*args, **kwargs)
@@ -98,8 +108,22 @@ class TokenReduction(nn.Module):
             rest = (), named
         said = run(few, *rest[0], **named)
         after = said[0] if isinstance(said, tuple) else said
-        whole = self._restored(x, few, after, reduction)
+        whole = self._last_again(self._restored(x, few, after, reduction))
         return (whole, *said[1:]) if isinstance(said, tuple) else whole
+
+    def _last_behind_first(self, x: Tensor) -> Tensor:
+        """Tokens with those of the suffix right behind the others in front; blocks do not care in which order."""
+        if not self.suffix:
+            return x
+        front = self.prefix - self.suffix
+        return torch.cat((x[:, :front], x[:, -self.suffix :], x[:, front : -self.suffix]), 1)
+
+    def _last_again(self, x: Tensor) -> Tensor:
+        """The order that the host has them in."""
+        if not self.suffix:
+            return x
+        front = self.prefix - self.suffix
+        return torch.cat((x[:, :front], x[:, self.prefix :], x[:, front : self.prefix]), 1)
 
     def _without_masks(self, args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The block's other arguments without masks. An exported model gets pictures alone, so nothing is hidden, and a
@@ -270,7 +294,7 @@ class RunsOnFewerTokens:
         return _made, (type(self).__mro__[2],), self.__dict__
 
 
-def _kind(block: nn.Module) -> str:
+def _kind(block: Any) -> str:
     """What the library calls the block's class."""
     return type(block).__mro__[2].__name__
 

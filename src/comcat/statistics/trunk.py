@@ -1,9 +1,9 @@
 """The trunk of a model: the blocks through which tokens flow, their grid, and the tokens in front.
 
 All of it is found by running the model, not by names. Blocks are modules of one list that pass tokens (batch, tokens,
-channels) on in the same shape. Tokens in front are those that no picture changes. The grid is that of the convolution
-that cuts the picture, and proven by changing single patches. That a block may run on fewer tokens is proven in a copy
-with random weights: it must commute with any order of the patch tokens and accept fewer of them.
+channels) on in the same shape. Tokens in front, and at the end, are those that no picture changes. The grid is that of
+the convolution that cuts the picture, and proven by changing single patches. That a block may run on fewer tokens is
+proven in a copy with random weights: it must commute with any order of the patch tokens and accept fewer of them.
 """
 
 from __future__ import annotations
@@ -73,13 +73,14 @@ def find_trunk(model: nn.Module, example: Any) -> Trunk:
     rows = seen[trunk[0]].tokens
     if rows is None:
         raise ModelError(f"{type(model).__name__} has no trunk: {trunk[0]} was never called")
-    prefix = _in_front(model, example, images, trunk[0], rows)
+    front, suffix = _beside(model, example, images, trunk[0], rows)
+    prefix = front + suffix
     tokens = rows.shape[1] - prefix
     before = dict(list(cuts.items())[: seen[trunk[0]].first])
-    cut, grid = _grid(model, example, images, trunk[0], prefix, tokens, before)
+    cut, grid = _grid(model, example, images, trunk[0], front, tokens, before)
     sites, refused, known = [], [], {}
     for block in trunk:
-        name, found = f"{block}:tokens", _anatomy(part(model, block), seen[block], rows, prefix, known)
+        name, found = f"{block}:tokens", _anatomy(part(model, block), seen[block], rows, front, known)
         if isinstance(found, str):
             refused.append(Refusal(name, found))
             continue
@@ -95,6 +96,7 @@ def find_trunk(model: nn.Module, example: Any) -> Trunk:
                 stream=found.stream,
                 mask=found.mask,
                 norm=found.norm,
+                suffix=suffix,
             )
         )
     return Trunk(tuple(sites), tuple(refused), rows.shape[1], cut)
@@ -210,8 +212,8 @@ def _first_tokens(model: nn.Module, example: Any, images: Tensor, changed: Tenso
     return found[0]
 
 
-def _in_front(model: nn.Module, example: Any, images: Tensor, block: str, rows: Tensor) -> int:
-    """Tokens in front that no picture changes: class tokens, registers."""
+def _beside(model: nn.Module, example: Any, images: Tensor, block: str, rows: Tensor) -> tuple[int, int]:
+    """Tokens in front and at the end that no picture changes: class tokens and registers; detection tokens."""
     other = _first_tokens(model, example, images, images.flip(-1).roll(1, 0) * -0.7 + 0.3, block)
     if other.shape != rows.shape:
         raise ModelError("the number of tokens depends on what the picture shows")
@@ -219,7 +221,7 @@ def _in_front(model: nn.Module, example: Any, images: Tensor, block: str, rows: 
     moved = (~same).nonzero()
     if not len(moved):
         raise ModelError("the tokens of the first block do not depend on the picture")
-    return int(moved[0])
+    return int(moved[0]), rows.shape[1] - 1 - int(moved[-1])
 
 
 def _grid(

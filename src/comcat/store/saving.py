@@ -20,6 +20,7 @@ from ..files import home_path, write_tensors
 from ..hosts.ordinary import check_storable
 from ..models import Origin, class_names_of, preprocess_of
 from ..models.origins import OWN
+from ..modules.merging import TokenReduction
 from ..plan import Plan
 from ..record import Record
 from ..wrappers import bare
@@ -89,6 +90,7 @@ def save(
     record = _record(model, plan, record)
     check_replaceable(target, overwrite)  # before any work
     check_storable(model, _planned(record.plan))
+    _check_tokens(model, record.plan)
     origin, rebuilt = structure_of(model, origin, record)
     record = _completed(model, record, origin)
     if stock and rebuilt is None:
@@ -122,11 +124,31 @@ def _planned(plan: Plan) -> list[str]:
     return [path for path, _, kind in (name.partition(":") for name in names) if kind != "tokens"]
 
 
+def _check_tokens(model: nn.Module, plan: Plan) -> None:
+    """Raise StoreError where blocks run on other tokens than a plan says; no tensor in a file tells of them."""
+    there = {
+        f"{path.removesuffix('.token_reduction')}:tokens": (m.keep, m.full)
+        for path, m in model.named_modules()
+        if isinstance(m, TokenReduction)
+    }
+    said = {name: (e.keep, e.full) for name, e in plan.sites.items() if name.endswith(":tokens")}
+    for name in sorted({*there, *said}):
+        if there.get(name) == said.get(name):
+            continue
+        runs, told = ("all" if c is None else f"{c[0]} of {c[1]}" for c in (there.get(name), said.get(name)))
+        raise StoreError(
+            f"{name.removesuffix(':tokens')} runs on {runs} tokens, the model's plan says {told}: apply one plan that "
+            "says everything, as comcat.compress(model, plan=comcat.Plan(sites={**plan.sites, **tokens.sites})), or "
+            "give save the plans that were applied in this way"
+        )
+
+
 def check_savable(model: nn.Module) -> None:
     """Raise what :func:`save` would raise because of the model's origin, before any work on it."""
     model = bare(model)
     record = getattr(model, "comcat_record", None)
     record = Record(plan=Plan(sites={})) if record is None else record
+    _check_tokens(model, record.plan)
     structure_of(model, None, record, rebuild if record.plan.sites else outlined)
 
 

@@ -95,7 +95,7 @@ def _tokens_of(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"blocks": [site.path for site in trunk.sites]}
     if trunk.sites:
         site = trunk.sites[0]
-        found |= {"tokens": site.full, "in_front": site.prefix, "grid": site.grid and list(site.grid)}
+        found |= {"tokens": site.full, "in_front": site.front, "grid": site.grid and list(site.grid)}
     refused = [{"block": r.name.removesuffix(":tokens"), "reason": r.reason} for r in trunk.refused]
     return {**found, "picture": list(p.size), "refused": refused}
 

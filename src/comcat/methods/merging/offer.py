@@ -98,7 +98,7 @@ def _class_attention(model: nn.Module, sites: Sequence[TokenSite], by: str) -> d
     """Where each block's queries and keys come from, for choosing tokens by the class token's attention."""
     if by == "random":
         return {site.name: {"by": "random"} for site in sites}
-    if not sites[0].prefix:
+    if not sites[0].front:
         raise ModelError("the model has no class token whose attention could choose; by='random' needs none")
     products = {s.path: s for s in find_sites(model).values() if isinstance(s, ProductSite) and s.kind == "qk"}
     found = {}
