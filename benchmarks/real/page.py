@@ -78,11 +78,14 @@ def times(r: dict[str, Any]) -> str:
     )
 
 
+CALLED = {"channels": "ranks and units", "all": "ranks, units and tokens"}
+
+
 def nuclei(r: dict[str, Any]) -> str:
     """The segmenter with fewer tokens, narrower channels or both, untuned and tuned, at measured speed."""
     s = r["settings"]
     rows = [
-        [x["row"], f"−{100 * (1 - x['macs']):.0f} %", f"−{100 * (1 - x['parameters']):.0f} %",
+        [CALLED.get(x["row"], x["row"]), f"−{100 * (1 - x['macs']):.0f} %", f"−{100 * (1 - x['parameters']):.0f} %",
          f"{x['speed_up'][0]:.2f} ({x['speed_up'][1]:.2f}–{x['speed_up'][2]:.2f})", x["before"], x["after"],
          f"{-x['loss']:+.2f} ± {x['loss_picture_error']:.2f}"] for x in r["rows"]
     ]  # fmt: skip

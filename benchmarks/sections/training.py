@@ -90,6 +90,7 @@ def search_runs(r: dict[str, Any]) -> str:
         sizes.append(f"Sizes of *{x['run']}*, closed form → search (– is left as it is): {told}.")
     return "\n\n".join([
         f"−{100 * r['reduce']:g} % of the parameters, {r['judged']} validation pictures, dense {r['dense']:.2f}, "
-        "nothing tuned after. The closed form beside a search has the same forms.",
+        "nothing tuned after. The closed form beside a search has the same forms. Minutes and seconds are of a machine "
+        "that did other work beside.",
         rows_of(head, rows), *sizes, where(r),
     ])  # fmt: skip
