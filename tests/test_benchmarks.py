@@ -262,7 +262,7 @@ def test_the_segmenter_of_nuclei_in_tiny(scripts, tmp_path):
         all(rows[name]["macs"] <= 0.801 for name in ("tokens", "channels", "all")) and rows["tokens"]["parameters"] == 1
     )
     written = json.loads(next(scripts.rglob("nuclei-tiny.json")).read_text())
-    assert "| channels |" in told(written)
+    assert "| ranks and units |" in told(written)
 
 
 def test_a_kept_result_is_of_the_same_settings(scripts, tmp_path):
