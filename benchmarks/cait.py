@@ -34,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "look-alikes": {"how": "similar", "keep": 0.55},
     "grid": {"how": "grid", "keep": 0.55},
     "both": {"forms": "ranks,units,tokens", "reduce": 0.6},
+    "both, more": {"forms": "ranks,units,tokens", "reduce": 0.7},
 }
 
 

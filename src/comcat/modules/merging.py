@@ -56,8 +56,8 @@ class TokenReduction(nn.Module):
         self.keep, self.full, self.prefix, self.stream, self.residual = keep, full, prefix, stream, residual
 
     @property
-    def identity(self) -> str:
-        """All that it was made with, as text."""
+    def comcat_identity(self) -> str:
+        """All that it was made with, as text: what runs know it by (:func:`comcat.runs.state.fingerprint`)."""
         made = {
             name: value for name, value in vars(self).items() if name[0] != "_" and name not in ("training", "seen")
         }

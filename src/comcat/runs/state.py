@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from ..modules.merging import TokenReduction
-
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
     """The whole state dict on the CPU, in the main process; other processes may get nothing. All must call it."""
@@ -69,16 +67,17 @@ def restore_optimizer(
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that stand for what a model computes: the names, shapes and values of its state, and on how
-    many tokens its blocks run, which no tensor says.
+    """16 hexadecimal digits that stand for what a model computes: the names, shapes and values of its state, and what
+    modules call their ``comcat_identity``, which no tensor says: on how many tokens blocks run.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for name, module in model.named_modules():
-        if isinstance(module, TokenReduction):
-            digest.update(f"{name} {module.identity}".encode())
+        identity = getattr(module, "comcat_identity", None)
+        if identity is not None:
+            digest.update(f"{name} {identity}".encode())
     return digest.hexdigest()
 
 
