@@ -27,6 +27,11 @@ def block_of(path: str) -> str:
     return match.group(1) if match else path
 
 
+def is_within(path: str, other: str) -> bool:
+    """Whether a path is another or lies below it, as ``blocks.3.attn`` does below ``blocks.3``."""
+    return path == other or path.startswith(f"{other}.")
+
+
 Kind = Literal["qk", "vo", "linear", "units"]
 KINDS: tuple[Kind, ...] = ("qk", "vo", "linear", "units")
 
@@ -296,11 +301,7 @@ class Sites(Mapping[str, Site]):
 
     def only(self, *kinds: Kind | str) -> Sites:
         """The sites of some kinds (``"qk"``, ``"vo"``, ``"linear"``, ``"units"``) or path prefixes (``"blocks.3"``)."""
-        chosen = {
-            n: s
-            for n, s in self.by_name.items()
-            if s.kind in kinds or any(s.path == k or s.path.startswith(f"{k}.") for k in kinds)
-        }
+        chosen = {n: s for n, s in self.by_name.items() if s.kind in kinds or any(is_within(s.path, k) for k in kinds)}
         return Sites(chosen, self.refused)
 
 

@@ -24,6 +24,7 @@ from ..sites import (
     block_of,
     dense_in,
     is_pointwise,
+    is_within,
     layer_and_norm,
     part,
 )
@@ -174,7 +175,7 @@ class _Finder:
         for path, module in self.model.named_modules():
             name = type(module).__name__
             if path and _ATTENTION.search(name) and next(module.parameters(), None) is not None:
-                if not any(_within(path, s) or _within(s, path) for s in spoken):
+                if not any(is_within(path, s) or is_within(s, path) for s in spoken):
                     none = is_no_pair([m for m in module.modules() if dense_in(m) is m or _mixes_channels(m)])
                     self.refuse(path, NO_PAIR if none else f"attention of no known shape: {name}")
                     spoken.append(path)
@@ -183,10 +184,6 @@ class _Finder:
 def _mixes_channels(module: nn.Module) -> bool:
     """Whether it is a convolution over neighbours that could make queries, keys and values."""
     return isinstance(module, nn.Conv2d) and module.groups == 1
-
-
-def _within(path: str, other: str) -> bool:
-    return path == other or path.startswith(f"{other}.")
 
 
 def _in_order(model: nn.Module, found: dict[str, Site]) -> dict[str, Site]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..sites import Attention, Projection, part
+from ..sites import Attention, Projection, is_within, part
 from .calls import Call
 from .structures import below, is_layer, is_strided
 from .symmetry import TOLERANCE, probe
@@ -84,16 +84,12 @@ def _candidates(copied: nn.Module, a: Attention, kind: str) -> list[str]:
     if isinstance(named[around], nn.ModuleList):
         around = around.rpartition(".")[0]
     if kind == "qk":
-        paths = [p for p in paths if _within(p, around)]
+        paths = [p for p in paths if not around or is_within(p, around)]
     else:
         order = list(named)
         after = order[order.index(a.v.path) : order.index(a.out)]
-        paths = [p for p in paths if _within(p, around) or p in after]
-    return [p for p in paths if p and not any(_within(f, p) or _within(p, f) for f in factors)]
-
-
-def _within(path: str, other: str) -> bool:
-    return not other or path == other or path.startswith(f"{other}.")
+        paths = [p for p in paths if not around or is_within(p, around) or p in after]
+    return [p for p in paths if p and not any(is_within(f, p) or is_within(p, f) for f in factors)]
 
 
 @torch.no_grad()

@@ -47,8 +47,9 @@ def frames(
     """
     scale = side / min(image.size)
     width, height = (max(side, round(n * scale)) for n in image.size)
-    resized, shown = (i and i.resize((width, height), Image.Resampling.LANCZOS) for i in (image, mask))
-    assert resized is not None
+    size = (width, height)
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    shown = None if mask is None else mask.resize(size, Image.Resampling.LANCZOS)
     chance = random.Random(seed)
     corners = {(chance.randint(0, height - side), chance.randint(0, width - side)) for _ in range(crops)}
     for top, left in sorted(corners) if crops > 1 else [((height - side) // 2, (width - side) // 2)]:

@@ -88,7 +88,8 @@ class Optimisation(Run):
         self.family, self.noising, self.parameters = family, noising, dict(parameters)
         self.source, self.settings, self.processes = source, settings, processes
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
-        half = computing_dtype(family.denoiser) == torch.float16
+        self.dtype = computing_dtype(family.denoiser)
+        half = self.dtype == torch.float16
         # Gradients pass through the frozen model in its own type; in float16 small ones would vanish.
         self.scaler = torch.amp.GradScaler(family.device.type, enabled=half, init_scale=2.0**12)
         self.progress = Progress()
@@ -103,9 +104,8 @@ class Optimisation(Run):
             share_of(part, self.processes) for part in (*batch, times, noise)
         )
         noisy = self.noising.mix(latents, noise, times)
-        dtype = computing_dtype(self.family.denoiser)
         predicted = self.family.predict(
-            noisy.to(dtype), times, {k: _as_computed(k, v, dtype) for k, v in conditions.items()}
+            noisy.to(self.dtype), times, {k: _as_computed(k, v, self.dtype) for k, v in conditions.items()}
         )
         errors = (predicted.float() - self.noising.target(latents, noise, times).float()).square() * masks
         errors = errors.flatten(1).mean(1)
@@ -184,7 +184,7 @@ class Optimisation(Run):
             advice.append("gradient_checkpointing")
         if settings.text_encoder or settings.new_token:
             advice.append("leaving the text encoder as it is")
-        if computing_dtype(self.family.denoiser) == torch.float32:
+        if self.dtype == torch.float32:
             advice.append("a base in 16 bit (dtype bfloat16)")
         side = settings.resolution or self.family.resolution()
         if side // 2 >= self.family.multiple():

@@ -18,15 +18,15 @@ def check_whole(pipe: Any) -> None:
     denoiser's weights in place until its gradients are computed, in one type, and all of it computed.
     """
     parts = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
-    grouped = [n for n, m in parts.items() if "group_offloading" in _hooks(m)]
-    if moved := [n for n, m in parts.items() if hasattr(m, "_hf_hook") or n in grouped]:
+    hooks_of = {n: _hooks(m) for n, m in parts.items()}
+    if moved := [n for n, m in parts.items() if hasattr(m, "_hf_hook") or "group_offloading" in hooks_of[n]]:
         raise ModelError(
             f"the pipeline offloads {', '.join(moved)}; customizing keeps off the device what a step does not need by "
             "itself: load the pipeline without offloading. What makes a step fit: a base quantised to 8 or 4 bit, "
             "gradient_checkpointing"
         )
-    for name, part in parts.items():
-        if "layerwise_casting" in (hooks := _hooks(part)):
+    for name, hooks in hooks_of.items():
+        if "layerwise_casting" in hooks:
             raise ModelError(
                 f"the {name} keeps its weights in another type than it computes in (layerwise casting), and gradients "
                 "would meet them as they are kept: load it without, or quantised to 8 bit by torchao"

@@ -15,6 +15,7 @@ from ...grad_mode import outside_inference_mode
 from ...hosts import find_sites
 from ...plan import Plan, SitePlan
 from ...settings import from_keywords
+from ...sites import is_within
 from ...statistics.trunk import Trunk, find_trunk
 from ...wrappers import bare
 from ..allocate import describe
@@ -155,7 +156,7 @@ def blocks_under(trunk: Trunk, only: Sequence[str]) -> Trunk:
     """
     if not only:
         return trunk
-    sites = tuple(s for s in trunk.sites if any(s.path == p or s.path.startswith(f"{p}.") for p in only))
+    sites = tuple(s for s in trunk.sites if any(is_within(s.path, p) for p in only))
     if not sites:
         paths = [site.path for site in trunk.sites]
         raise SettingsError(
