@@ -28,6 +28,7 @@ from comcat.sites import Sites
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL = "dinov2-small"
 
 
 def machine() -> str:
@@ -108,7 +109,10 @@ def training_parser(doc: str | None, name: str, calibration: str = "for calibrat
         name: of the result, and of the folder of finished runs. calibration: what ``--pictures`` are for.
     """
     p = parser(doc)
-    p.add_argument("--model", default=str(SHARED / "models" / "vit_cifar10"))
+    p.add_argument(
+        "--model", default=str(SHARED / "models" / "vit_cifar10"),
+        help=f"a model or its folder; {REAL} is the real backbone with a head for CIFAR-10",
+    )  # fmt: skip
     p.add_argument("--data", default=str(SHARED / "data" / "cifar10" / "train.parquet"))
     p.add_argument("--eval", default=str(SHARED / "data" / "cifar10" / "validation.parquet"))
     p.add_argument("--seeds", type=int, default=3)
@@ -120,9 +124,17 @@ def training_parser(doc: str | None, name: str, calibration: str = "for calibrat
     return p
 
 
+def _folder_of(model: str) -> str:
+    if model != REAL:
+        return model
+    from real.models import classifier_folder
+
+    return str(classifier_folder())
+
+
 def opened(a: argparse.Namespace) -> tuple[nn.Module, Pictures, Pictures]:
     """The model, the training pictures and the pictures to judge on that a script was given."""
-    model = comcat.load_model(a.model, device=a.device)
+    model = comcat.load_model(_folder_of(a.model), device=a.device)
     train, judged = comcat.open_pictures(a.data), comcat.open_pictures(a.eval)
     if a.limit:
         train, judged = train.take(a.limit, 0), judged.take(a.limit, 0)
