@@ -9,9 +9,10 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
-from common import interleaved, median, parser, random_pictures, vit, write
+from common import interleaved, parser, random_pictures, vit, write
 
 from comcat.hosts import find_sites
 from comcat.statistics import calibrate

@@ -222,10 +222,6 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]
-
-
 def table(head: list[str], rows: list[list[Any]]) -> None:
     cells = [[f"{c:.2f}" if isinstance(c, float) else str(c) for c in r] for r in [head, *rows]]
     widths = [max(len(r[i]) for r in cells) for i in range(len(head))]

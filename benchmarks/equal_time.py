@@ -173,7 +173,7 @@ class Judge:
         self.a = a
         wanted = {name: getattr(a, name) for name in ("pictures", "judged", "dtype", "device", "tuning_pictures")}
         task = TASKS["classifier"]
-        self.bench = Bench(task, Namespace(tune=a.tune, **wanted), {"ranks + units": {}})
+        self.bench = Bench(task, Namespace(tune=a.tune, tune_dtype="float32", **wanted), {"ranks + units": {}})
         settings = CompressSettings(reduce=0.5, pictures=a.pictures, seed=a.seed, only=task.only)
         self.prepared, _ = self.bench.shrinker._prepared(settings)
 

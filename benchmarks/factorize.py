@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy
 import torch
-from common import interleaved, median, parser, vit, write
+from common import interleaved, parser, vit, write
 from torch import Tensor, nn
 
 from comcat.factors import weight_factors
@@ -119,7 +120,10 @@ def quartiles_of(rounds: list[float], base: float) -> list[float]:
 
 
 def largest_difference(model: nn.Module, sites: Sites, heads: int | None) -> float:
-    """Of a singular value between ours and the dense product's, relative to the product's largest."""
+    """Of a singular value between ours and the dense product's in float32, relative to the product's largest.
+
+    What differs is that product's own rounding: ours is found in float64.
+    """
     worst = 0.0
     for site in products(sites):
         left, right = (f[:heads] for f in weight_factors(model, site, with_bias=False) if f is not None)

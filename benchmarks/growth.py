@@ -127,8 +127,8 @@ def page(r: dict[str, Any]) -> str:
     return (
         f"True shapes, random weights, {about['pictures']} pictures, float32; −{100 * about['reduce']:g} % of the "
         f"parameters. In brackets: times the model's own forward on the same pictures. At most: {told}. "
-        "Ladders decompose matrices, which grows with the cube of the width, and a forward with its square: their share "
-        "is the one that rises with the model.\n\n"
+        "Ladders decompose matrices, which grows with the cube of the width, and a forward with its square: their "
+        "share is the one that rises with the model.\n\n"
         f"{rows_of(head, rows)}\n\n{where(r)}"
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from statistics import median
 
-from common import median, parser, write
+from common import parser, write
 
 
 def main() -> None:

@@ -60,6 +60,9 @@ def arguments(given: list[str] | None) -> Any:
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of judging; all else is float32"
     )
     p.add_argument("--tune", type=int, default=0, metavar="STEPS", help="distil for so many steps before judging")
+    p.add_argument(
+        "--tune-dtype", choices=("bfloat16", "float32"), default="float32", help="of products in tuning (autocast)"
+    )
     p.add_argument("--tuning-pictures", type=int, default=10_000, help="training pictures that tuning draws from")
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-real"), help="finished rows")
     p.add_argument("--name", help="of the result; real-TASK by default")
@@ -132,6 +135,8 @@ class Bench:
             "tune": self.a.tune,
             "tuning_pictures": self.a.tuning_pictures if self.a.tune else None,
         }
+        if self.a.tune and self.a.tune_dtype != "float32":
+            asked["tune_dtype"] = self.a.tune_dtype
         file = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:10]
         path = self.a.work / self.task.name / f"{common._slug(name)}-{reduce:g}-{seed}-{file}.json"
         row = common.kept_result(path, asked, partial(self._row, keywords, reduce, seed))
@@ -163,7 +168,9 @@ class Bench:
 
     def _tuned(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
         pixels = self.task.pixels("calibration", self.a.tuning_pictures, seed)
-        return distil(student, self.model, pixels, steps=self.a.tune, batch=self.task.batch, seed=seed)
+        dtype = getattr(torch, self.a.tune_dtype)
+        with torch.autocast(torch.device(self.a.device).type, dtype, enabled=dtype is not torch.float32):
+            return distil(student, self.model, pixels, steps=self.a.tune, batch=self.task.batch, seed=seed)
 
     def result(self, rows: dict[tuple[str, float], list[dict[str, Any]]], methods: dict[str, Any]) -> dict[str, Any]:
         """Rows with mean, spread and error, and each method's paired difference to the one that is compared with."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable
+from statistics import median
 
 import common
 import torch
@@ -175,7 +176,7 @@ def main(given: list[str] | None = None) -> dict[str, float]:
     for call in calls.values():
         call()
     seconds = common.interleaved(calls, arguments.repeats)
-    medians = {way: common.median(s) for way, s in seconds.items()}
+    medians = {way: median(s) for way, s in seconds.items()}
     rows = [
         [w, medians[w], min(seconds[w]), max(seconds[w]), medians[w] / medians["dense"], medians["naive"] / medians[w],
             memory[w] / 2**20, memory[w] / memory["dense"]]

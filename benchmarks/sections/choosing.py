@@ -15,7 +15,10 @@ def factorise(r: dict[str, Any]) -> str:
         for k, v in r["seconds"].items()
     ]
     head, told = ["way", "seconds", "times slower", "quartiles"], f"{r['largest_relative_difference']:.0e}"
-    about = f"{name}, every QK and VO product; largest difference of a singular value {told} of the largest."
+    about = (
+        f"{name}, every QK and VO product; a singular value differs from the float32 product's by at most {told} "
+        "of the largest."
+    )
     if "thin QR" in r["seconds"]:
         about += " Thin QR is the textbook's way: a QR of either factor and a k × k SVD."
     return f"{about}\n\n{rows_of(head, rows)}\n\n{where(r)}"
