@@ -226,22 +226,26 @@ def test_what_merging_costs(scripts):
     assert "| windows of the grid |" in told(result)
 
 
-def test_merging_alone_is_what_blocks_do_beside_running(scripts):
-    """Blocks that hand their tokens back at once leave every token as it was, by look-alikes as by windows."""
+def test_merging_is_timed_without_the_blocks_that_run_in_it(scripts, monkeypatch):
     import token_overhead
 
     import comcat
 
-    seen = []
-    model = tiny_vit()
-    comcat.apply_(model, comcat.merge(model, example=torch.zeros(1, 3, 32, 32), keep=0.6))
-    work = token_overhead.merging(model, torch.randn(2, 3, 32, 32))
+    clock = [0.0]
+
+    def tick():
+        clock[0] += 1  # each look at the clock takes a second, each block a thousand
+        return clock[0]
+
+    model, x = tiny_vit(), torch.randn(2, 3, 32, 32)
+    comcat.apply_(model, comcat.merge(model, example=x[:1], keep=0.6))
+    whole, merged = model(x), len([m for m in model.modules() if hasattr(m, "token_reduction")])
     for block in model.blocks:
-        block.token_reduction.register_forward_hook(lambda m, args, out: seen.append((args[2][0], out)))
-    with torch.inference_mode():
-        work()
-    assert len(seen) == len([m for m in model.modules() if hasattr(m, "token_reduction")])
-    assert all(torch.allclose(before, after, atol=1e-6) for before, after in seen)
+        block.mlp.register_forward_hook(lambda m, args, out: clock.__setitem__(0, clock[0] + 1000))
+    monkeypatch.setattr(token_overhead.time, "perf_counter", tick)
+    call, spent = token_overhead.timed(model, x)
+    call()
+    assert merged and spent == [2.0 * merged] and torch.equal(model(x), whole)
 
 
 def test_the_segmenter_of_nuclei_in_tiny(scripts, tmp_path):

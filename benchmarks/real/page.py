@@ -106,7 +106,7 @@ def token_overhead(r: dict[str, Any]) -> str:
          f"{100 * x['goal']:g} %"] for how, x in r["rows"].items()
     ]  # fmt: skip
     return "\n\n".join([
-        f"{r['model']}, batch {r['batch']}, float32, {100 * r['keep']:g} % of the tokens: all that its blocks do "
-        "beside running, as a share of that model's own forward.",
+        f"{r['model']}, batch {r['batch']}, float32, {100 * r['keep']:g} % of the tokens: what its blocks "
+        "spend beside running, in each forward, as a share of it.",
         rows_of(["merging", "ms a forward", "share of the forward", "goal"], rows), where(r),
     ])  # fmt: skip

@@ -136,3 +136,22 @@ def test_products_for_export_are_equal_to_gathering(monkeypatch):
 def test_groups_of_groups():
     first = Groups(torch.tensor([[0, 0, 1, 2]]), 3)
     assert first.then(Groups(torch.tensor([[0, 1, 1]]), 2)).index.tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("count", [12, 9, 6, 5, 2])
+def test_tokens_in_front_are_groups_of_their_own(count):
+    metric = torch.randn(2, 12, 4)
+    alone, behind = look_alikes(metric, count), look_alikes(metric, count, 3)
+    assert behind.count == count + 3 and behind.index[:, :3].tolist() == [[0, 1, 2]] * 2
+    assert torch.equal(behind.index[:, 3:], alone.index + 3)
+    assert torch.equal(behind.sizes(), torch.cat((torch.ones(2, 3), alone.sizes()), 1))
+
+
+def test_lengths_do_not_matter_nor_do_tokens_of_zeros():
+    metric = torch.randn(2, 12, 4)
+    scaled = metric * torch.logspace(-3, 3, 12)[None, :, None]
+    assert torch.equal(look_alikes(metric, 8).index, look_alikes(scaled, 8).index)
+    groups = bipartite(torch.zeros(2, 9, 3), 4)
+    assert groups.sizes().sum(1).tolist() == [9, 9]
+    large = (1000 * metric).half()  # products of two such would be infinite in half precision
+    assert torch.equal(bipartite(large, 3).index, bipartite(large.float(), 3).index)

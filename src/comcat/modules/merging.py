@@ -137,22 +137,41 @@ class TokenReduction(nn.Module):
         return placed, {name: kept(name, value) for name, value in kwargs.items()}
 
     def _reduced(self, x: Tensor, reduction: _Reduction) -> Tensor:
+        p = self.prefix
         if isinstance(reduction, Groups):  # tokens in front are among the groups
             return reduction.mean(x)
-        return torch.cat((x[:, : self.prefix], reduction.mean(x[:, self.prefix :])), 1)
+        if isinstance(reduction, Windows) and _writes(x):
+            few = x.new_empty(x.shape[0], p + reduction.count, x.shape[2])
+            few[:, :p] = x[:, :p]
+            reduction.mean(x[:, p:], out=few[:, p:])
+            return few
+        return torch.cat((x[:, :p], reduction.mean(x[:, p:])), 1)
 
     def _restored(self, x: Tensor, few: Tensor, after: Tensor, reduction: _Reduction) -> Tensor:
         if isinstance(reduction, Groups):
             return reduction.added(x, after - few) if self.residual else reduction.spread(after)
         p = self.prefix
-        if self.residual or isinstance(reduction, Chosen):
-            rows = reduction.added(x[:, p:], after[:, p:] - few[:, p:])
-        else:
-            rows = reduction.spread(after[:, p:])
-        return torch.cat((after[:, :p], rows), 1) if p else rows
+        if not self.residual and not isinstance(reduction, Chosen):
+            return torch.cat((after[:, :p], reduction.spread(after[:, p:])), 1)
+        update = after[:, p:] - few[:, p:]
+        if isinstance(reduction, Windows) and _writes(x, after):
+            whole = torch.empty_like(x)
+            whole[:, :p] = after[:, :p]
+            reduction.added(x[:, p:], update, out=whole[:, p:])
+            return whole
+        return torch.cat((after[:, :p], reduction.added(x[:, p:], update)), 1)
 
     def extra_repr(self) -> str:
         return f"{self.keep} of {self.full} tokens"
+
+
+def _writes(x: Tensor, *others: Tensor) -> bool:
+    """Whether parts of a tensor may be written where they belong, which saves a copy of all: nobody learns, or traces a
+    graph (whose compiler saves the copy by itself), and all is of one type.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(other.dtype == x.dtype for other in others)
 
 
 class SimilarTokens(TokenReduction):
@@ -177,7 +196,7 @@ class SimilarTokens(TokenReduction):
         if self.norm is not None:
             with torch.no_grad():
                 metric = block.get_submodule(self.norm).forward(metric)  # no one's hooks: the block will call it itself
-        return look_alikes(metric[:, self.prefix :, :COMPARED], count).behind(self.prefix)
+        return look_alikes(metric[:, self.prefix :, :COMPARED], count, self.prefix)
 
     def bias(self, reduction: Groups) -> tuple[str, Tensor] | None:
         return None if self.mask is None else (self.mask, reduction.sizes().log())

@@ -36,17 +36,21 @@ class Windows:
         """Whether no row or column is left over."""
         return self.grid == (self.over[0] * self.window[0], self.over[1] * self.window[1])
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean of each window: (batch, tokens, channels) → (batch, count, channels)."""
+    def mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """The mean of each window: (batch, tokens, channels) → (batch, count, channels), written into ``out`` if given.
+        """
         (rows, columns), (high, wide) = self.over, self.window
-        if self._whole:
-            windows = x.unflatten(1, (rows, high, columns, wide))
-            if high * wide == 2:  # a mean over two axes takes about twice as long
-                return torch.lerp(windows[:, :, 0, :, 0], windows[:, :, -1, :, -1], 0.5).flatten(1, 2)
-            return windows.mean((2, 4)).flatten(1, 2)
-        picture = x.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        pooled = F.avg_pool2d(picture, self.window, ceil_mode=True, count_include_pad=False)
-        return pooled.flatten(2).mT
+        if not self._whole:
+            picture = x.unflatten(1, self.grid).permute(0, 3, 1, 2)
+            pooled = F.avg_pool2d(picture, self.window, ceil_mode=True, count_include_pad=False).flatten(2).mT
+            return pooled if out is None else out.copy_(pooled)
+        windows = x.unflatten(1, (rows, high, columns, wide))
+        into = None if out is None else out.unflatten(1, self.over)
+        if high * wide == 2:  # a mean over two axes takes about twice as long
+            means = torch.lerp(windows[:, :, 0, :, 0], windows[:, :, -1, :, -1], 0.5, out=into)
+        else:
+            means = torch.mean(windows, (2, 4), out=into)
+        return means.flatten(1, 2) if out is None else out
 
     def spread(self, y: Tensor) -> Tensor:
         """Each token gets its window's value: (batch, count, channels) → (batch, tokens, channels)."""
@@ -55,10 +59,13 @@ class Windows:
         y = y.flatten(1, 2).flatten(2, 3)  # (batch, rows · high, columns · wide, channels)
         return y[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """``x + spread(y)``, of tokens x (batch, tokens, channels)."""
+    def added(self, x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+        """``x + spread(y)``, of tokens x (batch, tokens, channels), written into ``out`` if given."""
         if not self._whole:
-            return x + self.spread(y)
+            return torch.add(x, self.spread(y), out=out)
         (rows, columns), (high, wide) = self.over, self.window
         windows = y.unflatten(1, (rows, columns))[:, :, None, :, None]  # added as they are, never written out
-        return (x.unflatten(1, (rows, high, columns, wide)) + windows).flatten(1, 4)
+        shape = (rows, high, columns, wide)
+        into = None if out is None else out.unflatten(1, shape)
+        total = torch.add(x.unflatten(1, shape), windows, out=into)
+        return total.flatten(1, 4) if out is None else out

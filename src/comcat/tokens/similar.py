@@ -6,7 +6,7 @@ the cosine of a metric); the sources that are most alike are joined to theirs. O
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,31 +25,38 @@ class Groups:
 
     index: Tensor
     count: int
+    _rows: Tensor = field(init=False, repr=False, compare=False)
+    """Each token's group as a row of all pictures' groups, (batch · tokens)."""
+    _sizes: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        start = torch.arange(0, self.index.shape[0] * self.count, self.count, device=self.index.device)
+        object.__setattr__(self, "_rows", (self.index + start[:, None]).flatten())
+        object.__setattr__(self, "_sizes", self._summed(torch.ones_like(self.index, dtype=torch.float32)[..., None]))
 
     def sizes(self, weights: Tensor | None = None) -> Tensor:
         """Tokens in each group, (batch, count); with weights (batch, tokens) the sum of those."""
-        weights = torch.ones_like(self.index, dtype=torch.float32) if weights is None else weights
-        if exporting():
-            return (self._one_hot(weights.dtype) * weights[..., None]).sum(1)
-        start = weights.new_zeros(self.index.shape[0] * self.count)
-        return start.index_add(0, self._rows(), weights.flatten()).unflatten(0, (self.index.shape[0], self.count))
+        return (self._sizes if weights is None else self._summed(weights[..., None]))[..., 0]
 
     def mean(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         """The mean of each group's tokens, (batch, count, channels); weights are (batch, tokens)."""
-        sizes = self.sizes(weights)
-        x = x if weights is None else x * weights[..., None].to(x.dtype)
+        if weights is None:
+            return self._summed(x).div_(self._sizes.to(x.dtype))
+        return self._summed(x * weights[..., None].to(x.dtype)).div_(self.sizes(weights)[..., None].to(x.dtype))
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """The sum of each group's rows: (batch, tokens, channels) → (batch, count, channels)."""
         if exporting():
-            summed = self._one_hot(x.dtype).mT @ x
-        else:  # whole rows at once: several times as fast as scatter and gather
-            start = x.new_zeros(x.shape[0] * self.count, x.shape[-1])
-            summed = start.index_add_(0, self._rows(), x.flatten(0, 1)).unflatten(0, (x.shape[0], self.count))
-        return summed / sizes[..., None].to(x.dtype)
+            return self._one_hot(x.dtype).mT @ x
+        start = x.new_zeros(x.shape[0] * self.count, x.shape[2])
+        # whole rows at once: several times as fast as scatter and gather
+        return start.index_add_(0, self._rows, x.flatten(0, 1)).unflatten(0, (x.shape[0], self.count))
 
     def spread(self, y: Tensor) -> Tensor:
         """Each token gets its group's value: (batch, count, channels) → (batch, tokens, channels)."""
         if exporting():
             return self._one_hot(y.dtype) @ y
-        return y.flatten(0, 1).index_select(0, self._rows()).unflatten(0, self.index.shape)
+        return y.flatten(0, 1).index_select(0, self._rows).unflatten(0, self.index.shape)
 
     def added(self, x: Tensor, y: Tensor) -> Tensor:
         """``x + spread(y)``, of tokens x (batch, tokens, channels)."""
@@ -59,13 +66,7 @@ class Groups:
         """The same groups where so many tokens come first, each of them a group of its own."""
         if not prefix:
             return self
-        first = torch.arange(prefix, device=self.index.device).expand(self.index.shape[0], -1)
-        return Groups(torch.cat((first, self.index + prefix), 1), self.count + prefix)
-
-    def _rows(self) -> Tensor:
-        """Each token's group as a row of all pictures' groups, (batch · tokens)."""
-        start = torch.arange(self.index.shape[0], device=self.index.device) * self.count
-        return (self.index + start[:, None]).flatten()
+        return Groups(torch.cat((_count(self.index, 0, prefix), self.index + prefix), 1), self.count + prefix)
 
     def then(self, after: Groups) -> Groups:
         """The groups of groups, as groups of the tokens."""
@@ -76,11 +77,12 @@ class Groups:
         return F.one_hot(self.index, self.count).to(dtype)
 
 
-def bipartite(metric: Tensor, merges: int) -> Groups:
+def bipartite(metric: Tensor, merges: int, prefix: int = 0) -> Groups:
     """One step of bipartite soft matching.
 
     Args:
         metric: what tokens are compared by, (batch, tokens, channels). merges: tokens that go, at most ⌊tokens / 2⌋.
+        prefix: so many more tokens come first, which are not compared, each a group of its own.
 
     Returns:
         The groups: first the sources that stay alone, in their order, then the destinations in theirs. Without merges
@@ -90,50 +92,55 @@ def bipartite(metric: Tensor, merges: int) -> Groups:
     if not 0 <= merges <= tokens // 2:
         raise ValueError(f"got {merges} merges of {tokens} tokens, expected 0 to {tokens // 2}")
     if merges == 0:
-        return Groups(torch.arange(tokens, device=metric.device).expand(metric.shape[0], -1), tokens)
+        return Groups(_count(metric, 0, prefix + tokens), prefix + tokens)
     with torch.no_grad():
-        metric = F.normalize(metric.detach(), dim=-1)
-        sources, destinations = metric[:, ::2], metric[:, 1::2]
-        batch, many = sources.shape[:2]
-        alone = many - merges
-        likeness, nearest = (sources @ destinations.mT).max(-1)
-        goes = _highest(likeness, merges)
+        lengths = torch.linalg.vector_norm(metric, dim=-1, keepdim=True).clamp_min(1e-12)
+        sources, destinations = metric[:, ::2], metric[:, 1::2] / lengths[:, 1::2]
+        many = sources.shape[1]
+        alone = prefix + many - merges  # groups in front of the destinations
+        # each source is divided by its length last, as that does not change which destination is the nearest
+        likeness, nearest = torch.bmm(sources, destinations.mT).max(-1)
+        stays = _stays(likeness / lengths[:, ::2, 0], merges)
         # sources that stay are counted in their own order
-        place = (~goes).long().cumsum(-1) - 1
-        source_index = torch.where(goes, alone + nearest, place)
-        others = torch.arange(tokens - many, device=metric.device) + alone
-        index = torch.stack((_padded(source_index, tokens), _padded(others.expand(batch, -1), tokens)), dim=-1).flatten(
-            1
-        )[:, :tokens]
-    return Groups(index, tokens - merges)
+        source_index = torch.where(stays == 1, stays.cumsum(1) + (prefix - 1), nearest + alone)
+        others = _count(metric, alone, prefix + tokens - merges)
+        if 2 * many > tokens:
+            others = F.pad(others, (0, 1))
+        index = torch.stack((source_index, others), dim=-1).flatten(1)[:, :tokens]
+        if prefix:
+            index = torch.cat((_count(metric, 0, prefix), index), 1)
+    return Groups(index, prefix + tokens - merges)
 
 
-def _highest(likeness: Tensor, count: int) -> Tensor:
-    """Which are the highest of each row (batch, sources), of equal ones the first: booleans of the same shape."""
+def _count(like: Tensor, start: int, stop: int) -> Tensor:
+    """Numbers from start, before stop, for every picture: (batch, stop − start)."""
+    return torch.arange(start, stop, device=like.device).expand(like.shape[0], -1)
+
+
+def _stays(likeness: Tensor, merges: int) -> Tensor:
+    """0 for the highest of each row (batch, sources), of equal ones the first, else 1."""
     if exporting():  # ONNX has no stable sort, but its TopK takes the first of equals
-        return F.one_hot(likeness.topk(count, dim=-1).indices, likeness.shape[-1]).sum(1) > 0
-    first = likeness.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    return torch.zeros_like(likeness).scatter_(1, first, 1.0) > 0  # torch.jit.trace has no scatter of booleans
+        return 1 - F.one_hot(likeness.topk(merges, dim=-1).indices, likeness.shape[-1]).sum(1)
+    first = likeness.argsort(dim=-1, descending=True, stable=True)[:, :merges]
+    return torch.ones_like(likeness, dtype=torch.long).scatter_(1, first, 0)
 
 
-def _padded(index: Tensor, tokens: int) -> Tensor:
-    """As many columns as there are sources: with an odd number of tokens one destination less."""
-    return F.pad(index, (0, (tokens + 1) // 2 - index.shape[1]))
-
-
-def look_alikes(metric: Tensor, count: int) -> Groups:
+def look_alikes(metric: Tensor, count: int, prefix: int = 0) -> Groups:
     """Groups of tokens that look alike, ``count`` of them: as many bipartite steps as that takes.
 
     After each step a group is compared by the mean of its tokens' metric.
 
     Args:
-        metric: (batch, tokens, channels). count: groups, 1 to tokens.
+        metric: (batch, tokens, channels). count: groups, 1 to tokens. prefix: so many more tokens come first, each of
+            them one more group.
     """
     tokens = metric.shape[1]
     if not 1 <= count <= tokens:
         raise ValueError(f"got {count} groups of {tokens} tokens, expected 1 to {tokens}")
-    groups = bipartite(metric, min(tokens - count, tokens // 2))
+    if tokens - count <= tokens // 2:
+        return bipartite(metric, tokens - count, prefix)
+    groups = bipartite(metric, tokens // 2)
     while groups.count > count:
         means = groups.mean(metric.detach())
         groups = groups.then(bipartite(means, min(groups.count - count, groups.count // 2)))
-    return groups
+    return groups.behind(prefix)
