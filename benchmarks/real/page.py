@@ -108,5 +108,9 @@ def token_overhead(r: dict[str, Any]) -> str:
     return "\n\n".join([
         f"{r['model']}, batch {r['batch']}, float32, {100 * r['keep']:g} % of the tokens: what its blocks "
         "spend beside running, in each forward, as a share of it.",
-        rows_of(["merging", "ms a forward", "share of the forward", "goal"], rows), where(r),
+        rows_of(["merging", "ms a forward", "share of the forward", "goal"], rows),
+        "Look-alikes in one block, apart from its forward: " + ", ".join(
+            f"{part} {r['ms'][part]:.1f} ms" for part in ("find", "mean", "hand back")) + "; the block itself "
+        f"{r['ms']['block']:.1f} ms. Means and handing back move all tokens through memory and compute little.",
+        where(r),
     ])  # fmt: skip
