@@ -37,7 +37,7 @@ class Windows:
         return self.grid == (self.over[0] * self.window[0], self.over[1] * self.window[1])
 
     def mean(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """The mean of each window: (batch, tokens, channels) → (batch, count, channels), written into ``out`` if given."""
+        """The mean of each window: (batch, tokens, channels) → (batch, count, channels); ``out``: written into it."""
         (rows, columns), (high, wide) = self.over, self.window
         if not self._whole:
             picture = x.unflatten(1, self.grid).permute(0, 3, 1, 2)
