@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -16,7 +16,7 @@ from ..factors import WEAK
 from ..grad_mode import outside_inference_mode
 from ..hosts.ordinary import check_ordinary
 from ..plan import Plan
-from ..record import Record
+from ..record import Record, Results
 from ..settings import from_keywords
 from ..sites import Sites
 from ..wrappers import bare
@@ -54,7 +54,8 @@ def compress(
             Not needed with ``statistic="weights"`` and a parameter budget.
         held_out: batches to measure the drop on, with ``max_drop``: training pictures that the calibration did not see,
             never the evaluation set.
-        plan: ranks to use instead of choosing them, for example what :func:`comcat.search` found.
+        plan: ranks to use instead of choosing them, for example what :func:`comcat.search` found. Of a model that is
+            compressed already, what :func:`comcat.merge` proposes and nothing else: its ranks and units stay.
         settings: fields of :class:`CompressSettings`; without a plan at least ``reduce`` or ``max_drop``.
 
     Of a model in ``torch.compile`` or data parallelism the model inside is made smaller.
@@ -96,7 +97,7 @@ def compress_(
     model = bare(model)
     check_request(model, settings, plan)
     calibration = None if calibration is None else kept(calibration)
-    before = origin_or_none(model)
+    before, earlier = origin_or_none(model), getattr(model, "comcat_record", None)
     prepared = prepare(model, calibration, settings, plan=plan, whole=whole, progress=progress)
     notes: list[str] = []
     if plan is None:
@@ -113,9 +114,23 @@ def compress_(
             joint_refit=settings.joint_refit,
         )
     record = Record(plan=plan, settings=asdict(settings), **before)
+    if earlier is not None and earlier.plan.sites:
+        record = _added(earlier, plan)
     model.comcat_record = record  # type: ignore[assignment]
     said = (*notes, *_weak(prepared), *_unreached(prepared), *handle.notes)
     return Compressed(handle=handle, plan=plan, prepared=prepared, notes=said)
+
+
+def _added(earlier: Record, merges: Plan) -> Record:
+    """The record of a compressed model whose tokens are merged as well: one plan that says everything.
+
+    ``made_by`` of the plan stays that of the compression, with that of the merges under ``merge``; what was measured of
+    the model before the merges stays under ``earlier`` in the results.
+    """
+    made_by = {**earlier.plan.made_by, "merge": dict(merges.made_by)}
+    plan = replace(earlier.plan, sites={**earlier.plan.sites, **merges.sites}, made_by=made_by)
+    measured = earlier.results.to_dict()
+    return replace(earlier, plan=plan, results=Results(others={"earlier": measured} if measured else {}))
 
 
 def _weak(prepared: Prepared) -> list[str]:

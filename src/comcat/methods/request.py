@@ -27,8 +27,9 @@ def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | Non
     """Raise where the settings do not say what to do, or where nothing can be done with the model's weights.
 
     Raises:
-        SettingsError: without a plan, a saving or a drop. ModelError: for a model that is compressed already, or whose
-            weights are not its own to read. NumericsError: for weights that are no numbers.
+        SettingsError: without a plan, a saving or a drop. ModelError: for a model that is compressed already, unless
+            the plan merges tokens and nothing else; or whose weights are not its own to read. NumericsError: for
+            weights that are no numbers.
     """
     asked = (settings.reduce, settings.max_drop, settings.target_ms)
     if plan is None and not any(wish is not None for wish in asked) and settings.ranks != "energy":
@@ -38,14 +39,25 @@ def check_request(model: nn.Module, settings: CompressSettings, plan: Plan | Non
         )
     check_asked(settings.reduce if plan is None else None, settings.multiple)
     check_ordinary(model)
-    record = getattr(model, "comcat_record", None)
-    if record is not None and record.plan.sites:
-        raise ModelError(
-            "the model is compressed already; begin from the original: forms='ranks,units,tokens' (--forms) does all "
-            "in one, and comcat.apply_ takes a plan of comcat.merge on what is compressed"
-        )
+    check_uncompressed(model, plan)
     if (unsound := first_unsound(model.named_parameters())) is not None:
         raise NumericsError(f"{unsound} holds NaN or infinite values")
+
+
+def check_uncompressed(model: nn.Module, plan: Plan | None = None) -> None:
+    """Raise ModelError for a model that is compressed already, unless a plan of merges alone is to be added to it."""
+    record = getattr(model, "comcat_record", None)
+    done = {} if record is None else record.plan.sites
+    if any(name.endswith(":tokens") for name in done):
+        raise ModelError(
+            "the model's blocks run on fewer tokens already; begin from the model before the merge: compress or prune "
+            "it, then merge the result (comcat merge FOLDER); forms='ranks,units,tokens' (--forms) does all in one"
+        )
+    if done and (plan is None or not all(name.endswith(":tokens") for name in plan.sites)):
+        raise ModelError(
+            "the model is compressed already; begin from the original: forms='ranks,units,tokens' (--forms) does all "
+            "in one; what is compressed can be tuned, and its tokens merged (comcat merge FOLDER)"
+        )
 
 
 def check_reach(model: nn.Module, settings: CompressSettings, example: Tensor, plan: Plan | None = None) -> Sites:

@@ -179,7 +179,9 @@ def _kept(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
 
 def _settings(config: Mapping[str, Any], plan: Plan) -> Iterator[tuple[str, str]]:
     for key, value in {**config["settings"], **plan.made_by}.items():
-        if value not in (None, "", [], {}):
+        if key == "merge":  # what was added to a compressed model
+            yield from _flat(value, "merge.")
+        elif value not in (None, "", [], {}):
             yield key, _shown(value)
 
 

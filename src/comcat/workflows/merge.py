@@ -31,6 +31,9 @@ def merge_to(
 ) -> Finished:
     """Let a model's blocks run on fewer tokens and save it with its report; nothing is trained.
 
+    A model that was compressed, pruned or tuned before keeps its ranks and units: the folder's plan says both, and
+    ``made_by`` of the plan tells of the merges under ``merge``. The report compares with the model as it was given.
+
     Args:
         out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`. data: pictures to choose
             by; labels are not needed.

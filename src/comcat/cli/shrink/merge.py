@@ -18,7 +18,7 @@ class Merge(Common, MergeSettings):
     """Run a model's blocks on fewer tokens: tokens that look alike, or neighbours, are run as one."""
 
     model: Positional[str]
-    """timm:NAME, hf:NAME or a folder."""
+    """timm:NAME, hf:NAME or a folder; one that was compressed, pruned or tuned keeps its ranks and units."""
     data: str
     """Pictures to choose by: a folder, parquet, .tar shards, hf:DATASET or digits. Labels are not needed."""
     out: Path
@@ -57,6 +57,7 @@ def run(command: Merge) -> int:
     )  # fmt: skip
     print_report(done.report, time.monotonic() - started)
     made_by = done.record.plan.made_by
+    made_by = made_by.get("merge", made_by)
     share, over = f"{100 * made_by['tokens']:.1f} %", ", ".join(command.blocks) or "blocks"
     if made_by["schedule"] == "none":
         print("\nAll tokens run in every block: nothing was merged, and nothing measured to choose by.")

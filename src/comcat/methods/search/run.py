@@ -27,6 +27,7 @@ from ...tuning.data import Batch, Feed, TrainingData, open_labelled
 from ...tuning.leaks import check_apart, check_sources
 from ...wrappers import bare
 from ..prepare import Prepared, prepare
+from ..request import check_uncompressed
 from ..settings import CompressSettings, check_forms
 from .mixture import Mixture
 from .objective import Objective
@@ -120,6 +121,7 @@ class Search(Run):
                 "search minimises a classifier's cross-entropy, and this model has no classes; "
                 "ranks='waterfill' needs none"
             )
+        check_uncompressed(model)
         self.settings, self.schedule = settings, Schedule(settings)
         self.steps = self.schedule.steps
         device = next(model.parameters()).device
