@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 import comcat
 from comcat.cli import main
-from comcat.errors import ModelError, StoreError
+from comcat.errors import StoreError
 from comcat.tuning.settings import TuneSettings
 from comcat.tuning.step import Training
 
@@ -184,6 +184,56 @@ def test_a_stopped_run_goes_on_with_the_same_tokens_alone(folder, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".run")] == []
 
 
+def test_a_stopped_measurement_of_schedules_goes_on(folder, tmp_path, monkeypatch, capsys):
+    from comcat.methods.merging import meter
+
+    applied, out = [], tmp_path / "merged"
+    apply_ = meter.apply_
+
+    def counted(*args, **kwargs):
+        if stop_at is not None and len(applied) == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        applied.append(args[1].sites)
+        return apply_(*args, **kwargs)
+
+    monkeypatch.setattr(meter, "apply_", counted)
+    stop_at = 3
+    given = ["merge", str(folder), "--data", "digits:train", "--pictures", "4", "--eval-limit", "8", "--no-bench"]
+    assert main([*given, "--keep", "0.6", "--out", str(out)]) == 130
+    assert "after 3 of 4 tries with fewer tokens; the same command goes on" in capsys.readouterr().err
+    assert not out.exists() and (tmp_path / "merged.run" / "merge" / "divergences.json").exists()
+    stop_at = None
+    assert main([*given, "--keep", "0.6", "--out", str(out)]) == 0, capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
+    assert len(applied) == 3 + 1 + 3 and all(applied.count(sites) == 1 for sites in applied)
+    stopped, applied[:] = comcat.load(out).comcat_record.plan, []
+    assert main([*given, "--keep", "0.6", "--out", str(tmp_path / "whole")]) == 0
+    assert len(applied) == 7 and comcat.load(tmp_path / "whole").comcat_record.plan == stopped
+
+
+def test_measurements_hold_for_one_model_and_its_pictures(tmp_path, monkeypatch):
+    from comcat.methods.merging import meter
+
+    model, x, others = tiny_vit(depth=2), pictures(8, 4), [images + 0.1 for images in pictures(8, 4)]
+    tries, apply_ = [], meter.apply_
+    monkeypatch.setattr(meter, "apply_", lambda *args, **kwargs: tries.append(0) or apply_(*args, **kwargs))
+
+    def measured(model, x, **settings):
+        tries.clear()
+        plan = comcat.merge(model, x, out=tmp_path, **settings)
+        assert plan == comcat.merge(model, x, **settings)
+        return len(tries) - 7
+
+    assert measured(model, x, keep=0.6) == 7 and measured(model, x, keep=0.6) == 0
+    assert measured(model, x, keep=0.8) == 3  # the blocks are known one by one, the schedules are others
+    assert measured(model, others, keep=0.6) == 7
+    with torch.no_grad():
+        model.blocks[0].mlp.fc1.weight.mul_(1.1)
+    assert measured(model, others, keep=0.6) == 7 and measured(model, others, keep=0.6, residual=False) == 7
+    (tmp_path / "divergences.json").write_text("{")
+    assert measured(model, others, keep=0.6) == 7
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [(["--how", "grid", "--keep", "0.01"], "at least"), (["--blocks", "block.1"], "nearest|expected")],
@@ -207,95 +257,3 @@ def test_clip_whose_blocks_must_be_given_a_mask(tmp_path, capsys):
     status = main(["merge", str(tmp_path / "clip"), "--data", "digits:train", *given])
     assert status == 0, capsys.readouterr().err
     assert all(name.endswith(":tokens") for name in comcat.load(tmp_path / "out").comcat_record.plan.sites)
-
-
-@pytest.fixture(scope="module")
-def small(folder, tmp_path_factory):
-    """The model with fewer ranks and units, in a folder of ours."""
-    place = tmp_path_factory.mktemp("compressed") / "small"
-    way = {"reduce": 0.3, "bench": False, "eval_limit": 8, "pictures": 16, "batch_size": 16}
-    comcat.compress_to(place, str(folder), "digits:train", evaluation="digits:test", **way)
-    return place
-
-
-def words(model, *more):
-    given = ["--data", "digits:train", "--eval", "digits:test", "--eval-limit", "8", "--no-bench"]
-    return ["merge", str(model), "--keep", "0.6", "--pictures", "8", *given, *more]
-
-
-def test_a_compressed_folder_is_merged_and_keeps_its_ranks_and_units(small, tmp_path, capsys):
-    out = tmp_path / "merged"
-    assert main(words(small, "--out", str(out))) == 0, capsys.readouterr().err
-    assert "of the tokens run" in capsys.readouterr().out
-    before, model, x = comcat.load(small), comcat.load(out), pictures(4, 4)[0]
-    earlier, record = before.comcat_record, model.comcat_record
-    merges = {name: entry for name, entry in record.plan.sites.items() if name.endswith(":tokens")}
-    assert merges and {**earlier.plan.sites, **merges} == record.plan.sites and earlier.plan.sites
-    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
-    assert not torch.equal(before(x), model(x)) and comcat.count_macs(model, x[:1]) < comcat.count_macs(before, x[:1])
-    comcat.apply_(before, comcat.Plan(sites=merges))  # Python has been doing this
-    assert torch.equal(before(x), model(x))
-    # both steps are told of
-    assert record.plan.made_by["merge"]["keep"] == 0.6 and record.plan.made_for == earlier.plan.made_for
-    assert {k: v for k, v in record.plan.made_by.items() if k != "merge"} == earlier.plan.made_by
-    assert record.settings == earlier.settings and record.results.others["earlier"] == earlier.results.to_dict()
-    assert record.results.before["top1"] is not None and record.results.after["top1"] is not None
-    card = (out / "README.md").read_text()
-    assert "| merge.keep | 0.6 |" in card and "fewer tokens" in card and "hidden units" in card
-    page = (out / "report.html").read_text()
-    assert "Which tokens ran as one" in page
-
-
-def test_what_is_merged_is_tuned_exported_and_judged_but_not_merged_or_compressed_again(small, tmp_path, capsys):
-    out, tuned = tmp_path / "merged", tmp_path / "tuned"
-    assert main(words(small, "--out", str(out))) == 0, capsys.readouterr().err
-    judged = ["--data", "digits:test", "--limit", "8"]
-    assert main(["eval", str(out), *judged]) == 0, capsys.readouterr().err
-    assert main(["export", str(out), "--out", str(tmp_path / "model.onnx")]) == 0, capsys.readouterr().err
-    steps = ["--steps", "2", "--batch-size", "4", "--workers", "0", "--precision", "fp32"]
-    status = main(["tune", str(out), "--data", "digits:train", "--teacher", str(small), *steps, "--out", str(tuned)])
-    assert status == 0, capsys.readouterr().err
-    model = comcat.load(tuned)
-    assert model.comcat_record.plan.sites == comcat.load(out).comcat_record.plan.sites
-    assert model.comcat_record.plan.made_by["merge"]["keep"] == 0.6
-    capsys.readouterr()
-    data = ["--data", "digits:train", "--out", str(tmp_path / "again")]
-    for given in (
-        words(out, "--out", str(tmp_path / "again")),
-        ["compress", str(out), "--reduce", "0.2", *data],
-        ["prune", str(out), "--reduce", "0.2", "--epochs", "1", *data],
-        ["search", str(out), "--reduce", "0.2", *data[:2], "--out", str(tmp_path / "again" / "plan.json")],
-        ["explore", str(out), *data[:2], "--out", str(tmp_path / "again.html")],
-    ):
-        assert main(given) != 0
-        error = capsys.readouterr().err
-        assert "run on fewer tokens already" in error and "comcat merge FOLDER" in error and "Traceback" not in error
-        assert not (tmp_path / "again").exists()
-
-
-def test_a_pruned_model_is_merged_as_it_is(folder, tmp_path):
-    few = comcat.open_pictures("digits:train").take(24, 0)
-    judged = {"evaluation": "digits:test", "eval_limit": 8, "bench": False}
-    asked = {"reduce": 0.3, "steps": 4, "batch_size": 8, "pictures": 8, "choices": 2}
-    pruned = comcat.prune_to(tmp_path / "pruned", str(folder), few, **judged, **asked)
-    assert pruned.record.results.tuning["curve"]
-    evaluation = judged.pop("evaluation")
-    done = comcat.merge_to(
-        tmp_path / "merged", tmp_path / "pruned", few, evaluation=evaluation, keep=0.6, pictures=4, way=judged
-    )
-    kinds = {name.rpartition(":")[2] for name in done.record.plan.sites}
-    assert "tokens" in kinds and kinds > {"tokens"} and done.record.results.tuning is None
-    assert done.record.results.others["earlier"]["tuning"]["curve"]
-    x = pictures(4, 4)[0]
-    assert torch.equal(comcat.load(tmp_path / "merged")(x), done.model(x))
-
-
-def test_what_else_is_added_to_a_compressed_model_is_refused(small):
-    model = comcat.load(small)
-    entry = next(iter(model.comcat_record.plan.sites))
-    for plan in (None, comcat.Plan(sites={entry: model.comcat_record.plan.sites[entry]})):
-        with pytest.raises(ModelError, match=r"compressed already.*comcat merge"):
-            comcat.compress(model, pictures(4, 4), reduce=0.2 if plan is None else None, plan=plan)
-    merged = comcat.compress(model, plan=comcat.merge(model, example=pictures(1)[0], keep=0.6))
-    with pytest.raises(ModelError, match="fewer tokens already"):
-        comcat.compress(merged, plan=comcat.merge(model, example=pictures(1)[0], keep=0.6))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from ..errors import SettingsError
+from ..files import home_path
 from ..methods.merging.merge import merge
 from ..methods.settings import MergeSettings
 from ..plan import Plan
@@ -33,6 +35,8 @@ def merge_to(
 
     A model that was compressed, pruned or tuned before keeps its ranks and units: the folder's plan says both, and
     ``made_by`` of the plan tells of the merges under ``merge``. The report compares with the model as it was given.
+    What was measured of schedules, and checkpoints of a tuning, lie in ``OUT.run`` beside the folder while the run
+    lasts, so that the same call goes on where it stopped.
 
     Args:
         out: the folder to save to. model: itself, or its name for :func:`comcat.load_model`. data: pictures to choose
@@ -49,8 +53,13 @@ def merge_to(
     if chosen.keep == 1:
         way["bench"] = False
 
+    work = home_path(out)
+    work = work.with_name(f"{work.name}.run") / "merge"
+
     def proposed(model: nn.Module, batches: Iterable) -> Plan:
-        return merge(model, batches, progress=progress, **settings)
+        if way.get("restart"):
+            shutil.rmtree(work, ignore_errors=True)
+        return merge(model, batches, out=work, progress=progress, **settings)
 
     return compress_to(
         out, model, data, evaluation=evaluation, plan=proposed, progress=progress, name=name, command=command,

@@ -15,7 +15,9 @@ from ..terminal import print_report
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Common, MergeSettings):
-    """Run a model's blocks on fewer tokens: tokens that look alike, or neighbours, are run as one."""
+    """Run a model's blocks on fewer tokens: tokens that look alike, or neighbours, are run as one. Run again, the same
+    command goes on where it stopped.
+    """
 
     model: Positional[str]
     """timm:NAME, hf:NAME or a folder; one that was compressed, pruned or tuned keeps its ranks and units."""
@@ -40,7 +42,7 @@ class Merge(Common, MergeSettings):
     tune: TuneSettings = field(default_factory=TuneSettings)
     """How to tune, with --epochs (or --tune.steps)."""
     restart: bool = False
-    """Forget the checkpoints of an earlier tuning and begin anew."""
+    """Forget what was measured and the checkpoints of an earlier run, and begin anew."""
 
 
 WAY = ("eval_limit", "seed", "batch_size", "bench", "overwrite", "epochs", "tune", "restart")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from ...errors import ModelError, SettingsError, nearest
+from ...files import home_path
 from ...grad_mode import outside_inference_mode
 from ...hosts import find_sites
 from ...plan import Plan, SitePlan
@@ -33,6 +35,7 @@ def merge(
     calibration: Iterable | None = None,
     *,
     example: Any = None,
+    out: str | os.PathLike[str] | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Plan:
@@ -42,6 +45,7 @@ def merge(
         calibration: batches of pictures; the schedule is chosen by the divergence measured on the first of them. None:
             tokens fall block by block, in a straight line, as in Bolya et al. 2023; ``example`` is then one picture (1,
             channels, height, width).
+        out: a folder in which what was measured is kept, so that the same call after a stop measures only the rest.
         settings: fields of :class:`MergeSettings`, as ``keep=0.7`` and ``how="grid"``. With ``keep=1`` nothing is
             measured, and the plan changes nothing.
 
@@ -71,7 +75,7 @@ def merge(
     schedules = offered.schedules(goal)
     made_by: dict[str, Any] = {"method": "merge", "how": s.how, "keep": s.keep, "residual": s.residual}
     if shown:
-        meter = Meter(model, shown, progress)
+        meter = Meter(model, shown, progress, None if out is None else home_path(out))
         ladders = token_ladders(offered, meter)
         schedules["measured"] = _least(ladders, goal)
         losses = {name: meter.loss(entries) for name, entries in schedules.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ...statistics.examples import Example, examples_of
 from ...statistics.losses import divergence
 from ..ladders import AS_IT_IS, Choice
 from .blocks import TokenLadder
+from .measurements import Measurements
 from .offer import Offer
 
 MEASURED = (0.8, 0.5)
@@ -27,10 +29,13 @@ MEASURED = (0.8, 0.5)
 
 
 class Meter:
-    """Measures how far a plan moves a model's output on some pictures."""
+    """How far a plan moves a model's output on some pictures; what was measured is kept in a folder ``out``."""
 
-    def __init__(self, model: nn.Module, shown: Sequence[Example], progress: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, shown: Sequence[Example], progress: bool = False, out: Path | None = None
+    ) -> None:
         self.model, self.shown, self.progress = model, shown, progress
+        self.measured = Measurements(out, model, shown)
         self.classes = classes_of(model)
         self.sites = find_sites(model)
         self.count = sum(example.count for example in shown)
@@ -42,6 +47,8 @@ class Meter:
         """
         if not entries:
             return 0.0
+        if not material and (known := self.measured.loss(entries)) is not None:
+            return known
         handle = apply_(self.model, Plan(sites=entries), **{"sites": self.sites, **material})
         try:
             after = self._outputs()
@@ -50,6 +57,8 @@ class Meter:
         found = sum(divergence(b, a, self.classes) for b, a in zip(self.before, after, strict=True)) / self.count
         if not math.isfinite(found):
             raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
+        if not material:
+            self.measured.keep(entries, found)
         return found
 
     def _outputs(self) -> list[Any]:
@@ -61,28 +70,38 @@ class Meter:
 
 def token_ladders(offer: Offer, meter: Meter) -> list[TokenLadder]:
     """What every block loses at every share that is offered to it."""
-    from tqdm import tqdm
-
     found, moved = [], not offer.sites
-    with tqdm(
-        total=len(offer.sites) * len(MEASURED), desc="tokens", unit="try", disable=not meter.progress, leave=False
-    ) as bar:
-        for site in offer.sites:
-            shares = offer.shares(site) if offer.how == "grid" else MEASURED
-            tried = []
-            for share in shares:
-                tried.append((share, meter.loss({site.name: offer.entry(site, share)})))
-                bar.update()
-            moved = moved or any(loss != 0 for _, loss in tried)
-            law = _law(tried)
-            choices = [Choice({site.name: offer.entry(site, s)}, law(s), 1.0) for s in sorted(offer.shares(site))]
-            found.append(TokenLadder(site, (*choices, AS_IT_IS)))
+    tries = [
+        (site, share) for site in offer.sites for share in (offer.shares(site) if offer.how == "grid" else MEASURED)
+    ]
+    losses = _losses(meter, [{site.name: offer.entry(site, share)} for site, share in tries])
+    for site in offer.sites:
+        tried = [(share, loss) for (of, share), loss in zip(tries, losses, strict=True) if of is site]
+        moved = moved or any(loss != 0 for _, loss in tried)
+        law = _law(tried)
+        choices = [Choice({site.name: offer.entry(site, s)}, law(s), 1.0) for s in sorted(offer.shares(site))]
+        found.append(TokenLadder(site, (*choices, AS_IT_IS)))
     if not moved:
         raise ModelError(
             "the model's output is the same however few tokens its blocks run on, as with a head of zeros: there is "
             "nothing to choose by; train the head first, or leave it out"
         )
     return found
+
+
+def _losses(meter: Meter, tries: Sequence[Mapping[str, SitePlan]]) -> list[float]:
+    """What is measured of some entries, one after the other; a KeyboardInterrupt says how far it came."""
+    from tqdm import tqdm
+
+    losses: list[float] = []
+    try:
+        for entries in tqdm(tries, desc="tokens", unit="try", disable=not meter.progress, leave=False):
+            losses.append(meter.loss(entries))
+    except KeyboardInterrupt:
+        if meter.measured.path is None:
+            raise
+        raise KeyboardInterrupt(f"after {len(losses)} of {len(tries)} tries with fewer tokens") from None
+    return losses
 
 
 def _law(tried: Sequence[tuple[float, float]]) -> Callable[[float], float]:
