@@ -67,7 +67,8 @@ def _fingerprint(shown: Sequence[Example]) -> str:
     for leaf in tree_leaves([(example.images, dict(example.others or {})) for example in shown]):
         if isinstance(leaf, Tensor):
             digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            values: Any = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(values)
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()
