@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from ..errors import ModelError
@@ -166,10 +167,13 @@ class TokenReduction(nn.Module):
 
 
 def _writes(x: Tensor, *others: Tensor) -> bool:
-    """Whether parts of a tensor may be written where they belong, which saves a copy of all: nobody learns, or traces a
-    graph (whose compiler saves the copy by itself), and all is of one type.
+    """Whether parts of a tensor may be written where they belong, which saves a copy of all: nobody learns, traces a
+    graph (whose compiler saves the copy by itself) or differentiates forwards or transforms by torch.func, which cannot
+    write; and all is of one type.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     return all(other.dtype == x.dtype for other in others)
 
@@ -220,12 +224,20 @@ class GridTokens(TokenReduction):
         return Windows(self.grid_of(self.tokens(x)), self.window)
 
     def grid_of(self, tokens: int) -> tuple[int, int]:
-        """Rows and columns of so many tokens: those of the last picture, else those that the model was made for, else
-        a square.
+        """Rows and columns of so many tokens: those of the picture, where its patches were seen; else those that the
+        model was made for, else a square.
         """
+        if "grid" in self.seen:
+            rows, columns = self.seen["grid"]
+            if rows * columns == tokens:
+                return rows, columns
+            raise ModelError(
+                f"got {tokens} tokens of a picture of {rows} × {columns} patches, expected all of them: some were left "
+                "out, as by a mask or patch dropout, or the plan is of a model with other tokens in front; "
+                "how='similar' needs no grid"
+            )
         side = round(tokens**0.5)
-        last = self.seen.get("grid", self.grid)
-        for rows, columns in (last, self.grid, (side, side)):
+        for rows, columns in (self.grid, (side, side)):
             if rows * columns == tokens:
                 return rows, columns
         raise ModelError(

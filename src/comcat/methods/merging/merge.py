@@ -57,6 +57,8 @@ def merge(
         SettingsError: for a share, a form or a block that cannot be.
     """
     s, model = from_keywords(MergeSettings, settings), bare(model)
+    if not s.blocks:
+        _check_unmerged(model)
     if s.keep == 1:
         return _of_all_tokens(model, s)
     shown = shown_of(model, calibration, s.pictures, progress)
@@ -88,6 +90,16 @@ def merge(
     made_by |= {"schedule": best, "tokens": tokens / count}
     whole = find_sites(model)
     return Plan(sites=entries, made_by=made_by, made_for=describe(model, whole, whole))
+
+
+def _check_unmerged(model: nn.Module) -> None:
+    """Raise ModelError where blocks run on fewer tokens already: a share of all tokens would not count them."""
+    merged = [name for name, block in model.named_modules() if hasattr(block, "token_reduction")]
+    if merged:
+        raise ModelError(
+            f"blocks of the model run on fewer tokens already, the first {merged[0]}; take the merges back "
+            "by handle.revert() and merge anew, or name other blocks, blocks=(…)"
+        )
 
 
 def _of_all_tokens(model: nn.Module, s: MergeSettings) -> Plan:
