@@ -173,7 +173,8 @@ def _writes(x: Tensor, *others: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    transforms: Any = torch._C._functorch  # type: ignore[attr-defined]
+    if transforms.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return False
     return all(other.dtype == x.dtype for other in others)
 
