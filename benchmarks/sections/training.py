@@ -65,15 +65,21 @@ def cait(r: dict[str, Any]) -> str:
         return f"{x[key]:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
 
     head = ["variant", "MACs", "parameters", "times as fast", "top-1 before tuning", "after", "seeds"]
+    model = {"dinov2-small": "DINOv2-small with a linear CIFAR-10 head, 112 pixels"}
     rows = []
     for x in r["rows"]:
+        each = [
+            f"{run['speed_up'][0]:.2f}" for run in r["runs"] if run["variant"] == x["variant"] and "speed_up" in run
+        ]
         fast = f"{x['speed_up'][0]:.2f} ({x['speed_up'][1]:.2f}–{x['speed_up'][2]:.2f})"
+        fast += f"; by seed {', '.join(each)}" if len(each) > 1 else ""
         shares = [f"{x[key]:.2f}" for key in ("macs", "parameters")]
         rows.append([x["variant"], *shares, fast, with_spread(x, "before"), with_spread(x, "after"), x["seeds"]])
-    return (
-        f"The small CIFAR ViT, dense {r['dense']:.2f}; {r['settings']['epochs']:g} epoch of tuning, the dense model "
-        f"being the teacher.\n\n{rows_of(head, rows)}\n\n{where(r)}"
+    about = (
+        f"{model.get(r['settings']['model'], 'The small CIFAR ViT')}, dense {r['dense']:.2f}; "
+        f"{r['settings']['epochs']:g} epoch of tuning, the dense model being the teacher."
     )
+    return f"{about}\n\n{rows_of(head, rows)}\n\n{where(r)}"
 
 
 def search_runs(r: dict[str, Any]) -> str:
