@@ -1,6 +1,7 @@
 """Merged models compute the same however they are run: with and without gradients, under torch.func, in every dtype."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -91,6 +92,42 @@ def test_patches_that_were_left_out_have_no_neighbours():
         model.train()(x)
     model, x = merged("similar", patch_drop_rate=0.75)
     assert model.train()(x).isfinite().all()
+
+
+def test_threads_with_pictures_of_other_shapes_do_not_disturb_each_other():
+    """3 × 5 and 5 × 3 tokens are as many, but have other neighbours."""
+    model, _ = merged("grid")
+    shapes, patches = [(24, 40), (40, 24)], model.patch_embed.proj
+    shown = [torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(0)) for shape in shapes]
+    alone, together, said = [model(x) for x in shown], threading.Barrier(2), {}
+
+    def wait(module, args, output):  # both have cut their pictures before either goes on
+        together.wait(10)
+
+    patches.register_forward_hook(wait)
+
+    def run(number):
+        said[number] = model(shown[number])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.allclose(said[number], alone[number], atol=1e-6) for number in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["similar", "grid"])
+def test_compiled_for_pictures_of_several_shapes(how):
+    model, _ = merged(how)
+    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+    part = copy.deepcopy(model)
+    part.blocks[1] = torch.compile(part.blocks[1], backend="eager")
+    for shape in ((32, 32), (24, 40), (40, 24), (24, 40)):
+        x = torch.randn(2, 3, *shape)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(part(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 def test_a_share_is_not_asked_of_what_is_merged_already():

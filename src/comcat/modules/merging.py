@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from itertools import zip_longest
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -217,7 +218,7 @@ class GridTokens(TokenReduction):
     def __init__(self, *args: Any, window: tuple[int, int], grid: tuple[int, int], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.window, self.grid = window, grid
-        self.seen: dict[str, tuple[int, int]] = {}
+        self.seen: dict[Any, tuple[int, int]] = {}  # of the last picture, and by thread
 
     def reduction(self, block: nn.Module, x: Tensor) -> Windows | None:
         if self.window == (1, 1):
@@ -228,8 +229,11 @@ class GridTokens(TokenReduction):
         """Rows and columns of so many tokens: those of the picture, where its patches were seen; else those that the
         model was made for, else a square.
         """
-        if "grid" in self.seen:
-            rows, columns = self.seen["grid"]
+        last = self.seen.get("grid")
+        if not torch.compiler.is_compiling():
+            last = self.seen.get(get_ident(), last)
+        if last is not None:
+            rows, columns = last
             if rows * columns == tokens:
                 return rows, columns
             raise ModelError(
@@ -255,12 +259,16 @@ class GridTokens(TokenReduction):
 
 
 class _Watch:
-    """Writes down the height and width of what a convolution puts out."""
+    """Writes down the height and width of what a convolution puts out, for each thread that it runs in."""
 
-    def __init__(self, seen: dict[str, tuple[int, int]]) -> None:
+    def __init__(self, seen: dict[Any, tuple[int, int]]) -> None:
         self.seen = seen
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if torch.compiler.is_compiling():  # knows no threads, and what they saw before is no longer the last
+            self.seen.clear()
+        else:
+            self.seen[get_ident()] = (output.shape[-2], output.shape[-1])
         self.seen["grid"] = (output.shape[-2], output.shape[-1])
 
 
