@@ -211,6 +211,14 @@ def test_a_stopped_measurement_of_schedules_goes_on(folder, tmp_path, monkeypatc
     assert len(applied) == 7 and comcat.load(tmp_path / "whole").comcat_record.plan == stopped
 
 
+def test_what_cannot_be_merged_leaves_nothing_behind(tmp_path):
+    model = tiny_vit(num_classes=10)
+    torch.nn.init.zeros_(model.head.weight)
+    with pytest.raises(comcat.errors.ModelError, match="nothing to choose by"):
+        comcat.merge_to(tmp_path / "m", model, "digits:train", evaluation="digits:test", pictures=4)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_measurements_hold_for_one_model_and_its_pictures(tmp_path, monkeypatch):
     from comcat.methods.merging import meter
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
-from ..errors import SettingsError
+from ..errors import ComcatError, SettingsError
 from ..files import home_path
 from ..methods.merging.merge import merge
 from ..methods.settings import MergeSettings
@@ -59,7 +60,13 @@ def merge_to(
     def proposed(model: nn.Module, batches: Iterable) -> Plan:
         if way.get("restart"):
             shutil.rmtree(work, ignore_errors=True)
-        return merge(model, batches, out=work, progress=progress, **settings)
+        try:
+            return merge(model, batches, out=work, progress=progress, **settings)
+        except ComcatError:  # nothing to go on with
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                work.parent.rmdir()
+            raise
 
     return compress_to(
         out, model, data, evaluation=evaluation, plan=proposed, progress=progress, name=name, command=command,
