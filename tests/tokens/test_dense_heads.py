@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,3 +189,14 @@ def test_detection_tokens_behind_the_grid_run_as_themselves(how: str) -> None:
     after = after[0] if isinstance(after, tuple) else after
     assert after.shape == x.shape and few[-1].shape[1] == 6 + told.keep
     assert few[-1][:, 1:6].equal(x[:, -5:]) and few[-1][:, :1].equal(x[:, :1])
+
+
+@pytest.mark.parametrize("name", ["upernet", "depth-anything"])
+def test_a_dense_model_without_an_image_processor_is_merged_at_its_backbones_size(name: str, tmp_path: Path) -> None:
+    HEADS[name]().save_pretrained(tmp_path / "model")
+    few = comcat.open_pictures("digits:train").take(8, 0)
+    way = {"bench": False, "batch_size": 4}
+    done = comcat.merge_to(tmp_path / "merged", str(tmp_path / "model"), few, keep=0.7, pictures=2, way=way)
+    assert done.record.plan.sites and tuple(done.record.preprocess["size"]) == (32, 32)  # type: ignore[index]
+    again = comcat.load(tmp_path / "merged")
+    torch.testing.assert_close(output(again, SQUARE), output(done.model.eval(), SQUARE), atol=1e-6, rtol=1e-5)

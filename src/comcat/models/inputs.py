@@ -30,7 +30,8 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     """How pictures become ``model``'s input tensors, as the model's own data config says.
 
     timm: its data config, at the size the model was built for. transformers: the image processor saved with it, or
-    where there is none the config's picture size with ImageNet's mean and standard deviation, and a logged warning.
+    where there is none the config's picture size (or its backbone's) with ImageNet's mean and standard deviation, and a
+    logged warning.
 
     Raises ModelError if the model is of another library, or says nothing of its picture size.
     """
@@ -43,7 +44,7 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     processor = origin.preprocessor if origin else {}
     processor = processor or image_processor(getattr(model.config, "_name_or_path", ""), only_local=True)
     config = getattr(model.config, "vision_config", model.config)
-    size = getattr(config, "image_size", None)
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "backbone_config", None), "image_size", None)
     size = (size, size) if isinstance(size, int) else size and tuple(size)
     channels = getattr(config, "num_channels", 3)
     settings = processor_settings(processor, size, channels)
