@@ -24,7 +24,8 @@ def real(r: dict[str, Any]) -> str:
         if x is None or against not in x:
             return None
         found = x[against]
-        return f"{found['mean']:+.2f} ({found['seed_error'] or 0:.2f}; {found['picture_error']:.2f})"
+        seeds = "one seed" if found["seed_error"] is None else f"{found['seed_error']:.2f}"
+        return f"{found['mean']:+.2f} ({seeds}; {found['picture_error']:.2f})"
 
     told, paired = (
         rows_of(head, [[m, *(cell(rows.get((m, b))) for b in budgets)] for m in methods if any(cell(rows.get((m,
