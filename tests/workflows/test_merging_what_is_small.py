@@ -59,7 +59,12 @@ def test_a_compressed_folder_is_merged_and_keeps_its_ranks_and_units(small, tmp_
     assert record.settings == earlier.settings and record.results.others["earlier"] == earlier.results.to_dict()
     assert record.results.before["top1"] is not None and record.results.after["top1"] is not None
     card = (out / "README.md").read_text()
-    assert "| merge.keep | 0.6 |" in card and "fewer tokens" in card and "hidden units" in card
+    assert (
+        "| merge.keep | 0.6 |" in card
+        and "the compressed model whose tokens were merged" in card
+        and "fewer tokens" in card
+        and "hidden units" in card
+    )
     page = (out / "report.html").read_text()
     assert "Which tokens ran as one" in page
 
@@ -106,6 +111,14 @@ def test_a_pruned_model_is_merged_as_it_is(folder, tmp_path):
     assert done.record.results.others["earlier"]["tuning"]["curve"]
     x = pictures(4, 4)[0]
     assert torch.equal(comcat.load(tmp_path / "merged")(x), done.model(x))
+
+
+def test_a_file_of_merges_is_a_plan_for_what_is_compressed(small, tmp_path, capsys):
+    comcat.merge(comcat.load(small), example=pictures(1)[0], keep=0.6).save(tmp_path / "merges.json")
+    given = ["--plan", str(tmp_path / "merges.json"), "--data", "digits:train", "--eval-limit", "8", "--no-bench"]
+    assert main(["compress", str(small), *given, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    earlier, plan = comcat.load(small).comcat_record.plan, comcat.load(tmp_path / "out").comcat_record.plan
+    assert plan.sites == {**earlier.sites, **comcat.Plan.load(tmp_path / "merges.json").sites}
 
 
 def test_what_else_is_added_to_a_compressed_model_is_refused(small):

@@ -194,6 +194,9 @@ def _numbers(results: Results) -> str:
             ((metric(k).label, *(cell(side.get(k), metric(k)) for side in (before, after))) for k in keys),
         ),
         f"Accuracy was measured on {results.judged_on}." if results.judged_on else "",
+        "Before: the compressed model whose tokens were merged then. What was measured of it stands under `earlier`."
+        if "earlier" in results.others
+        else "",
         _table(("what", "value"), [*_against(results), *_untuned(results), *_others(results)]),
     ]
     return "\n\n".join(part for part in parts if part)
