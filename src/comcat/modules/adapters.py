@@ -141,13 +141,14 @@ class ExtraChannels(nn.Module):
 
     def write(self, y: Tensor, o: Tensor | None, prefix: str = "") -> Tensor:
         """Add ``o S_O`` to the output ``y`` (batch, tokens, out); ``o`` are the extra channels of the heads' outputs
-        (batch, tokens, heads, ranks).
+        (batch, tokens, heads, ranks). Terms without a factor for this stream add nothing.
         """
         if o is None:
             return y
         terms = self.part_in("vo")
         for term, part in zip(terms, o.split([t.rank for t in terms], dim=-1), strict=True):
-            y = y + term("out", part, prefix).to(y.dtype)
+            if getattr(term, prefix + SIDES["out"], None) is not None:
+                y = y + term("out", part, prefix).to(y.dtype)
         return y
 
     @property

@@ -182,7 +182,8 @@ def _inspect_pipeline(command: Inspect) -> int:
     found = find_adaptable(pipe)
     rows = [
         {"attention": p, "where": a.where, "heads": a.heads, "products": list(a.products),
-            "parameters_per_rank": a.parameters(1), "missing": a.missing}
+            "parameters_per_rank": a.parameters(1), "missing": a.missing,
+            "unread": [*a.unread]}
         for p, a in found.attention.items()
     ]  # fmt: skip
     refused = [{"attention": r.name, "reason": r.reason} for r in found.refused]
@@ -200,6 +201,8 @@ def _inspect_pipeline(command: Inspect) -> int:
     reasons = {f"{r['attention']}:{product}": reason for r in rows for product, reason in r["missing"].items()} | {
         r["attention"]: r["reason"] for r in refused
     }
+    reasons |= {f"{r['attention']} ({', '.join(r['unread'])})": "no later block reads what the text's part would write"
+                for r in rows if r["unread"]}  # fmt: skip
     if reasons:
         print("\nCannot carry all or anything:")
         for name, reason in reasons.items():

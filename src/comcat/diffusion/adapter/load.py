@@ -106,7 +106,9 @@ def _misfit(place: AdaptableAttention, factors: Mapping[str, Tensor], heads: int
     """
     ways = {name for p, first in PRODUCTS.items() if first in factors for name in _names(p)}
     expected = {name: width for name, width in place.widths.items() if name in ways}
-    if lacking := sorted(set(expected) - set(factors)):
+    lacking = sorted(set(expected) - set(factors))
+    expected |= {name: width for name, width in place.unread.items() if name in factors}
+    if lacking:
         return f".{lacking[0]} is missing"
     if unexpected := sorted(set(factors) - set(expected)):
         return f".{unexpected[0]} has no place there"
@@ -134,7 +136,7 @@ def _build(place: Place, found: AdaptableAttention, factors: Mapping[str, Tensor
     widths = {name: width for name, width in found.widths.items() if name in factors}
     dtype = place.dtype if place.dtype in _COMPUTED_IN else torch.float32  # quantised weights
     terms = LowRankTerms(widths, found.heads, rank, alpha=alpha, device=place.device, dtype=dtype)
-    terms.load_state_dict(dict(factors))
+    terms.load_state_dict({name: factors[name] for name in widths})  # what nothing reads stays behind
     return terms
 
 

@@ -10,6 +10,7 @@ attention) is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -39,7 +40,7 @@ class DiffusersHost:
                 found.adaptable.append(_anatomy(path, module))
             else:
                 found.refused.append(RefusedAttention(path, reason, where=_where(path, module)))
-        return found
+        return _read_later(model, found)
 
     def projections(self, attention: Any) -> dict[str, str]:
         return projections_of(attention)
@@ -125,6 +126,20 @@ def _anatomy(path: str, attention: Any) -> AdaptableAttention:
     order = ("q_up", "k_down", "v_down", "out_up", "add_k_down", "add_v_down", "add_q_up", "add_out_up")
     widths = {factor: widths[factor] for factor in order if factor in widths}
     return AdaptableAttention(path, _where(path, attention), widths, attention.heads, _head_dim(attention), missing)
+
+
+def _read_later(model: nn.Module, found: Found) -> Found:
+    """Without the factors of the text's own queries and output where they are the last that the text comes to: a
+    denoiser's prediction is of the picture, and only a later attention could read there what they write.
+    """
+    kinds = {a.path: a.where for a in found.adaptable} | {r.name: r.where for r in found.refused}
+    meeting = [path for path, _ in model.named_modules() if kinds.get(path, "self") != "self"]
+    return found._replace(adaptable=[_shortened(a) if a.path in meeting[-1:] else a for a in found.adaptable])
+
+
+def _shortened(one: AdaptableAttention) -> AdaptableAttention:
+    unread = {factor: width for factor, width in one.widths.items() if factor in ("add_q_up", "add_out_up")}
+    return replace(one, widths={f: w for f, w in one.widths.items() if f not in unread}, unread=unread)
 
 
 def _head_dim(attention: Any) -> int:

@@ -28,6 +28,8 @@ class AdaptableAttention:
             or writes.
         heads, head_dim: number and width of the frozen heads.
         missing: why one of the products cannot be had here, by product.
+        unread: factors that could change nothing, since no later block reads what they write, with their widths.
+            Adapters have none of them; files of earlier versions hold some.
     """
 
     path: str
@@ -36,6 +38,7 @@ class AdaptableAttention:
     heads: int
     head_dim: int
     missing: dict[str, str] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
     @property
     def products(self) -> tuple[str, ...]:
