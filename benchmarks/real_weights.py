@@ -168,9 +168,10 @@ class Bench:
 
     def _tuned(self, student: torch.nn.Module, seed: int) -> dict[str, Any]:
         pixels = self.task.pixels("calibration", self.a.tuning_pictures, seed)
-        dtype = getattr(torch, self.a.tune_dtype)
-        with torch.autocast(torch.device(self.a.device).type, dtype, enabled=dtype is not torch.float32):
-            return distil(student, self.model, pixels, steps=self.a.tune, batch=self.task.batch, seed=seed)
+        return distil(
+            student, self.model, pixels, steps=self.a.tune, batch=self.task.batch, seed=seed,
+            dtype=getattr(torch, self.a.tune_dtype),
+        )  # fmt: skip
 
     def result(self, rows: dict[tuple[str, float], list[dict[str, Any]]], methods: dict[str, Any]) -> dict[str, Any]:
         """Rows with mean, spread and error, and each method's paired difference to the one that is compared with."""

@@ -24,7 +24,7 @@ from sections.personal import (
     lora_export,
 )
 from sections.timing import export_speed, latency, search_step, speed, start, time_by_operation
-from sections.training import cait, distributed, search_runs, throughput, trained, tuning
+from sections.training import cait, cdcp, distributed, search_runs, throughput, trained, tuning
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results.md"
 INTRO = """# Results
@@ -84,6 +84,7 @@ SECTIONS = [
     ("Exported files against their models", "export-parity", export_parity),
     ("Exported in int8", "export-int8", export_int8),
     ("Tokens and channels after a short tuning", "cait", cait),
+    ("Trained channels beside the closed form", "cdcp", cdcp),
     ("A segmenter of nuclei, tuned on its teacher's maps", "nuclei", nuclei),
     ("What merging tokens costs", "token-overhead", token_overhead),
     ("Where the time of a forward goes", "time-by-operation", time_by_operation),

@@ -15,13 +15,21 @@ from .data import Pixels
 
 
 def distil(
-    student: nn.Module, teacher: nn.Module, pixels: Pixels, *, steps: int, batch: int, seed: int, rate: float = 5e-5
+    student: nn.Module,
+    teacher: nn.Module,
+    pixels: Pixels,
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    rate: float = 5e-5,
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Any]:
     """Train a model in place for some steps to say what the teacher says. No labels; half of the batches are mirrored.
 
     Classes by KL divergence, maps by cross-entropy of every pixel with the teacher's probability. AdamW, the rate up
-    over a tenth of the steps and then down by a cosine; batch norms of a decoder keep their statistics. Returns the
-    loss of the first and the last tenth.
+    over a tenth of the steps and then down by a cosine; batch norms of a decoder keep their statistics. Products are
+    computed in ``dtype``, by autocast. Returns the loss of the first and the last tenth.
     """
     generator = torch.Generator().manual_seed(seed)
     device = next(student.parameters()).device
@@ -34,9 +42,10 @@ def distil(
     losses: list[float] = []
     for _ in range(steps):
         images = _drawn(pixels, batch, generator).to(device)
-        with torch.no_grad():
-            aim = model_output(teacher, images)
-        loss = distance(model_output(student, images), aim)
+        with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):  # anew each step: it keeps casts
+            with torch.no_grad():
+                aim = model_output(teacher, images)
+            loss = distance(model_output(student, images), aim)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(wanted, 1.0)

@@ -82,6 +82,25 @@ def cait(r: dict[str, Any]) -> str:
     return f"{about}\n\n{rows_of(head, rows)}\n\n{where(r)}"
 
 
+def cdcp(r: dict[str, Any]) -> str:
+    """Gates that are trained beside the closed form on the same sites, at equal cost and equal training."""
+    called = {
+        "ranks + units": "closed form, every form", "channels": "closed form, the sites that gates act on",
+        "cdcp": "gates that begin at the closed form", "cdcp blind": "gates that begin at nothing",
+    }  # fmt: skip
+    rows = [
+        [f"−{100 * x['saving']:g} %", called[x["way"]], f"{x['top1_mean']:.2f} ± {x['top1_spread']:.2f}",
+         f"{x['returned_mean']:.0f}", x["seeds"]] for x in r["rows"]
+    ]  # fmt: skip
+    s = r["settings"]
+    about = (
+        f"`{s['model']}`, dense {r['dense']:.2f}; {s['tune']['epochs']:g} epochs of training for every way, the dense "
+        "model being the teacher; mean ± standard deviation over seeds. What came back are channels that gates had "
+        "shut and opened again."
+    )
+    return f"{about}\n\n{rows_of(['parameters', 'way', 'top-1', 'came back', 'seeds'], rows)}\n\n{where(r)}"
+
+
 def search_runs(r: dict[str, Any]) -> str:
     """Where long searches end."""
     rows = [
