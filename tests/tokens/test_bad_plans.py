@@ -117,6 +117,29 @@ def test_models_without_a_class_token_and_with_registers(settings: dict[str, Any
     assert handle.revert()(X).equal(before)
 
 
+@pytest.mark.parametrize("form", ["similar", "grid"])
+def test_a_plan_for_fewer_registers_is_refused(form: str) -> None:
+    plan, model = plan_of(tiny_vit(), form), tiny_vit(reg_tokens=4)
+    before = model(X)
+    with pytest.raises(PlanError, match="1 tokens in front of the picture's, the model has 5"):
+        comcat.apply_(model, plan)
+    assert model(X).equal(before)
+    comcat.apply_(tiny_vit(), plan)
+
+
+def test_a_plan_for_fewer_registers_is_refused_by_a_config() -> None:
+    import transformers as tf
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    dinov2 = tf.Dinov2Model(tf.Dinov2Config(image_size=32, patch_size=8, **sizes)).eval()
+    more = tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(image_size=32, patch_size=8, **sizes)).eval()
+    site = find_trunk(dinov2, X[:1]).sites[0]
+    plan = Plan(sites={site.name: token_entry(site, "similar", 6)})
+    comcat.apply_(dinov2, plan)
+    with pytest.raises(PlanError, match="the model has 5"):
+        comcat.apply_(more, plan)
+
+
 def test_calibration_that_shows_nothing() -> None:
     for empty in ([], [torch.zeros(0, 3, 32, 32)]):
         with pytest.raises(ComcatError):

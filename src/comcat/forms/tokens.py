@@ -110,6 +110,7 @@ class Tokens:
 
     def apply(self, model: nn.Module, planned: Sequence[Planned], material: Material) -> Undo:
         site, entry = planned[0].site, planned[0].entry
+        _check_front(model, site, entry.details["tokens"])
         block = part(model, site.path)
         base, told = type(block), dict(entry.details["tokens"])
         reduction = _BUILDERS[self.name](block, site, entry, told).train(block.training)
@@ -126,6 +127,25 @@ class Tokens:
                 watch.remove()
 
         return undo
+
+
+def _check_front(model: nn.Module, site: TokenSite, told: Mapping[str, Any]) -> None:
+    """A plan for fewer class tokens and registers than the model says it has would merge them with the picture's."""
+    front, path = told["prefix"] - told.get("suffix", 0), site.path
+    while path:
+        path = path.rpartition(".")[0]
+        stated = _stated_front(part(model, path) if path else model)
+        if stated is not None and stated > front:
+            raise PlanError(
+                f"{site.name}: the plan was made for {front} tokens in front of the picture's, the model has {stated}"
+            )
+
+
+def _stated_front(module: nn.Module) -> int | None:
+    """How many tokens a module says it puts in front: as timm says it, or as a config of transformers does."""
+    registers = getattr(getattr(module, "config", None), "num_register_tokens", None)
+    stated = getattr(module, "num_prefix_tokens", None if registers is None else 1 + registers)
+    return stated if isinstance(stated, int) else None
 
 
 def _check_grid(name: str, entry: SitePlan, told: Mapping[str, Any]) -> None:

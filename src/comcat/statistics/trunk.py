@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import ModelError
+from ..errors import ModelError, NumericsError
 from ..hosts.blocks import Anatomy, objection_or_anatomy
 from ..hosts.symmetry import structure
 from ..measure.running import call, evaluating
@@ -214,6 +214,8 @@ def _first_tokens(model: nn.Module, example: Any, images: Tensor, changed: Tenso
 
 def _beside(model: nn.Module, example: Any, images: Tensor, block: str, rows: Tensor) -> tuple[int, int]:
     """Tokens in front and at the end that no picture changes: class tokens and registers; detection tokens."""
+    if not rows.isfinite().all():
+        raise NumericsError("the tokens of the first block hold NaN or infinite values on the pictures")
     other = _first_tokens(model, example, images, images.flip(-1).roll(1, 0) * -0.7 + 0.3, block)
     if other.shape != rows.shape:
         raise ModelError("the number of tokens depends on what the picture shows")
