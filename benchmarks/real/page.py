@@ -36,12 +36,22 @@ def real(r: dict[str, Any]) -> str:
     return "\n\n".join([
         f"{r['about']}; {r['judged']} pictures judged, {r['calibration_pictures']} to calibrate on, {tuned}. Dense: "
         f"{r['dense']['score']:.2f} (error from the choice of pictures "
-        f"{r['dense']['picture_error']:.2f}). {r['measure']} with parameters of the whole model saved, mean ± standard "
+        f"{r['dense']['picture_error']:.2f}). {r['measure']} with {_saved(r['settings']['methods'])}, mean ± standard "
         "deviation over seeds:",
         told, *_alike(r, rows, methods, budgets),
         f"Paired differences, {against} (in brackets: standard error over seeds; from the choice of pictures):",
         paired, where(r),
     ])  # fmt: skip
+
+
+def _saved(methods: dict[str, Any]) -> str:
+    """What the budgets of all rows are a share of."""
+    kinds = {
+        "tokens left out, on the mean over blocks" if {"merge", "published"} & set(k)
+        else "multiply-accumulates of the whole model saved" if k.get("budget") == "macs"
+        else "parameters of the whole model saved" for k in methods.values()
+    }  # fmt: skip
+    return " or ".join(sorted(kinds, reverse=True))
 
 
 def _alike(r: dict[str, Any], rows: dict[Any, Any], methods: list[str], budgets: list[float]) -> list[str]:
