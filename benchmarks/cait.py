@@ -2,7 +2,7 @@
 
     python benchmarks/cait.py                              # the small CIFAR ViT, one epoch a run, 3 seeds
     python benchmarks/cait.py --variants dense both --seeds 1
-    python benchmarks/cait.py --model dinov2-small --epochs 0.15 --judged 2000 --name cait-dinov2-small
+    python benchmarks/cait.py --model dinov2-small --epochs 0.1 --lr 2e-5 --judged 2000 --name cait-dinov2-small
 
 For every variant and seed: a plan that saves a share of the MACs (channels: ranks and hidden units; tokens: look-alikes
 or windows of the grid; both: the one choice over all), the closed-form weights, and the same tuning with the model
@@ -45,6 +45,7 @@ def main() -> None:
     p = common.training_parser(__doc__, "cait")
     p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     p.add_argument("--judged", type=int, help="judge so many validation pictures; by default all")
+    p.add_argument("--lr", type=float, default=TUNE["lr"], help="of tuning")
     a = p.parse_args()
     model, train, judged = common.opened(a)
     if a.judged:
@@ -55,7 +56,8 @@ def main() -> None:
         for variant in a.variants:
             path = a.work / Path(a.model).name / f"{variant}-{seed}-{a.epochs:g}.json"
             asked = {k: getattr(a, k) for k in ("limit", "pictures", "data", "eval")}
-            asked |= {"tune": TUNE, "variant": VARIANTS[variant]} | ({"judged": a.judged} if a.judged else {})
+            asked |= {"tune": TUNE | {"lr": a.lr}, "variant": VARIANTS[variant]}
+            asked |= {"judged": a.judged} if a.judged else {}
             run = common.kept_result(path, asked, partial(one_run, a, model, train, judged, variant, seed))
             print(f"{variant} seed {seed}: {run['before']:.2f} → {run['after']:.2f} ({dense:.2f} dense)", flush=True)
             runs.append(run)
@@ -64,7 +66,7 @@ def main() -> None:
         print(row)
     if not a.no_write:
         shown = [{k: v for k, v in run.items() if k != "plan"} for run in runs]
-        settings = {**common.settings_of(a), "tune": TUNE}
+        settings = {**common.settings_of(a), "tune": TUNE | {"lr": a.lr}}
         common.write(a.name, {"dense": dense, "settings": settings, "rows": rows, "runs": shown})
 
 
@@ -86,7 +88,7 @@ def one_run(a: Any, model: torch.nn.Module, train: Any, judged: Any, variant: st
     small, plan = plan_for(a, model, train, variant, seed)
     example = torch.zeros(1, 3, *comcat.preprocess_of(model).size)
     before, start = common.top1(small, judged), time.monotonic()
-    tuned = comcat.tune(small, train, teacher=model, epochs=a.epochs, seed=seed, **TUNE)
+    tuned = comcat.tune(small, train, teacher=model, epochs=a.epochs, seed=seed, **TUNE | {"lr": a.lr})
     return {
         "variant": variant, "seed": seed, "before": before, "after": common.top1(tuned, judged),
         "macs": comcat.count_macs(small, example) / comcat.count_macs(model, example),
