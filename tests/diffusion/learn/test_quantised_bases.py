@@ -13,7 +13,7 @@ import comcat.diffusion as cd
 from comcat.diffusion.learn.holdings import Holdings, check_fits, holdings_of
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import family_of
-from comcat.errors import MemoryShortage, UnsupportedSite
+from comcat.errors import MemoryShortage, ModelError, UnsupportedSite
 
 from .. import tiny
 from ..newer import NEWER
@@ -88,6 +88,95 @@ def test_its_weights_are_not_written_to(quantise: Any, said: str, tmp_path: Path
         with pytest.raises(UnsupportedSite, match=said):
             write()
     assert torch.equal(picture(pipe), before) and not (tmp_path / "lora.safetensors").exists()
+
+
+class State:
+    packing_format_for_cpu = False
+
+
+class Packing(nn.Linear):
+    """As bitsandbytes' layers of 4 bit on CPUs with AVX-512 in bfloat16: a call without gradients packs the weights,
+    and then none passes.
+    """
+
+    support_avx512bf16_for_cpu = False
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
+        self.load_state_dict(plain.state_dict())
+        self.support_avx512bf16_for_cpu = True
+        self.weight.quant_state = State()  # type: ignore[attr-defined]
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        state = self.weight.quant_state  # type: ignore[attr-defined]
+        if self.support_avx512bf16_for_cpu and not self.training and not input.requires_grad:
+            state.packing_format_for_cpu = True
+        made = super().forward(input)
+        return made.detach() if state.packing_format_for_cpu else made
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.weight.quant_state.packing_format_for_cpu = False  # type: ignore[attr-defined]
+        super()._save_to_state_dict(*args)
+
+
+def exchanged(model: nn.Module, kind: Any) -> list[Any]:
+    made = []
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            parent, _, last = name.rpartition(".")
+            made.append(kind(module))
+            setattr(model.get_submodule(parent), last, made[-1])
+    return made
+
+
+def test_layers_that_pack_themselves_for_inference_learn_all_the_same(tmp_path: Path) -> None:
+    learned = {}
+    for kind in (None, Packing):
+        pipe = tiny.stable_diffusion(tmp_path / "parts")
+        layers = exchanged(pipe.unet, kind) if kind else []
+        picture(pipe)
+        assert all(one.weight.quant_state.packing_format_for_cpu for one in layers)
+        adapter = cd.customize(
+            pipe, tiny.pictures(2), prompt=PROMPT, steps=2, resolution=16, lr=0.05, sample_every=1, sample_steps=1,
+            out=tmp_path / f"{kind}.safetensors",
+        )  # fmt: skip
+        assert all(one.support_avx512bf16_for_cpu for one in layers)
+        learned[kind] = adapter.named_parameters()
+    for name, parameter in learned[None].items():
+        torch.testing.assert_close(learned[Packing][name], parameter)
+
+
+def test_layers_that_cannot_be_unpacked_are_told(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion(tmp_path / "parts")
+    stuck = exchanged(pipe.unet, Packing)[0]
+    stuck._save_to_state_dict = lambda *args: None
+    picture(pipe)
+    with pytest.raises(ModelError, match=r"packed its weights for inference on this CPU.*load the pipeline anew"):
+        cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=1, resolution=16)
+
+
+def test_layers_that_are_not_quantised_yet_are_told_before_the_work(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion(tmp_path / "parts")
+    pipe.unet.time_embedding.linear_1.weight.quant_state = None
+    with pytest.raises(ModelError, match=r"unet.time_embedding.linear_1 is a Linear whose weights are not quantised"):
+        cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=1, resolution=16)
+
+
+def test_bitsandbytes_learns_on_a_cpu(tmp_path: Path) -> None:
+    library = pytest.importorskip("bitsandbytes")
+    pipe = tiny.stable_diffusion(tmp_path / "parts")
+
+    def of_4_bit(plain: nn.Linear) -> Any:
+        made = library.nn.Linear4bit(plain.in_features, plain.out_features, plain.bias is not None, torch.float32)
+        made.load_state_dict(plain.state_dict())
+        return made
+
+    exchanged(pipe.unet, of_4_bit)
+    with pytest.raises(ModelError, match="is a Linear4bit whose weights are not quantised yet"):
+        cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=1, resolution=16)
+    pipe.unet.to("cpu")
+    adapter = cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=2, resolution=16, lr=0.05)
+    assert all(p.isfinite().all() and p.any() for p in adapter.parameters())
 
 
 def test_what_a_run_holds_is_said_before_it(tmp_path: Path) -> None:

@@ -12,12 +12,19 @@ from torch import nn
 from ...errors import ModelError
 from .families import Family
 
+_PLAIN = object()
+_PACKS = "support_avx512bf16_for_cpu"
+"""Of bitsandbytes' layers of 4 bit: whether they pack their weights for this CPU."""
+
 
 def check_whole(pipe: Any) -> None:
-    """Raises ModelError if hooks of accelerate or diffusers act in the pipeline's parts. A step of training needs the
-    denoiser's weights in place until its gradients are computed, in one type, and all of it computed.
+    """Raises ModelError if hooks of accelerate or diffusers act in the pipeline's parts, or layers of 4 bit are not
+    ready. A step of training needs the denoiser's weights in place until its gradients are computed, in one type, and
+    all of it computed.
     """
     parts = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    for name, part in parts.items():
+        _check_quantised(name, part)
     hooks_of = {n: _hooks(m) for n, m in parts.items()}
     if moved := [n for n, m in parts.items() if hasattr(m, "_hf_hook") or "group_offloading" in hooks_of[n]]:
         raise ModelError(
@@ -36,6 +43,38 @@ def check_whole(pipe: Any) -> None:
                 f"hooks of diffusers act in the {name} ({', '.join(sorted(hooks))}), so that a step need not compute "
                 "all of it: take them out, disable_cache() those of a cache"
             )
+
+
+def _check_quantised(name: str, part: nn.Module) -> None:
+    """bitsandbytes quantises a layer when it first moves; until then its weights have a state that is None."""
+    for path, module in part.named_modules():
+        if getattr(getattr(module, "weight", None), "quant_state", _PLAIN) is None:
+            raise ModelError(
+                f"{name}.{path} is a {type(module).__name__} whose weights are not quantised yet: move the pipeline to "
+                "its device first, pipe.to('cuda')"
+            )
+
+
+@contextmanager
+def _unpacked(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """On some CPUs bitsandbytes packs layers of 4 bit for inference at their first call, and then no gradient passes
+    them: they are unpacked, and stay so.
+    """
+    packing = [m for part in modules for m in part.modules() if vars(m).get(_PACKS)]
+    for module in packing:
+        module.state_dict()  # in which its weights are unpacked
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            raise ModelError(
+                f"a {type(module).__name__} has packed its weights for inference on this CPU, and no gradient passes "
+                "them: load the pipeline anew and customize it before it draws"
+            )
+    for module in packing:
+        setattr(module, _PACKS, False)
+    try:
+        yield
+    finally:
+        for module in packing:
+            setattr(module, _PACKS, True)
 
 
 def _hooks(part: nn.Module) -> set[str]:
@@ -70,7 +109,8 @@ def frozen(family: Family) -> Iterator[None]:
     for parameter, _ in parameters:
         parameter.requires_grad_(False)
     try:
-        yield
+        with _unpacked(modules):
+            yield
     finally:
         for parameter, before in parameters:
             parameter.requires_grad_(before)
