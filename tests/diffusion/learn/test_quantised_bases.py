@@ -114,9 +114,9 @@ class Packing(nn.Linear):
         made = super().forward(input)
         return made.detach() if state.packing_format_for_cpu else made
 
-    def _save_to_state_dict(self, *args: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: Any, keep_vars: Any) -> None:
         self.weight.quant_state.packing_format_for_cpu = False  # type: ignore[attr-defined]
-        super()._save_to_state_dict(*args)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def exchanged(model: nn.Module, kind: Any) -> list[Any]:
