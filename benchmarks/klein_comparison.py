@@ -73,7 +73,7 @@ OURS = (
     ("transformer_blocks.2",),
     ("single_transformer_blocks.0", "single_transformer_blocks.1", "single_transformer_blocks.2"),
 )
-DRIFT_PROMPTS = (
+DRIFT_PROMPTS: tuple[str, ...] = (
     "a photo of a cat", "a cat asleep on a sofa", "a drawing of a cat in coloured pencil", "a cat beside a window",
     "a photo of a dog in a park", "a bridge over a river at night", "a portrait of an old woman, oil on canvas",
     "a man on a bicycle", "a shop window with the words open today", "a design for a lamp that looks like a mushroom",
@@ -124,7 +124,7 @@ class Comparison:
     def __init__(self, a: argparse.Namespace) -> None:
         self.a = a
         self.train, self.validation, self.test = split(a.concept)
-        self.unrelated = list(DRIFT_PROMPTS) if a.drift_prompts is None else read_prompts(a.drift_prompts)
+        self.unrelated: list[str] = list(DRIFT_PROMPTS) if a.drift_prompts is None else read_prompts(a.drift_prompts)
         a.work.mkdir(parents=True, exist_ok=True)
         self.extractor = similarity_extractor(a.features, Opening(device=a.device))
 
