@@ -124,7 +124,7 @@ def exchanged(model: nn.Module, kind: Any) -> list[Any]:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             parent, _, last = name.rpartition(".")
-            made.append(kind(module))
+            made.append(kind(module).eval())
             setattr(model.get_submodule(parent), last, made[-1])
     return made
 
