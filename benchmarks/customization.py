@@ -19,12 +19,15 @@ mean of the concept's recognition and the other digits' accuracy. Features for K
 classifier's last layer (comcat.diffusion.digits.recogniser), trained apart on real scans: they compare methods here and
 nothing else.
 
-Every (mode, method, seed) is kept in ``--work``; a killed run goes on where it stopped.
+Every (mode, method, seed) is kept in ``--work``; a killed run goes on where it stopped. ``--add`` puts methods into
+the result that is committed for this machine, if what it was asked is the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import re
 import statistics
 import time
@@ -279,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--tuning-samples", type=int, default=207)
     p.add_argument("--reach", type=int, default=1, help="grid points on either side of 1e-3 to begin with")
     p.add_argument("--quick", action="store_true", help="a smoke test: a hardly trained pipeline, 2 steps, one rate")
+    p.add_argument("--add", action="store_true", help="put these methods into the result that is there; no figure")
     a = p.parse_args(arguments)
     if a.quick:
         a.steps, a.samples, a.tuning_samples, a.class_count, a.sample_steps, a.reach, a.seeds = 2, 18, 9, 4, 2, 0, [0]
@@ -305,18 +309,49 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 sheets.setdefault(name, sheet)
             every += runs
             modes[mode][name] = summary(runs)
-        figures.append(str(figure(a, mode, sheets, a.work if a.no_write else RESULTS / machine())))
+        if not a.add:
+            figures.append(str(figure(a, mode, sheets, a.work if a.no_write else RESULTS / machine())))
     print_tables(modes, untouched)
     result = {
-        "settings": {k: v for k, v in vars(a).items() if k not in ("work", "no_write", "pipeline")},
+        "settings": {k: v for k, v in vars(a).items() if k not in UNSAID},
         "features": f"{harness.concept.shape[1]} of the digit classifier's last layer",
         "real_pictures": len(harness.concept),
         "concept": LEFT_OUT, "untouched": untouched, "modes": modes, "rates": rates, "runs": every,
         "figures": [Path(f).name for f in figures],
     }  # fmt: skip
+    if a.add:
+        result = added(json.loads((RESULTS / machine() / "customization.json").read_text()), result)
     if not a.no_write:
         write("customization", result)
     return result
+
+
+UNSAID = ("work", "no_write", "pipeline", "add")
+
+
+def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with the methods of a new one. Exits unless both were asked the same, and of the same pipeline."""
+    free = ("modes", "methods")
+    for key in new["settings"].keys() - {*free}:
+        if there["settings"][key] != new["settings"][key]:
+            raise SystemExit(
+                f"{key}: got {new['settings'][key]}, the result that is there has {there['settings'][key]}"
+            )
+    for key, value in new["untouched"].items():
+        if not math.isclose(value, there["untouched"][key], rel_tol=1e-3, abs_tol=1e-3):
+            raise SystemExit(f"the pipeline is another: {key} is {value:g}, and was {there['untouched'][key]:g}")
+    told = there["settings"] | {
+        "methods": list(dict.fromkeys([*there["settings"]["methods"], *new["settings"]["methods"]]))
+    }
+    names = {method for methods in new["modes"].values() for method in methods}
+    kept = [run for run in there["runs"] if run["method"] not in names or run["mode"] not in new["modes"]]
+    return {
+        **{key: value for key, value in there.items() if key in new},
+        "settings": told,
+        "modes": {mode: own | new["modes"].get(mode, {}) for mode, own in there["modes"].items()},
+        "rates": {mode: own | new["rates"].get(mode, {}) for mode, own in there["rates"].items()},
+        "runs": [*kept, *new["runs"]],
+    }
 
 
 if __name__ == "__main__":

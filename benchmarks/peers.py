@@ -66,16 +66,16 @@ class Method:
 
 def comcat_cross(
     family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), token: str | None = None,
-    dropout: float = 0.0, **_: Any,
+    dropout: float = 0.0, adapter: str = "default", **_: Any,
 ) -> Method:  # fmt: skip
     """Eq. 8 at rank 2; with ``token``, its embedding as well. The empty prompt is protected like the others, unless
     pictures are shown under it.
     """
-    adapter = diffusion.attach(family.pipe, rank=2, where=where, seed=seed)
-    constrain = Protection(family, adapter, protect, dropout=dropout).apply if protect else lambda: None
+    attached = diffusion.attach(family.pipe, rank=2, where=where, seed=seed, name=adapter)
+    constrain = Protection(family, attached, protect, dropout=dropout).apply if protect else lambda: None
     undo = ExitStack()
-    undo.callback(diffusion.unload, family.pipe, adapter.name)
-    trained = adapter.named_parameters() | _embedding(family, token, undo)
+    undo.callback(diffusion.unload, family.pipe, adapter)
+    trained = attached.named_parameters() | _embedding(family, token, undo)
     return Method(trained, live_text=token is not None, constrain=constrain, undo=undo, caption_dropout=dropout)
 
 
@@ -83,12 +83,14 @@ def comcat_all(family: Family, seed: int, **_: Any) -> Method:
     return comcat_cross(family, seed, where="all")
 
 
-def comcat_protected(family: Family, seed: int, protect: Sequence[str] = (), **_: Any) -> Method:
-    return comcat_cross(family, seed, protect=protect)
+def comcat_protected(
+    family: Family, seed: int, protect: Sequence[str] = (), adapter: str = "default", **_: Any
+) -> Method:
+    return comcat_cross(family, seed, protect=protect, adapter=adapter)
 
 
-def comcat_plain(family: Family, seed: int, **_: Any) -> Method:
-    return comcat_cross(family, seed)
+def comcat_plain(family: Family, seed: int, adapter: str = "default", **_: Any) -> Method:
+    return comcat_cross(family, seed, adapter=adapter)
 
 
 def custom_diffusion(family: Family, seed: int, token: str | None = None, **_: Any) -> Method:
@@ -120,24 +122,33 @@ def dreambooth(family: Family, seed: int, **_: Any) -> Method:
     return Method(_asking({f"unet.{n}": p for n, p in family.denoiser.named_parameters()}), regularised=True)
 
 
-def lora(family: Family, seed: int, rank: int = 4, modules: list[str] | str = ATTENTION, **_: Any) -> Method:
+def lora(
+    family: Family, seed: int, rank: int = 4, modules: list[str] | str = ATTENTION, adapter: str = "default", **_: Any
+) -> Method:  # fmt: skip
     from peft import LoraConfig
 
     settings = {"r": rank, "lora_alpha": rank, "init_lora_weights": "gaussian", "target_modules": modules}
-    return _peft(family, seed, LoraConfig(**settings), "lora_")
+    return _peft(family, seed, LoraConfig(**settings), "lora_", adapter)
 
 
-def lokr(family: Family, seed: int, rank: int = 4, **_: Any) -> Method:
+def lokr(
+    family: Family, seed: int, rank: int = 4, factor: int = -1, adapter: str = "default", **_: Any
+) -> Method:  # fmt: skip
+    """``factor``: side of the smaller matrix of each product; −1: as square as may be."""
     from peft import LoKrConfig
 
-    return _peft(family, seed, LoKrConfig(r=rank, alpha=rank, target_modules=ATTENTION), "lokr_")
+    config = LoKrConfig(r=rank, alpha=rank, target_modules=ATTENTION, decompose_factor=factor)
+    return _peft(family, seed, config, "lokr_", adapter)
 
 
-def _peft(family: Family, seed: int, config: Any, mark: str) -> Method:
+def _peft(family: Family, seed: int, config: Any, mark: str, adapter: str) -> Method:
+    """PEFT's adapter of a name, beside those that are there: all act, the new one is trained."""
     denoiser: Any = family.denoiser
     torch.manual_seed(seed)
-    denoiser.add_adapter(config)
-    method = Method(_asking({f"unet.{n}": p for n, p in denoiser.named_parameters() if mark in n}))
+    denoiser.add_adapter(config, adapter)
+    denoiser.set_adapters(list(denoiser.peft_config))
+    own = {f"unet.{n}": p for n, p in denoiser.named_parameters() if mark in n and adapter in n.split(".")}
+    method = Method(_asking(own))
     method.undo.callback(denoiser.unload_lora)
     return method
 

@@ -22,6 +22,7 @@ from sections.personal import (
     card_adapter,
     customization,
     lora_export,
+    two_concepts,
 )
 from sections.timing import export_speed, latency, search_step, speed, start, time_by_operation
 from sections.training import cait, cdcp, distributed, search_runs, throughput, trained, tuning
@@ -96,6 +97,7 @@ SECTIONS = [
     ("Where an adapter's bytes lie", "adapter-bytes", adapter_bytes),
     ("An adapter as a plain LoRA", "lora-export", lora_export),
     ("Options of learning a concept", "adapter-options", adapter_options),
+    ("Two concepts at once", "two-concepts", two_concepts),
     ("Several processes, and runs that are killed", "distributed", distributed),
     ("Throughput of tuning", "throughput", throughput),
     ("A DeiT-tiny for CIFAR-10", "train-", trained),

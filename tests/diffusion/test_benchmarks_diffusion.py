@@ -28,6 +28,7 @@ def scripts(monkeypatch, tmp_path):
         "lora_export",
         "adapter_bytes",
         "adapter_options",
+        "two_concepts",
         *PAPER,
     ):
         sys.modules.pop(name, None)
@@ -197,11 +198,95 @@ def test_bytes_of_choices(scripts, capsys):
 def test_options_of_adapters(scripts):
     import adapter_options
 
-    given = ["--quick", "--work", str(scripts / "work"), "--options", "plain", "with a bar, masked"]
+    options = ["plain", "with a bar, masked", "rank by time, drawn so too", "orthogonal start", "decoupled scale"]
+    given = ["--quick", "--work", str(scripts / "work"), "--options", *options, "words protected, new token"]
     found = adapter_options.main(given)
-    assert found["options"].keys() == {"plain", "with a bar, masked"}
+    assert list(found["options"]) == [*options, "words protected, new token"]
     assert all(0 <= run["recognised"] <= 1 for own in found["runs"].values() for run in own)
     assert adapter_options.has_bar(adapter_options.barred(adapter_options.digit_pictures(7, 1)[0]))
+
+
+def test_ways_to_train_an_adapter(scripts):
+    """Gates leave the first channels at noisy times and all at clean ones; starts and magnitudes are what they say."""
+    from types import SimpleNamespace
+
+    import adapter_options
+
+    import comcat.diffusion as cd
+    from comcat.diffusion.digits.embedded import build
+
+    pipe = build()
+    adapter = cd.attach(pipe, rank=4, init="random")
+    learner = SimpleNamespace(adapter=adapter, protection=SimpleNamespace(factors=[]))
+    terms = next(iter(adapter.terms.values()))
+    tokens = torch.randn(2, 3, terms.q_up.shape[1])
+    adapter_options.rank_by_time(pipe, learner)
+    text, latents = torch.randn(2, 5, 64), torch.randn(2, 3, 8, 8)
+    pipe.unet(latents, torch.tensor([0, 999]), text)
+    kept = terms("q", tokens).abs().sum((1, 2)).bool().tolist()
+    assert kept == [[True] * 4, [True, False, False, False]]
+    with torch.no_grad():
+        assert terms("q", tokens).all()  # where pictures are drawn, all channels act
+    adapter_options.orthogonal(pipe, learner)
+    gram = terms.q_up @ terms.q_up.mT
+    assert torch.allclose(gram, gram[0, 0] * torch.eye(len(gram)), atol=1e-5)
+    before = pipe.unet(latents, torch.tensor([5, 5]), text).sample
+    adapter_options.decoupled(pipe, learner)
+    assert not terms.k_down.any() and not terms.out_up.any() and terms.k_down.isfinite().all()
+    assert not torch.equal(pipe.unet(latents, torch.tensor([5, 5]), text).sample, before)
+    assert learner.protection.factors[0] is terms.parametrizations.k_down.original1
+
+
+def test_prompts_drawn_from_the_vocabulary(scripts):
+    import adapter_options
+
+    from comcat.diffusion.digits.embedded import build
+
+    tokenizer = build().tokenizer
+    drawn = adapter_options.drawn_prompts(tokenizer, "a photo of V* dog", 50, seed=3)
+    assert drawn == adapter_options.drawn_prompts(tokenizer, "a photo of V* dog", 50, seed=3)
+    assert len(set(drawn)) > 40 and not any("V*" in prompt for prompt in drawn)
+    assert all(prompt.startswith("a photo of ") and prompt.endswith(" dog") for prompt in drawn)
+    assert any("three" in prompt for prompt in drawn)
+
+
+@pytest.mark.slow
+def test_two_concepts(scripts, capsys):
+    import two_concepts
+
+    given = ["--quick", "--work", str(scripts / "work"), "--methods", "comcat, protected", "LoRA"]
+    first = two_concepts.main(given)
+    assert list(first["methods"]) == ["comcat, protected", "LoRA"] and "kept at least" in capsys.readouterr().out
+    assert two_concepts.main(given)["runs"] == first["runs"]  # everything is kept
+    assert (
+        json.loads(next((scripts / "results").rglob("two-concepts.json")).read_text())["concepts"]["W*"]["digit"] == 4
+    )
+
+
+def test_two_adapters_of_a_kind_act_together(scripts):
+    """Also where the later one is PEFT's, which lets only the newest act by itself."""
+    import two_concepts
+
+    from comcat.diffusion.digits.embedded import build
+    from comcat.diffusion.pipeline.families import family_of
+
+    for name in ("comcat", "LoRA", "LoKr"):
+        family = family_of(build())
+        noisy, times, conditions = torch.randn(1, 3, 8, 8), torch.tensor([50]), family.encode(["a photo of V*"])
+        outputs = [family.predict(noisy, times, conditions)]
+        for concept in two_concepts.CONCEPTS:
+            method = two_concepts.attached(family, name, concept, seed=0)
+            assert len(method.trained) == len(set(method.trained.values()))
+            with torch.no_grad():
+                for parameter in method.trained.values():
+                    parameter.normal_(std=0.2)
+            outputs.append(family.predict(noisy, times, conditions))
+        both = outputs[2]
+        with torch.no_grad():
+            for parameter in method.trained.values():
+                parameter.zero_()
+        torch.testing.assert_close(family.predict(noisy, times, conditions), outputs[1])
+        assert not torch.allclose(both, outputs[1]) and not torch.allclose(outputs[1], outputs[0])
 
 
 def test_adapter_cost(scripts, capsys):

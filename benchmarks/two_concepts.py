@@ -1,0 +1,200 @@
+"""Two concepts in one pipeline: adapters that were taught alone, loaded together.
+
+    python benchmarks/two_concepts.py --work runs/benchmark-two-concepts
+
+``V*`` becomes the digit that the embedded pipeline was not taught, ``W*``, a token of its own as well, another digit
+upside down; each is taught by an adapter that knows nothing of the other. ``alone`` and ``together`` are the shares of
+a concept's pictures that a classifier trained apart takes for its digit, turned back where that is upside down;
+``others``, of the nine that the pipeline knows.
+
+Every method trains as in ``customization.py`` (10 pictures, AdamW, linear decay, no prior preservation), at the rate
+that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise.
+Every (method, seed) is kept in ``--work``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import kept_result, parser, spread, table, write
+from diffusers.utils import logging as diffusers_logging
+from peers import METHODS, Kind, Method, cached_source
+from PIL import Image
+
+import comcat.diffusion as diffusion
+from comcat.diffusion.digits.embedded import digits_pipeline
+from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
+from comcat.diffusion.digits.scans import IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
+from comcat.diffusion.learn.optimisation import Optimisation
+from comcat.diffusion.learn.settings import CustomizeSettings
+from comcat.diffusion.pipeline.families import Family, family_of
+from comcat.diffusion.pipeline.noising import noising_of
+from comcat.diffusion.pipeline.residence import frozen
+from comcat.runs.loop import carry_out
+from comcat.runs.processes import Processes
+from comcat.runs.seeding import seeded
+
+
+@dataclass(frozen=True)
+class Concept:
+    word: str
+    digit: int
+    angle: int
+
+    @property
+    def prompt(self) -> str:
+        return prompt_of(self.word)
+
+    def pictures(self, seed: int) -> list[Image.Image]:
+        return [picture.rotate(self.angle) for picture in digit_pictures(self.digit, 10, seed=seed)]
+
+    def share_in(self, pictures: Sequence[Image.Image], recogniser: Recogniser) -> float:
+        return recogniser.rate([picture.rotate(-self.angle) for picture in pictures], self.digit)
+
+
+CONCEPTS = (Concept(IDENTIFIER, LEFT_OUT, 0), Concept("W*", 4, 180))
+OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
+TAUGHT: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "comcat": ("comcat", 1.8e-3, {}),
+    "comcat, protected": ("comcat, protected", 1.8e-2, {}),
+    "LoRA": ("LoRA", 1.8e-3, {"rank": 2}),
+    "LoKr": ("LoKr", 3.2e-3, {"factor": 2}),
+}
+"""By name: the method, the learning rate that customization.py found for it, and what else it is told."""
+
+
+def base(a: argparse.Namespace) -> Any:
+    """The embedded pipeline, with a token for the second concept."""
+    from tokenizers import AddedToken
+
+    pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.tokenizer.add_tokens([AddedToken(CONCEPTS[1].word, normalized=False)])
+    with seeded(0):
+        pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
+    return pipe
+
+
+def attached(family: Family, name: str, concept: Concept, seed: int) -> Method:
+    """A method's fresh adapter for a concept, named after it."""
+    kind, _, more = TAUGHT[name]
+    return METHODS[kind](
+        family, seed=seed, adapter=concept.word[0], protect=[prompt_of(digit) for digit in OTHERS], **more
+    )
+
+
+def learn(a: argparse.Namespace, family: Family, name: str, concept: Concept, seed: int) -> Method:
+    method = attached(family, name, concept, seed)
+    kinds = [Kind(concept.pictures(seed), concept.prompt, a.batch, 1.0)]
+    run = Optimisation(
+        family, noising_of(family.pipe.scheduler), method.trained,
+        cached_source(family, kinds, SIDE, seed, live_text=False),
+        CustomizeSettings(steps=a.steps, batch_size=a.batch, lr=TAUGHT[name][1], seed=seed),
+        Processes(cpu=family.device.type == "cpu"), constrain=method.constrain,
+    )  # fmt: skip
+    carry_out(run, run.processes)
+    return method
+
+
+def judged(a: argparse.Namespace, recogniser: Recogniser, pipe: Any, concepts: Sequence[Concept]) -> dict[str, float]:
+    """The shares of right pictures: of each concept by its word, and of the nine digits."""
+    each = -(-a.samples // len(OTHERS))
+    wanted = [(concept.prompt, n) for concept in concepts for n in range(a.samples)]
+    wanted += [(prompt_of(digit), n) for digit in OTHERS for n in range(each)]
+    found: dict[str, list[Image.Image]] = {}
+    for made in diffusion.generate(pipe, [], wanted=wanted, steps=a.sample_steps, guidance=2.0, batch_size=50, seed=1):
+        found.setdefault(made.prompt, []).append(made.image)
+    others = statistics.mean(recogniser.rate(found[prompt_of(digit)], digit) for digit in OTHERS)
+    return {c.word: c.share_in(found[c.prompt], recogniser) for c in concepts} | {"others": others}
+
+
+def taught(a: argparse.Namespace, recogniser: Recogniser, name: str, seed: int) -> dict[str, Any]:
+    """Each concept alone, then both adapters in a fresh pipeline."""
+    alone, learned = {}, []
+    for concept in CONCEPTS:
+        pipe = base(a)
+        family = family_of(pipe)
+        with frozen(family):
+            method = learn(a, family, name, concept, seed)
+        alone[concept.word] = judged(a, recogniser, pipe, [concept])
+        learned.append([p.detach().clone() for p in method.trained.values()])
+    pipe = base(a)
+    with torch.no_grad():
+        for concept, values in zip(CONCEPTS, learned, strict=True):
+            fresh = attached(family_of(pipe), name, concept, seed).trained.values()
+            for parameter, value in zip(fresh, values, strict=True):
+                parameter.copy_(value)
+    together = judged(a, recogniser, pipe, CONCEPTS)
+    return {
+        "trained": sum(v.numel() for v in learned[0]),
+        "alone": {word: shares[word] for word, shares in alone.items()},
+        "together": {concept.word: together[concept.word] for concept in CONCEPTS},
+        "others": {"alone": statistics.mean(s["others"] for s in alone.values()), "together": together["others"]},
+        "least_kept": min(together[c.word] / max(alone[c.word][c.word], 1e-9) for c in CONCEPTS),
+    }
+
+
+def main(given: Sequence[str] | None = None) -> dict[str, Any]:
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")
+    p = parser(__doc__)
+    p.add_argument("--work", type=Path, default=Path("runs/benchmark-two-concepts"), help="where runs are kept")
+    p.add_argument("--methods", nargs="*", default=list(TAUGHT), choices=list(TAUGHT))
+    p.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    p.add_argument("--steps", type=int, default=300)
+    p.add_argument("--batch", type=int, default=4)
+    p.add_argument("--samples", type=int, default=90, help="pictures of each concept, and of the nine together")
+    p.add_argument("--sample-steps", type=int, default=10)
+    p.add_argument("--quick", action="store_true", help="a smoke test: a hardly trained pipeline, 2 steps")
+    a = p.parse_args(given)
+    if a.quick:
+        a.steps, a.samples, a.sample_steps, a.seeds = 2, 9, 2, [0]
+    torch.set_grad_enabled(True)
+    diffusers_logging.disable_progress_bar()
+    recogniser = train_recogniser()
+    settings = {key: getattr(a, key) for key in ("steps", "batch", "samples", "sample_steps", "quick")}
+    before = kept_result(a.work / "untouched.json", settings, lambda: judged(a, recogniser, base(a), CONCEPTS))
+    print("untouched", before, flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in a.methods}
+    for seed in a.seeds:
+        for name in a.methods:
+            stem = f"two-{name.lower().replace(', ', '-')}-{seed}"
+            told = {**settings, "told": TAUGHT[name]}
+            run = partial(taught, a, recogniser, name, seed)
+            runs[name].append(kept_result(a.work / f"{stem}.json", told, run))
+            print(name, seed, runs[name][-1], flush=True)
+    methods = {name: summary(own) for name, own in runs.items()}
+    head = ["method", "trained", *(f"{c.word} {how} %" for c in CONCEPTS for how in ("alone", "together")),
+            "kept at least %", "the nine alone %", "together %"]  # fmt: skip
+    table(head, [[name, m["trained"], *(spread(m[key], 100) for key in SHARES)] for name, m in methods.items()])
+    concepts = {concept.word: {"digit": concept.digit, "angle": concept.angle} for concept in CONCEPTS}
+    result = {"settings": {**settings, "seeds": a.seeds}, "concepts": concepts, "untouched": before,
+              "methods": methods, "runs": runs}  # fmt: skip
+    if not a.no_write:
+        write("two-concepts", result)
+    return result
+
+
+SHARES = ("V* alone", "V* together", "W* alone", "W* together", "least kept", "others alone", "others together")
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means and standard deviations over seeds, by the names of ``SHARES``."""
+    values = {f"{c.word} {how}": [run[how][c.word] for run in runs] for c in CONCEPTS for how in ("alone", "together")}
+    values |= {f"others {how}": [run["others"][how] for run in runs] for how in ("alone", "together")}
+    values["least kept"] = [run["least_kept"] for run in runs]
+    return {"trained": runs[0]["trained"]} | {
+        key: {"mean": statistics.mean(own), "std": statistics.stdev(own) if len(own) > 1 else 0.0}
+        for key, own in values.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
