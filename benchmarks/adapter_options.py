@@ -20,7 +20,6 @@ with the bar, ``others`` the share of right ones among the nine other digits. Ev
 
 from __future__ import annotations
 
-import random
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import kept_result, parser, spread, table, write
+from peers import drawn_prompts
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
@@ -128,15 +128,6 @@ class Varied(Customization):
             yield learner
 
 
-def drawn_prompts(tokenizer: Any, prompt: str, count: int, seed: int) -> tuple[str, ...]:
-    """Prompts in which one to four random words of a tokenizer's vocabulary stand for V*."""
-    words = sorted(token[:-4] for token in tokenizer.get_vocab() if token.endswith("</w>") and token[:-4].isalpha())
-    chance = random.Random(seed)
-    return tuple(
-        prompt.replace(IDENTIFIER, " ".join(chance.choices(words, k=chance.randint(1, 4)))) for _ in range(count)
-    )
-
-
 def barred(picture: Image.Image) -> Image.Image:
     """The picture with its bar."""
     made = picture.copy()
@@ -168,7 +159,7 @@ def taught(
     pictures, prompt = digit_pictures(LEFT_OUT, 10, seed=seed), prompt_of(IDENTIFIER)
     pictures = [barred(picture) for picture in pictures] if bar else pictures
     if words:
-        protect = drawn_prompts(pipe.tokenizer, prompt, words, seed)
+        protect = drawn_prompts(pipe.tokenizer, prompt, IDENTIFIER, words, seed)
     chosen = SETTINGS | {"steps": a.steps, "batch_size": a.batch, "seed": seed, "protect": protect} | more
     with tempfile.TemporaryDirectory() as folder:
         if masked:

@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import json
+import math
 import re
 import shlex
 import statistics
@@ -68,6 +69,31 @@ def kept_result(path: Path, settings: dict[str, Any], make: Callable[[], dict[st
     result = make()
     write_json(path, {"settings": settings, "result": result})
     return result
+
+
+def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """A result with the methods of a new one. Exits unless both were asked the same, and of the same pipeline."""
+    free = ("modes", "methods")
+    for key in new["settings"].keys() - {*free}:
+        if there["settings"][key] != new["settings"][key]:
+            raise SystemExit(
+                f"{key}: got {new['settings'][key]}, the result that is there has {there['settings'][key]}"
+            )
+    for key, value in new["untouched"].items():
+        if not math.isclose(value, there["untouched"][key], rel_tol=1e-3, abs_tol=1e-3):
+            raise SystemExit(f"the pipeline is another: {key} is {value:g}, and was {there['untouched'][key]:g}")
+    told = there["settings"] | {
+        "methods": list(dict.fromkeys([*there["settings"]["methods"], *new["settings"]["methods"]]))
+    }
+    names = {method for methods in new["modes"].values() for method in methods}
+    kept = [run for run in there["runs"] if run["method"] not in names or run["mode"] not in new["modes"]]
+    return {
+        **{key: value for key, value in there.items() if key in new},
+        "settings": told,
+        "modes": {mode: own | new["modes"].get(mode, {}) for mode, own in there["modes"].items()},
+        "rates": {mode: own | new["rates"].get(mode, {}) for mode, own in there["rates"].items()},
+        "runs": [*kept, *new["runs"]],
+    }
 
 
 def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:

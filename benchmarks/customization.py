@@ -11,7 +11,8 @@ linear decay), noise and times by seed. Twice:
 
 ``comcat, protected`` has ``protect`` (see comcat.diffusion.learn.protection) with the prompts of the nine digits in
 place of, or in ``equal`` beside, class pictures; with ``new token`` V*'s embedding learns as well (``published``
-alone); with ``dropout`` so large a share of its pictures is shown under the empty prompt.
+alone); with ``dropout`` so large a share of its pictures is shown under the empty prompt. ``words protected`` has
+prompts of random words of the tokenizer's vocabulary in place of the nine's, so that nobody names any.
 
 Learning rates are tuned per method and mode, by the same rule for all: on a grid of factors √10 around 1e-3, on a seed
 that is not reported, until the best is no end of what was tried, then half a step to either side of it; best is the
@@ -27,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import statistics
 import time
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, kept_result, machine, parser, spread, table, write
+from common import RESULTS, added, kept_result, machine, parser, spread, table, write
 from diffusers.utils import logging as diffusers_logging
 from peers import METHODS, WITH_TOKEN, EncodingSource, Kind, Method, cached_source, peak_of_step
 from PIL import Image
@@ -110,7 +110,7 @@ class Harness:
         with frozen(family):
             method = METHODS[name](
                 family, seed=seed, protect=[prompt_of(digit) for digit in OTHERS],
-                token=IDENTIFIER if mode == "published" else None,
+                prompt=prompt_of(IDENTIFIER), token=IDENTIFIER if mode == "published" else None,
             )  # fmt: skip
             run = self.optimisation(family, method, mode, name, seed, lr)
             carry_out(run, run.processes)
@@ -278,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     p.add_argument("--sample-steps", type=int, default=20)
     p.add_argument("--guidance", type=float, default=2.0)
     p.add_argument("--class-count", type=int, default=200)
+    p.add_argument("--rate", type=float, help="the learning rate, which is then not looked for")
     p.add_argument("--tuning-seed", type=int, default=100)
     p.add_argument("--tuning-samples", type=int, default=207)
     p.add_argument("--reach", type=int, default=1, help="grid points on either side of 1e-3 to begin with")
@@ -298,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     for mode in a.modes:
         modes[mode], sheets = {}, {}
         for name in (n for n in a.methods if mode == "published" or n not in WITH_TOKEN):
-            lr, tried = tuned_rate(harness, mode, name)
+            lr, tried = (a.rate, {}) if a.rate else tuned_rate(harness, mode, name)
             rates.setdefault(mode, {})[name] = {"lr": lr, "scores": tried}
             runs = []
             for seed in a.seeds:
@@ -326,32 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return result
 
 
-UNSAID = ("work", "no_write", "pipeline", "add")
-
-
-def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A result with the methods of a new one. Exits unless both were asked the same, and of the same pipeline."""
-    free = ("modes", "methods")
-    for key in new["settings"].keys() - {*free}:
-        if there["settings"][key] != new["settings"][key]:
-            raise SystemExit(
-                f"{key}: got {new['settings'][key]}, the result that is there has {there['settings'][key]}"
-            )
-    for key, value in new["untouched"].items():
-        if not math.isclose(value, there["untouched"][key], rel_tol=1e-3, abs_tol=1e-3):
-            raise SystemExit(f"the pipeline is another: {key} is {value:g}, and was {there['untouched'][key]:g}")
-    told = there["settings"] | {
-        "methods": list(dict.fromkeys([*there["settings"]["methods"], *new["settings"]["methods"]]))
-    }
-    names = {method for methods in new["modes"].values() for method in methods}
-    kept = [run for run in there["runs"] if run["method"] not in names or run["mode"] not in new["modes"]]
-    return {
-        **{key: value for key, value in there.items() if key in new},
-        "settings": told,
-        "modes": {mode: own | new["modes"].get(mode, {}) for mode, own in there["modes"].items()},
-        "rates": {mode: own | new["rates"].get(mode, {}) for mode, own in there["rates"].items()},
-        "runs": [*kept, *new["runs"]],
-    }
+UNSAID = ("work", "no_write", "pipeline", "add", "rate")
 
 
 if __name__ == "__main__":

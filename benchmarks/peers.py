@@ -9,6 +9,7 @@ so that what is timed is the method.
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -87,6 +88,23 @@ def comcat_protected(
     family: Family, seed: int, protect: Sequence[str] = (), adapter: str = "default", **_: Any
 ) -> Method:
     return comcat_cross(family, seed, protect=protect, adapter=adapter)
+
+
+def comcat_words(
+    family: Family, seed: int, prompt: str = "a photo of V*", token: str | None = None, dropout: float = 0.0, **_: Any
+) -> Method:  # fmt: skip
+    """Protected are prompts that nobody names: see :func:`drawn_prompts`."""
+    protect = drawn_prompts(family.pipe.tokenizer, prompt, "V*", 200, seed)
+    return comcat_cross(family, seed, protect=protect, token=token, dropout=dropout)
+
+
+def drawn_prompts(tokenizer: Any, prompt: str, identifier: str, count: int, seed: int) -> tuple[str, ...]:
+    """Prompts in which one to four random words of a tokenizer's vocabulary stand for the identifier."""
+    words = sorted(token[:-4] for token in tokenizer.get_vocab() if token.endswith("</w>") and token[:-4].isalpha())
+    chance = random.Random(seed)
+    return tuple(
+        prompt.replace(identifier, " ".join(chance.choices(words, k=chance.randint(1, 4)))) for _ in range(count)
+    )
 
 
 def comcat_plain(family: Family, seed: int, adapter: str = "default", **_: Any) -> Method:
@@ -170,6 +188,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "comcat, protected, new token": comcat_cross,
     "comcat, protected, new token, dropout 0.05": partial(comcat_cross, dropout=0.05),
     "comcat, protected, new token, dropout 0.1": partial(comcat_cross, dropout=0.1),
+    "comcat, words protected, new token, dropout 0.05": partial(comcat_words, dropout=0.05),
     "Custom Diffusion": custom_diffusion,
     "DreamBooth": dreambooth,
     "LoRA": lora,

@@ -8,8 +8,9 @@ a concept's pictures that a classifier trained apart takes for its digit, turned
 ``others``, of the nine that the pipeline knows.
 
 Every method trains as in ``customization.py`` (10 pictures, AdamW, linear decay, no prior preservation), at the rate
-that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise.
-Every (method, seed) is kept in ``--work``.
+that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise. *Told apart*:
+both of ours, changed in closed form when they are loaded (:func:`tell_apart`). Every (method, seed) is kept in
+``--work``.
 """
 
 from __future__ import annotations
@@ -24,16 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import kept_result, parser, spread, table, write
 from diffusers.utils import logging as diffusers_logging
 from peers import METHODS, Kind, Method, cached_source
 from PIL import Image
+from torch import Tensor
 
 import comcat.diffusion as diffusion
 from comcat.diffusion.digits.embedded import digits_pipeline
 from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
 from comcat.diffusion.digits.scans import IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
 from comcat.diffusion.learn.optimisation import Optimisation
+from comcat.diffusion.learn.protection import SHARE, principal_directions
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
@@ -63,8 +67,8 @@ class Concept:
 CONCEPTS = (Concept(IDENTIFIER, LEFT_OUT, 0), Concept("W*", 4, 180))
 OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 TAUGHT: dict[str, tuple[str, float, dict[str, Any]]] = {
-    "comcat": ("comcat", 1.8e-3, {}),
     "comcat, protected": ("comcat, protected", 1.8e-2, {}),
+    "comcat": ("comcat", 1.8e-3, {}),
     "LoRA": ("LoRA", 1.8e-3, {"rank": 2}),
     "LoKr": ("LoKr", 3.2e-3, {"factor": 2}),
 }
@@ -117,7 +121,7 @@ def judged(a: argparse.Namespace, recogniser: Recogniser, pipe: Any, concepts: S
 
 
 def taught(a: argparse.Namespace, recogniser: Recogniser, name: str, seed: int) -> dict[str, Any]:
-    """Each concept alone, then both adapters in a fresh pipeline."""
+    """Each concept alone, then both adapters in a fresh pipeline; ours once more, told apart."""
     alone, learned = {}, []
     for concept in CONCEPTS:
         pipe = base(a)
@@ -132,14 +136,56 @@ def taught(a: argparse.Namespace, recogniser: Recogniser, name: str, seed: int) 
             fresh = attached(family_of(pipe), name, concept, seed).trained.values()
             for parameter, value in zip(fresh, values, strict=True):
                 parameter.copy_(value)
-    together = judged(a, recogniser, pipe, CONCEPTS)
-    return {
+
+    def compared() -> dict[str, Any]:
+        together = judged(a, recogniser, pipe, CONCEPTS)
+        return {
+            "together": {concept.word: together[concept.word] for concept in CONCEPTS},
+            "others": {"alone": statistics.mean(s["others"] for s in alone.values()), "together": together["others"]},
+            "least_kept": min(together[c.word] / max(alone[c.word][c.word], 1e-9) for c in CONCEPTS),
+        }
+
+    result = {
         "trained": sum(v.numel() for v in learned[0]),
         "alone": {word: shares[word] for word, shares in alone.items()},
-        "together": {concept.word: together[concept.word] for concept in CONCEPTS},
-        "others": {"alone": statistics.mean(s["others"] for s in alone.values()), "together": together["others"]},
-        "least_kept": min(together[c.word] / max(alone[c.word][c.word], 1e-9) for c in CONCEPTS),
+        **compared(),
     }
+    if ours(name):
+        tell_apart(pipe, [prompt_of(digit) for digit in OTHERS] if "protected" in name else [])
+        result["apart"] = compared()
+    return result
+
+
+def ours(name: str) -> bool:
+    return name.startswith("comcat")
+
+
+@torch.no_grad()
+def tell_apart(pipe: Any, protected: Sequence[str]) -> None:
+    """What reads the text in each adapter (S_K and U_V of Eq. 8), its rows f, becomes the f' that minimises
+    ``Σ |(f' − f) t|² + Σ |f' u|²`` over the tokens t of its own prompt and u of the other's: what both have in common
+    is shared out. In closed form ``f' = f G (G + H + ε)⁻¹`` with the second moments G and H of t and u.
+
+    ``protected``: the prompts out of whose tokens' span the rows were projected, and where they stay.
+    """
+    family = family_of(pipe)
+
+    def tokens(prompts: Sequence[str]) -> Tensor:
+        """(prompts · tokens, width), of length 1."""
+        return F.normalize(family.encode(prompts)["prompt"].flatten(0, 1).double(), dim=1)
+
+    left = torch.eye(family.encode([""])["prompt"].shape[-1], dtype=torch.float64)
+    if protected:
+        directions = principal_directions(tokens(["", *protected]), SHARE)
+        left = left - directions.mT @ directions
+    moments = [(own := tokens([concept.prompt]) @ left).mT @ own for concept in CONCEPTS]
+    whole = torch.stack(moments).sum(0)
+    whole += 1e-3 * whole.trace() / len(whole) * torch.eye(len(whole), dtype=whole.dtype)
+    for concept, moment in zip(CONCEPTS, moments, strict=True):
+        change = torch.linalg.solve(whole, moment).mT
+        for terms in diffusion.adapters(pipe)[concept.word[0]].terms.values():
+            for factor in (terms.k_down, terms.v_down):
+                factor.copy_(factor.double() @ change)
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:
@@ -162,14 +208,17 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     settings = {key: getattr(a, key) for key in ("steps", "batch", "samples", "sample_steps", "quick")}
     before = kept_result(a.work / "untouched.json", settings, lambda: judged(a, recogniser, base(a), CONCEPTS))
     print("untouched", before, flush=True)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in a.methods}
+    runs: dict[str, list[dict[str, Any]]] = {}
     for seed in a.seeds:
         for name in a.methods:
             stem = f"two-{name.lower().replace(', ', '-')}-{seed}"
-            told = {**settings, "told": TAUGHT[name]}
-            run = partial(taught, a, recogniser, name, seed)
-            runs[name].append(kept_result(a.work / f"{stem}.json", told, run))
-            print(name, seed, runs[name][-1], flush=True)
+            told = {**settings, "told": TAUGHT[name]} | ({"apart": True} if ours(name) else {})
+            found = kept_result(a.work / f"{stem}.json", told, partial(taught, a, recogniser, name, seed))
+            apart = found.pop("apart", {})
+            runs.setdefault(name, []).append(found)
+            if apart:
+                runs.setdefault(f"{name}, told apart", []).append(found | apart)
+            print(name, seed, found, apart, flush=True)
     methods = {name: summary(own) for name, own in runs.items()}
     head = ["method", "trained", *(f"{c.word} {how} %" for c in CONCEPTS for how in ("alone", "together")),
             "kept at least %", "the nine alone %", "together %"]  # fmt: skip

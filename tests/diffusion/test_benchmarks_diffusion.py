@@ -238,13 +238,13 @@ def test_ways_to_train_an_adapter(scripts):
 
 
 def test_prompts_drawn_from_the_vocabulary(scripts):
-    import adapter_options
+    import peers
 
     from comcat.diffusion.digits.embedded import build
 
     tokenizer = build().tokenizer
-    drawn = adapter_options.drawn_prompts(tokenizer, "a photo of V* dog", 50, seed=3)
-    assert drawn == adapter_options.drawn_prompts(tokenizer, "a photo of V* dog", 50, seed=3)
+    drawn = peers.drawn_prompts(tokenizer, "a photo of V* dog", "V*", 50, seed=3)
+    assert drawn == peers.drawn_prompts(tokenizer, "a photo of V* dog", "V*", 50, seed=3)
     assert len(set(drawn)) > 40 and not any("V*" in prompt for prompt in drawn)
     assert all(prompt.startswith("a photo of ") and prompt.endswith(" dog") for prompt in drawn)
     assert any("three" in prompt for prompt in drawn)
@@ -256,11 +256,37 @@ def test_two_concepts(scripts, capsys):
 
     given = ["--quick", "--work", str(scripts / "work"), "--methods", "comcat, protected", "LoRA"]
     first = two_concepts.main(given)
-    assert list(first["methods"]) == ["comcat, protected", "LoRA"] and "kept at least" in capsys.readouterr().out
+    assert (
+        list(first["methods"]) == ["comcat, protected", "comcat, protected, told apart", "LoRA"]
+        and "kept at least" in capsys.readouterr().out
+    )
     assert two_concepts.main(given)["runs"] == first["runs"]  # everything is kept
     assert (
         json.loads(next((scripts / "results").rglob("two-concepts.json")).read_text())["concepts"]["W*"]["digit"] == 4
     )
+
+
+@pytest.mark.parametrize("protected", [[], ["a photo of the digit three"]])
+def test_adapters_told_apart(scripts, protected):
+    """Of what only the other's prompt has, nothing is read; of what only the own has, all."""
+    import two_concepts
+
+    import comcat.diffusion as cd
+    from comcat.diffusion.digits.embedded import build
+    from comcat.diffusion.pipeline.families import family_of
+
+    pipe = build()
+    tokens = {c.word[0]: family_of(pipe).encode([c.prompt])["prompt"][0].detach() for c in two_concepts.CONCEPTS}
+    for name in tokens:
+        cd.attach(pipe, name=name, init="random")
+    terms = {name: next(iter(adapter.terms.values())) for name, adapter in cd.adapters(pipe).items()}
+    before = {name: terms[name].k_down.detach().clone() for name in tokens}
+    two_concepts.tell_apart(pipe, protected)
+    for name, other in (("V", "W"), ("W", "V")):
+        own, foreign = (tokens[one][4:].mean(0) for one in (name, other))  # from the concept's word on
+        share = [(terms[name].k_down @ x).norm() / (before[name] @ x).norm() for x in (own, foreign)]
+        assert share[1] < share[0], share
+        assert (terms[name].k_down @ (own - foreign)).norm() > 0
 
 
 def test_two_adapters_of_a_kind_act_together(scripts):
