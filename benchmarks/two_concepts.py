@@ -8,14 +8,15 @@ a concept's pictures that a classifier trained apart takes for its digit, turned
 ``others``, of the nine that the pipeline knows.
 
 Every method trains as in ``customization.py`` (10 pictures, AdamW, linear decay, no prior preservation), at the rate
-that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise. *Told apart*:
-both of ours, changed in closed form when they are loaded (:func:`tell_apart`). Every (method, seed) is kept in
-``--work``.
+that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise. *The other's
+prompt too*: each adapter is kept from the other's prompt while it learns. *Told apart*: both adapters are changed in
+closed form when they are loaded (:func:`tell_apart`). Every (method, seed) is kept in ``--work``.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 TAUGHT: dict[str, tuple[str, float, dict[str, Any]]] = {
     "comcat, protected": ("comcat, protected", 1.8e-2, {}),
     "comcat": ("comcat", 1.8e-3, {}),
+    "comcat, protected, the other's prompt too": ("comcat, protected", 1.8e-2, {"other": True}),
     "LoRA": ("LoRA", 1.8e-3, {"rank": 2}),
     "LoKr": ("LoKr", 3.2e-3, {"factor": 2}),
 }
@@ -90,9 +92,10 @@ def base(a: argparse.Namespace) -> Any:
 def attached(family: Family, name: str, concept: Concept, seed: int) -> Method:
     """A method's fresh adapter for a concept, named after it."""
     kind, _, more = TAUGHT[name]
-    return METHODS[kind](
-        family, seed=seed, adapter=concept.word[0], protect=[prompt_of(digit) for digit in OTHERS], **more
-    )
+    protect = [prompt_of(digit) for digit in OTHERS]
+    if more.get("other"):
+        protect += [one.prompt for one in CONCEPTS if one != concept]
+    return METHODS[kind](family, seed=seed, adapter=concept.word[0], protect=protect, **more)
 
 
 def learn(a: argparse.Namespace, family: Family, name: str, concept: Concept, seed: int) -> Method:
@@ -150,14 +153,14 @@ def taught(a: argparse.Namespace, recogniser: Recogniser, name: str, seed: int) 
         "alone": {word: shares[word] for word, shares in alone.items()},
         **compared(),
     }
-    if ours(name):
+    if to_tell_apart(name):
         tell_apart(pipe, [prompt_of(digit) for digit in OTHERS] if "protected" in name else [])
         result["apart"] = compared()
     return result
 
 
-def ours(name: str) -> bool:
-    return name.startswith("comcat")
+def to_tell_apart(name: str) -> bool:
+    return name in ("comcat", "comcat, protected")
 
 
 @torch.no_grad()
@@ -211,8 +214,8 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in a.seeds:
         for name in a.methods:
-            stem = f"two-{name.lower().replace(', ', '-')}-{seed}"
-            told = {**settings, "told": TAUGHT[name]} | ({"apart": True} if ours(name) else {})
+            stem = f"two-{re.sub('[^a-z]+', '-', name.lower())}-{seed}"
+            told = {**settings, "told": TAUGHT[name]} | ({"apart": True} if to_tell_apart(name) else {})
             found = kept_result(a.work / f"{stem}.json", told, partial(taught, a, recogniser, name, seed))
             apart = found.pop("apart", {})
             runs.setdefault(name, []).append(found)
