@@ -203,18 +203,19 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     recogniser = train_recogniser()
     settings = {name: getattr(a, name) for name in ("steps", "batch", "samples", "sample_steps", "quick")}
     runs: dict[str, list[dict[str, float]]] = {option: [] for option in a.options}
-    for seed in a.seeds:  # one seed of all options first
+    result: dict[str, Any] = {}
+    for done, seed in enumerate(a.seeds, start=1):  # one seed of all options first, and written at once
         for option in a.options:
             path = a.work / f"option-{option.replace(' ', '-').replace(',', '')}-{seed}.json"
             run = partial(taught, a, recogniser, seed, **OPTIONS[option])
             runs[option].append(kept_result(path, {**settings, "option": option}, run))
             print(option, seed, runs[option][-1], flush=True)
-    summary = {option: {key: _over_seeds([run[key] for run in own]) for key in own[0]} for option, own in runs.items()}
-    table(HEAD, [row(option, own) for option, own in summary.items()])
-    result = {"settings": {**settings, "seeds": a.seeds, "rank": SETTINGS["rank"], "lr": SETTINGS["lr"]},
-              "options": summary, "runs": runs}  # fmt: skip
-    if not a.no_write:
-        write("adapter-options", result)
+        summary = {o: {key: _over_seeds([run[key] for run in own]) for key in own[0]} for o, own in runs.items()}
+        told = {**settings, "seeds": a.seeds[:done], "rank": SETTINGS["rank"], "lr": SETTINGS["lr"]}
+        result = {"settings": told, "options": summary, "runs": runs}
+        table(HEAD, [row(option, own) for option, own in summary.items()])
+        if not a.no_write:
+            write("adapter-options", result)
     return result
 
 

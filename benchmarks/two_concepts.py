@@ -10,7 +10,7 @@ a concept's pictures that a classifier trained apart takes for its digit, turned
 Every method trains as in ``customization.py`` (10 pictures, AdamW, linear decay, no prior preservation), at the rate
 that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise. *The other's
 prompt too*: each adapter is kept from the other's prompt while it learns. *Told apart*: both adapters are changed in
-closed form when they are loaded (:func:`tell_apart`). Every (method, seed) is kept in ``--work``.
+closed form when they are loaded (:func:`comcat.diffusion.tell_apart`). Every (method, seed) is kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -26,19 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import kept_result, parser, spread, table, write
 from diffusers.utils import logging as diffusers_logging
 from peers import METHODS, Kind, Method, cached_source
 from PIL import Image
-from torch import Tensor
 
 import comcat.diffusion as diffusion
 from comcat.diffusion.digits.embedded import digits_pipeline
 from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
 from comcat.diffusion.digits.scans import IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
 from comcat.diffusion.learn.optimisation import Optimisation
-from comcat.diffusion.learn.protection import SHARE, principal_directions
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import Family, family_of
 from comcat.diffusion.pipeline.noising import noising_of
@@ -154,41 +151,14 @@ def taught(a: argparse.Namespace, recogniser: Recogniser, name: str, seed: int) 
         **compared(),
     }
     if to_tell_apart(name):
-        tell_apart(pipe, [prompt_of(digit) for digit in OTHERS] if "protected" in name else [])
+        protect = [prompt_of(digit) for digit in OTHERS] if "protected" in name else []
+        diffusion.tell_apart(pipe, {concept.word[0]: concept.prompt for concept in CONCEPTS}, protect=protect)
         result["apart"] = compared()
     return result
 
 
 def to_tell_apart(name: str) -> bool:
     return name in ("comcat", "comcat, protected")
-
-
-@torch.no_grad()
-def tell_apart(pipe: Any, protected: Sequence[str]) -> None:
-    """What reads the text in each adapter (S_K and U_V of Eq. 8), its rows f, becomes the f' that minimises
-    ``Σ |(f' − f) t|² + Σ |f' u|²`` over the tokens t of its own prompt and u of the other's: what both have in common
-    is shared out. In closed form ``f' = f G (G + H + ε)⁻¹`` with the second moments G and H of t and u.
-
-    ``protected``: the prompts out of whose tokens' span the rows were projected, and where they stay.
-    """
-    family = family_of(pipe)
-
-    def tokens(prompts: Sequence[str]) -> Tensor:
-        """(prompts · tokens, width), of length 1."""
-        return F.normalize(family.encode(prompts)["prompt"].flatten(0, 1).double(), dim=1)
-
-    left = torch.eye(family.encode([""])["prompt"].shape[-1], dtype=torch.float64)
-    if protected:
-        directions = principal_directions(tokens(["", *protected]), SHARE)
-        left = left - directions.mT @ directions
-    moments = [(own := tokens([concept.prompt]) @ left).mT @ own for concept in CONCEPTS]
-    whole = torch.stack(moments).sum(0)
-    whole += 1e-3 * whole.trace() / len(whole) * torch.eye(len(whole), dtype=whole.dtype)
-    for concept, moment in zip(CONCEPTS, moments, strict=True):
-        change = torch.linalg.solve(whole, moment).mT
-        for terms in diffusion.adapters(pipe)[concept.word[0]].terms.values():
-            for factor in (terms.k_down, terms.v_down):
-                factor.copy_(factor.double() @ change)
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .draw.generate import generate as generate
     from .draw.generate import generate_to as generate_to
     from .draw.settings import GenerateSettings as GenerateSettings
+    from .learn.apart import tell_apart as tell_apart
     from .learn.customize import customize as customize
     from .learn.settings import CustomizeSettings as CustomizeSettings
     from .pipeline.opening import load_pipeline as load_pipeline
@@ -48,7 +49,7 @@ _WHERE = {
     "find_adaptable": "adapter.find", "fuse": "adapter.fuse", "generate": "draw.generate",
     "generate_to": "draw.generate", "import_paper": "adapter.paper", "load": "adapter.load",
     "load_pipeline": "pipeline.opening", "merge": "adapter.merge", "read": "adapter.files", "save": "adapter.files",
-    "set_scale": "adapter.scale", "unfuse": "adapter.fuse", "unload": "adapter.attach",
+    "set_scale": "adapter.scale", "tell_apart": "learn.apart", "unfuse": "adapter.fuse", "unload": "adapter.attach",
 }  # fmt: skip
 
 __all__ = sorted(_WHERE)

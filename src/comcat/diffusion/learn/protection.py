@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import SettingsError
 from ..adapter.places import find_places
@@ -39,14 +39,7 @@ class Protection:
             raise SettingsError(
                 "protect: the text encoder learns as well, which changes every prompt; leave one of both out"
             )
-        found, _ = find_places(denoiser_of(family.pipe))
-        paths = [a.path for a in found if a.where == "cross" and a.path in adapter.terms]
-        if len(paths) < len(adapter.terms) or family.component != "unet":
-            raise SettingsError(
-                "protect: only cross-attention reads the text as the text encoder gives it; expected where='cross' on "
-                "a UNet"
-            )
-        self.factors = [p for path in paths for n, p in adapter.terms[path].named_parameters() if n in _TEXT_SIDE]
+        self.factors = factors_that_read(family, adapter, "protect")
         with torch.no_grad():
             tokens = family.encode([*prompts] if dropout else ["", *prompts])["prompt"].flatten(
                 0, 1
@@ -58,6 +51,21 @@ class Protection:
         """Project the protected directions out of the factors, (heads · rank, width) each."""
         for factor in self.factors:
             factor -= factor @ self.directions.mT @ self.directions
+
+
+def factors_that_read(family: Family, adapter: Adapter, what: str) -> list[nn.Parameter]:
+    """The factors of an adapter that read the text, (heads · rank, width) each: S_K and U_V of cross-attention.
+
+    Raises SettingsError if its attention reads the text otherwise.
+    """
+    found, _ = find_places(denoiser_of(family.pipe))
+    paths = [a.path for a in found if a.where == "cross" and a.path in adapter.terms]
+    if len(paths) < len(adapter.terms) or family.component != "unet":
+        raise SettingsError(
+            f"{what}: only cross-attention reads the text as the text encoder gives it; expected where='cross' on a "
+            "UNet"
+        )
+    return [p for path in paths for n, p in adapter.terms[path].named_parameters() if n in _TEXT_SIDE]
 
 
 def principal_directions(tokens: Tensor, share: float) -> Tensor:
