@@ -71,7 +71,7 @@ def test_the_prompts_that_the_adapters_were_taught_with_are_known(pipe, tmp_path
         cd.load(pipe, tmp_path / f"{name}.safetensors", name=name)
     cd.tell_apart(pipe)
     for found, expected in zip(factors(pipe, "dog"), wanted, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)  # files are float16
 
 
 def test_what_was_protected_stays_so(pipe):
