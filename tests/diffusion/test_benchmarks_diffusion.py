@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+SCRIPTS = (
+    "common", "peers", "customization", "adapter_cost", "card.flux2", "card", "lora_export", "adapter_bytes",
+    "adapter_options", "two_concepts",
+)  # fmt: skip
 PAPER = ("taught", "table5", "table6", "figures1011")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -18,19 +22,7 @@ def scripts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
     yield tmp_path
-    for name in (
-        "common",
-        "peers",
-        "customization",
-        "adapter_cost",
-        "card.flux2",
-        "card",
-        "lora_export",
-        "adapter_bytes",
-        "adapter_options",
-        "two_concepts",
-        *PAPER,
-    ):
+    for name in (*SCRIPTS, *PAPER):
         sys.modules.pop(name, None)
 
 
