@@ -48,6 +48,8 @@ from comcat.scoring import kid
 
 BAR = SIDE // 8
 """Columns of pixels at the right edge: one of the scan's, where digits are nearly black."""
+NEW = "N*"
+"""The identifier of rows in which it is a new token: the pipeline's own knows V* from its start."""
 OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 NAMED = tuple(map(prompt_of, OTHERS))
 
@@ -155,28 +157,29 @@ def taught(
     """What one run gives."""
     pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
     pipe.set_progress_bar_config(disable=True)
-    pictures, prompt = digit_pictures(LEFT_OUT, 10, seed=seed), prompt_of(IDENTIFIER)
+    identifier = NEW if "new_token" in more else IDENTIFIER
+    pictures, prompt = digit_pictures(LEFT_OUT, 10, seed=seed), prompt_of(identifier)
     pictures = [barred(picture) for picture in pictures] if bar else pictures
     if words:
-        protect = drawn_prompts(pipe.tokenizer, prompt, IDENTIFIER, words, seed)
+        protect = drawn_prompts(pipe.tokenizer, prompt, identifier, words, seed)
     chosen = SETTINGS | {"steps": a.steps, "batch_size": a.batch, "seed": seed, "protect": protect} | more
     with tempfile.TemporaryDirectory() as folder:
         if masked:
             chosen["masks"] = masks_in(Path(folder) / "masks", len(pictures))
-        given = (pipe, pictures, prompt, IDENTIFIER, "default", CustomizeSettings(**chosen), None, False)
+        given = (pipe, pictures, prompt, identifier, "default", CustomizeSettings(**chosen), None, False)
         (Customization(*given) if variant is None else Varied(*given, variant=variant)).run(restart=False)
-    return judged(a, recogniser, pipe)
+    return judged(a, recogniser, pipe, identifier)
 
 
-def judged(a: Any, recogniser: Recogniser, pipe: Any) -> dict[str, float]:
+def judged(a: Any, recogniser: Recogniser, pipe: Any, identifier: str) -> dict[str, float]:
     """The shares of right pictures, of V* and of the nine."""
     each = max(1, a.samples // len(OTHERS))
-    wanted = [(prompt_of(IDENTIFIER), n) for n in range(a.samples)]
+    wanted = [(prompt_of(identifier), n) for n in range(a.samples)]
     wanted += [(prompt_of(digit), n) for digit in OTHERS for n in range(each)]
     found: dict[str, list[Image.Image]] = {}
     for made in diffusion.generate(pipe, [], wanted=wanted, steps=a.sample_steps, guidance=2.0, batch_size=60, seed=1):
         found.setdefault(made.prompt, []).append(made.image)
-    concept = found[prompt_of(IDENTIFIER)]
+    concept = found[prompt_of(identifier)]
     real = recogniser.features(digit_pictures(LEFT_OUT, part=None))
     return {
         "recognised": recogniser.rate(concept, LEFT_OUT),
