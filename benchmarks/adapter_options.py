@@ -31,7 +31,6 @@ from typing import Any
 import numpy as np
 import torch
 from common import kept_result, parser, spread, table, write
-from peers import drawn_prompts
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
@@ -161,7 +160,7 @@ def taught(
     pictures, prompt = digit_pictures(LEFT_OUT, 10, seed=seed), prompt_of(identifier)
     pictures = [barred(picture) for picture in pictures] if bar else pictures
     if words:
-        protect = drawn_prompts(pipe.tokenizer, prompt, identifier, words, seed)
+        protect, more = (), more | {"protect_words": words}
     chosen = SETTINGS | {"steps": a.steps, "batch_size": a.batch, "seed": seed, "protect": protect} | more
     with tempfile.TemporaryDirectory() as folder:
         if masked:

@@ -9,7 +9,6 @@ so that what is timed is the method.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -26,7 +25,7 @@ import comcat.diffusion as diffusion
 from comcat.diffusion.learn.batches import CachedSource, Stream
 from comcat.diffusion.learn.latents import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.learn.optimisation import Batch, Optimisation
-from comcat.diffusion.learn.protection import Protection
+from comcat.diffusion.learn.protection import Protection, drawn_prompts
 from comcat.diffusion.learn.token import reading_row
 from comcat.diffusion.pipeline.families import Family
 from comcat.measure.memory import LiveBytes
@@ -96,15 +95,6 @@ def comcat_words(
     """Protected are prompts that nobody names: see :func:`drawn_prompts`."""
     protect = drawn_prompts(family.pipe.tokenizer, prompt, "V*", 200, seed)
     return comcat_cross(family, seed, protect=protect, token=token, dropout=dropout)
-
-
-def drawn_prompts(tokenizer: Any, prompt: str, identifier: str, count: int, seed: int) -> tuple[str, ...]:
-    """Prompts in which one to four random words of a tokenizer's vocabulary stand for the identifier."""
-    words = sorted(token[:-4] for token in tokenizer.get_vocab() if token.endswith("</w>") and token[:-4].isalpha())
-    chance = random.Random(seed)
-    return tuple(
-        prompt.replace(identifier, " ".join(chance.choices(words, k=chance.randint(1, 4)))) for _ in range(count)
-    )
 
 
 def comcat_plain(family: Family, seed: int, adapter: str = "default", **_: Any) -> Method:

@@ -13,7 +13,7 @@ import comcat.diffusion as cd
 from comcat.diffusion import generate
 from comcat.diffusion.learn.batches import CachedSource, Stream
 from comcat.diffusion.learn.latents import Rotation, encode, encode_pixels, frames
-from comcat.diffusion.learn.protection import principal_directions
+from comcat.diffusion.learn.protection import drawn_prompts, principal_directions
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import family_of
 from comcat.diffusion.pipeline.noising import noising_of
@@ -203,7 +203,7 @@ class Killed(Exception):
         {"new_token": "dog"},
         {"prior_prompt": "a photo of a dog", "prior_count": 2},
         {"protect": ("a red cat",)},
-        {"caption_dropout": 0.5, "new_token": "dog"},
+        {"caption_dropout": 0.5, "new_token": "dog", "protect_words": 3},
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(extra, tmp_path, monkeypatch):
@@ -351,6 +351,18 @@ def test_protected_prompts_stay_as_they_are(pipe, tmp_path):
         assert moved["kept"][prompt] < 0.05 * moved["free"][prompt], moved
         assert moved["kept"][prompt] < 0.1 * moved["kept"][PROMPT], moved
     assert moved["kept"][PROMPT] > 0.1 * moved["free"][PROMPT], moved
+
+
+def test_words_are_drawn_where_nobody_names_prompts(pipe):
+    settings = {**QUICK, "steps": 20, "lr": 2e-2, "crops": 1, "seed": 3}
+    drawn = drawn_prompts(pipe.tokenizer, PROMPT, "V*", 2, seed=3)
+    assert len({*drawn}) == 2 and all("V*" not in prompt and prompt != PROMPT for prompt in drawn)
+    before = {p: picture(pipe, p) for p in (*drawn, PROMPT)}
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, protect_words=2, **settings)
+    moved = {p: float((picture(pipe, p) - x).norm()) for p, x in before.items()}
+    assert max(moved[p] for p in drawn) < 0.1 * moved[PROMPT], moved
+    with pytest.raises(SettingsError, match="protect_words"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="n", protect_words=-1, **QUICK)
 
 
 def test_each_picture_goes_under_its_own_prompt(pipe):

@@ -8,7 +8,9 @@ needs no pictures, unlike prior preservation, and it goes together with that.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from ..adapter.places import find_places
 from ..adapter.records import Adapter
 from ..pipeline.components import denoiser_of
 from ..pipeline.families import Family
+from .settings import CustomizeSettings
 
 SHARE = 0.999
 """Of the squared length of the protected tokens, so much is projected out: the first of their principal directions. All
@@ -51,6 +54,28 @@ class Protection:
         """Project the protected directions out of the factors, (heads · rank, width) each."""
         for factor in self.factors:
             factor -= factor @ self.directions.mT @ self.directions
+
+
+def protected_prompts(family: Family, prompt: str, identifier: str, settings: CustomizeSettings) -> tuple[str, ...]:
+    """The prompts that are named, and those that are drawn. Raises as :func:`drawn_prompts`."""
+    if not settings.protect_words:
+        return settings.protect
+    tokenizer, _ = next(iter(family.text_encoders().values()))
+    return (*settings.protect, *drawn_prompts(tokenizer, prompt, identifier, settings.protect_words, settings.seed))
+
+
+def drawn_prompts(tokenizer: Any, prompt: str, identifier: str, count: int, seed: int) -> tuple[str, ...]:
+    """Prompts in which one to four random words of a tokenizer's vocabulary stand for the identifier.
+
+    Raises SettingsError if the vocabulary marks no words, as CLIP's does by ``</w>``.
+    """
+    words = sorted(token[:-4] for token in tokenizer.get_vocab() if token.endswith("</w>") and token[:-4].isalpha())
+    if count and not words:
+        raise SettingsError("protect_words: the tokenizer's vocabulary marks no words to draw; name prompts by protect")
+    chance = random.Random(seed)
+    return tuple(
+        prompt.replace(identifier, " ".join(chance.choices(words, k=chance.randint(1, 4)))) for _ in range(count)
+    )
 
 
 def factors_that_read(family: Family, adapter: Adapter, what: str) -> list[nn.Parameter]:
