@@ -93,6 +93,7 @@ def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "modes": {mode: own | new["modes"].get(mode, {}) for mode, own in there["modes"].items()},
         "rates": {mode: own | new["rates"].get(mode, {}) for mode, own in there["rates"].items()},
         "runs": [*kept, *new["runs"]],
+        "command": f"{there['command']} && python {shlex.join(sys.argv)}",
     }
 
 
