@@ -30,14 +30,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import kept_result, parser, spread, table, write
+from common import kept_result, over_seeds, parser, slug, spread, table, write
+from embedded_digits import KEPT, OTHERS, drawn, open_digits, short_teaching
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.parametrizations import weight_norm
 
-import comcat.diffusion as diffusion
 from comcat.diffusion.digits.demo import SETTINGS
-from comcat.diffusion.digits.embedded import digits_pipeline
 from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
 from comcat.diffusion.digits.scans import CLASS_PROMPT, IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
 from comcat.diffusion.learn.customize import Customization
@@ -49,7 +48,6 @@ BAR = SIDE // 8
 """Columns of pixels at the right edge: one of the scan's, where digits are nearly black."""
 NEW = "N*"
 """The identifier of rows in which it is a new token: the pipeline's own knows V* from its start."""
-OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 NAMED = tuple(map(prompt_of, OTHERS))
 
 
@@ -154,8 +152,7 @@ def taught(
     variant: Variant | None = None, protect: tuple[str, ...] = NAMED, **more: Any,
 ) -> dict[str, float]:  # fmt: skip
     """What one run gives."""
-    pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_digits(a)
     identifier = NEW if "new_token" in more else IDENTIFIER
     pictures, prompt = digit_pictures(LEFT_OUT, 10, seed=seed), prompt_of(identifier)
     pictures = [barred(picture) for picture in pictures] if bar else pictures
@@ -173,11 +170,8 @@ def taught(
 def judged(a: Any, recogniser: Recogniser, pipe: Any, identifier: str) -> dict[str, float]:
     """The shares of right pictures, of V* and of the nine."""
     each = max(1, a.samples // len(OTHERS))
-    wanted = [(prompt_of(identifier), n) for n in range(a.samples)]
-    wanted += [(prompt_of(digit), n) for digit in OTHERS for n in range(each)]
-    found: dict[str, list[Image.Image]] = {}
-    for made in diffusion.generate(pipe, [], wanted=wanted, steps=a.sample_steps, guidance=2.0, batch_size=60, seed=1):
-        found.setdefault(made.prompt, []).append(made.image)
+    counts = {prompt_of(identifier): a.samples, **{prompt_of(digit): each for digit in OTHERS}}
+    found = drawn(pipe, counts, steps=a.sample_steps, guidance=2.0, batch_size=60)
     concept = found[prompt_of(identifier)]
     real = recogniser.features(digit_pictures(LEFT_OUT, part=None))
     return {
@@ -192,27 +186,19 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     p = parser(__doc__)
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-options"), help="where runs are kept")
     p.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
-    p.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    p.add_argument("--steps", type=int, default=300)
-    p.add_argument("--batch", type=int, default=4)
-    p.add_argument("--samples", type=int, default=90, help="pictures of the concept, and of the nine others together")
-    p.add_argument("--sample-steps", type=int, default=10)
-    p.add_argument("--quick", action="store_true", help="a smoke test: a hardly trained pipeline, 2 steps")
-    a = p.parse_args(given)
-    if a.quick:
-        a.steps, a.samples, a.sample_steps, a.seeds = 2, 9, 2, [0]
+    a = short_teaching(p, given, "pictures of the concept, and of the nine others together")
     torch.set_grad_enabled(True)
     recogniser = train_recogniser()
-    settings = {name: getattr(a, name) for name in ("steps", "batch", "samples", "sample_steps", "quick")}
+    settings = {name: getattr(a, name) for name in KEPT}
     runs: dict[str, list[dict[str, float]]] = {option: [] for option in a.options}
     result: dict[str, Any] = {}
     for done, seed in enumerate(a.seeds, start=1):  # one seed of all options first, and written at once
         for option in a.options:
-            path = a.work / f"option-{option.replace(' ', '-').replace(',', '')}-{seed}.json"
+            path = a.work / f"option-{slug(option)}-{seed}.json"
             run = partial(taught, a, recogniser, seed, **OPTIONS[option])
             runs[option].append(kept_result(path, {**settings, "option": option}, run))
             print(option, seed, runs[option][-1], flush=True)
-        summary = {o: {key: _over_seeds([run[key] for run in own]) for key in own[0]} for o, own in runs.items()}
+        summary = {o: {key: over_seeds([run[key] for run in own]) for key in own[0]} for o, own in runs.items()}
         told = {**settings, "seeds": a.seeds[:done], "rank": SETTINGS["rank"], "lr": SETTINGS["lr"]}
         result = {"settings": told, "options": summary, "runs": runs}
         table(HEAD, [row(option, own) for option, own in summary.items()])
@@ -226,10 +212,6 @@ HEAD = ["option", "recognised %", "KID", "with the bar %", "the nine %"]
 
 def row(option: str, own: dict[str, dict[str, float]]) -> list[str]:
     return [option, *(spread(value, 1 if key == "kid" else 100, 1) for key, value in own.items())]
-
-
-def _over_seeds(values: list[float]) -> dict[str, float]:
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 if __name__ == "__main__":

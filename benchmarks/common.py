@@ -36,11 +36,12 @@ def machine() -> str:
     """A folder name for this machine: its GPU, or its processor and cores."""
     about = environment()
     if torch.cuda.is_available():
-        return _slug(torch.cuda.get_device_name())
-    return _slug(f"{about.get('cpu', 'cpu')} {torch.get_num_threads()} threads")
+        return slug(torch.cuda.get_device_name())
+    return slug(f"{about.get('cpu', 'cpu')} {torch.get_num_threads()} threads")
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """Small letters and digits, joined by dashes: a name for a file."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
@@ -95,6 +96,11 @@ def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "runs": [*kept, *new["runs"]],
         "command": f"{there['command']} && python {shlex.join(sys.argv)}",
     }
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, float]:
+    """Mean and standard deviation."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
 
 
 def spread(value: dict[str, float], scale: float = 1.0, digits: int = 1) -> str:

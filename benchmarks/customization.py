@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -38,13 +37,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, added, kept_result, machine, parser, spread, table, write
+from common import RESULTS, added, kept_result, machine, over_seeds, parser, slug, spread, table, write
 from diffusers.utils import logging as diffusers_logging
+from embedded_digits import OTHERS, drawn, open_digits
 from peers import METHODS, WITH_TOKEN, EncodingSource, Kind, Method, cached_source, peak_of_step
 from PIL import Image
 
 import comcat.diffusion as diffusion
-from comcat.diffusion.digits.embedded import digits_pipeline
 from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
 from comcat.diffusion.digits.scans import CLASS_PROMPT, IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
 from comcat.diffusion.draw.pictures import grid
@@ -58,7 +57,6 @@ from comcat.runs.processes import Processes
 from comcat.scoring import fid, kid
 
 MODES = ("published", "equal")
-OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 FIGURE_PROMPTS = (
     prompt_of(IDENTIFIER), prompt_of(IDENTIFIER, "red"), prompt_of(IDENTIFIER, "blue"), prompt_of(OTHERS[3]),
     prompt_of(OTHERS[7], "green"),
@@ -79,12 +77,7 @@ class Harness:
 
     def sample(self, pipe: Any, counts: Mapping[str, int]) -> dict[str, list[Image.Image]]:
         """So many pictures of each prompt; prompts share batches."""
-        how = {"steps": self.a.sample_steps, "guidance": self.a.guidance, "batch_size": 50, "seed": 1}
-        made: dict[str, list[Image.Image]] = {prompt: [] for prompt in counts}
-        wanted = [(prompt, number) for prompt, count in counts.items() for number in range(count)]
-        for one in diffusion.generate(pipe, [], wanted=wanted, **how):
-            made[one.prompt].append(one.image)
-        return made
+        return drawn(pipe, counts, steps=self.a.sample_steps, guidance=self.a.guidance, batch_size=50)
 
     def judge(self, pipe: Any, count: int) -> dict[str, float]:
         """The concept and the nine others in generated pictures, ``count`` of each kind."""
@@ -152,10 +145,9 @@ def encodes(mode: str, name: str) -> bool:
 
 
 def open_base(a: argparse.Namespace) -> Any:
-    if a.pipeline is not None:
-        pipe = diffusion.load_pipeline(a.pipeline, device=a.device)
-    else:
-        pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
+    if a.pipeline is None:
+        return open_digits(a)
+    pipe = diffusion.load_pipeline(a.pipeline, device=a.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -204,18 +196,10 @@ def tuned_rate(harness: Harness, mode: str, name: str) -> tuple[float, dict[str,
     }
 
 
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and spread (standard deviation over seeds) of every number."""
     numbers = [k for k, v in runs[0].items() if isinstance(v, int | float) and k not in ("seed", "steps", "batch")]
-    return {
-        key: {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
-        for key in numbers
-        for values in [[run[key] for run in runs]]
-    }
+    return {key: over_seeds([run[key] for run in runs]) for key in numbers}
 
 
 def print_tables(modes: dict[str, dict[str, Any]], untouched: dict[str, float]) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 from card.flux2 import AROUND_ATTENTION
-from common import kept_result, parser, table, write
+from common import kept_result, parser, slug, table, write
 from peers import Method, equal_rank, peak_of_step
 from PIL import Image
 from torch import Tensor, nn
@@ -168,7 +168,7 @@ class Comparison:
         return best | {"tried": {str(run["lr"]): run["validation"] for run in tried}, "meets_target": meets(best)}
 
     def _at_rate(self, one: Contender, rate: float) -> dict[str, Any]:
-        folder = self.a.work / f"{re.sub('[^a-z0-9]+', '-', one.name.lower()).strip('-')}-{rate:g}"
+        folder = self.a.work / f"{slug(one.name)}-{rate:g}"
         settings = self.settings | {"unrelated": self.unrelated, "contender": one.name, "lr": rate}
         path = Path(f"{folder}.json")
         found = kept_result(path, settings, lambda: self._taught(one, rate, folder, settings))

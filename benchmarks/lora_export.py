@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from common import parser, table, write
+from embedded_digits import open_digits
 from torch import nn
 
 import comcat.diffusion as diffusion
 from comcat.diffusion.digits.demo import SETTINGS, lessons, protected_prompts
-from comcat.diffusion.digits.embedded import digits_pipeline
 from comcat.diffusion.digits.scans import IDENTIFIER
 from comcat.diffusion.pipeline.components import denoiser_of
 
@@ -36,7 +36,7 @@ def opened(a: Any) -> Any:
         diffusion.load(pipe, a.adapter)
         return pipe
     few = {"steps": 2} if a.quick else {}
-    pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **few)
+    pipe = open_digits(a)
     pictures, prompts = lessons(0)
     diffusion.customize(
         pipe, pictures, prompt=prompts, identifier=IDENTIFIER, protect=protected_prompts(), **SETTINGS | few,

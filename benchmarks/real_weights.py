@@ -138,7 +138,7 @@ class Bench:
         if self.a.tune and self.a.tune_dtype != "float32":
             asked["tune_dtype"] = self.a.tune_dtype
         file = hashlib.sha256(repr(sorted(asked.items())).encode()).hexdigest()[:10]
-        path = self.a.work / self.task.name / f"{common._slug(name)}-{reduce:g}-{seed}-{file}.json"
+        path = self.a.work / self.task.name / f"{common.slug(name)}-{reduce:g}-{seed}-{file}.json"
         row = common.kept_result(path, asked, partial(self._row, keywords, reduce, seed))
         told = f"{row['scores'][self.first]:.2f}" if row else "the budget cannot be met"
         print(f"{name} −{100 * reduce:g} % seed {seed}: {told}", flush=True)

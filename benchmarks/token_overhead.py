@@ -22,6 +22,7 @@ from common import interleaved, parser, random_pictures, synchronize, table, vit
 from torch import Tensor, nn
 
 import comcat
+from comcat.hosts.blocks import reduced_blocks
 from comcat.measure.memory import memory_kept
 from comcat.modules.merging import COMPARED
 from comcat.tokens import Groups, bipartite
@@ -90,9 +91,8 @@ def timed(model: nn.Module, x: Tensor) -> tuple[Callable[[], None], list[float]]
 
         reduction.forward = forward
 
-    for module in list(model.modules()):
-        if hasattr(module, "token_reduction"):
-            beside(module.token_reduction)
+    for reduction in reduced_blocks(model).values():
+        beside(reduction)
 
     def call() -> None:
         spent.append(0.0)

@@ -16,7 +16,6 @@ closed form when they are loaded (:func:`comcat.diffusion.tell_apart`). Every (m
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import warnings
 from collections.abc import Sequence
@@ -26,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import kept_result, parser, spread, table, write
+from common import kept_result, over_seeds, parser, slug, spread, table, write
 from diffusers.utils import logging as diffusers_logging
+from embedded_digits import KEPT, OTHERS, drawn, open_digits, short_teaching
 from peers import METHODS, Kind, Method, cached_source
 from PIL import Image
 
 import comcat.diffusion as diffusion
-from comcat.diffusion.digits.embedded import digits_pipeline
 from comcat.diffusion.digits.recogniser import Recogniser, train_recogniser
 from comcat.diffusion.digits.scans import IDENTIFIER, LEFT_OUT, SIDE, digit_pictures, prompt_of
 from comcat.diffusion.learn.optimisation import Optimisation
@@ -63,7 +62,6 @@ class Concept:
 
 
 CONCEPTS = (Concept(IDENTIFIER, LEFT_OUT, 0), Concept("W*", 4, 180))
-OTHERS = [digit for digit in range(10) if digit != LEFT_OUT]
 TAUGHT: dict[str, tuple[str, float, dict[str, Any]]] = {
     "comcat, protected": ("comcat, protected", 1.8e-2, {}),
     "comcat": ("comcat", 1.8e-3, {}),
@@ -78,8 +76,7 @@ def base(a: argparse.Namespace) -> Any:
     """The embedded pipeline, with a token for the second concept."""
     from tokenizers import AddedToken
 
-    pipe = digits_pipeline(a.work / "digits", device=a.device, progress=True, **({"steps": 2} if a.quick else {}))
-    pipe.set_progress_bar_config(disable=True)
+    pipe = open_digits(a)
     pipe.tokenizer.add_tokens([AddedToken(CONCEPTS[1].word, normalized=False)])
     with seeded(0):
         pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer), mean_resizing=False)
@@ -111,11 +108,8 @@ def learn(a: argparse.Namespace, family: Family, name: str, concept: Concept, se
 def judged(a: argparse.Namespace, recogniser: Recogniser, pipe: Any, concepts: Sequence[Concept]) -> dict[str, float]:
     """The shares of right pictures: of each concept by its word, and of the nine digits."""
     each = -(-a.samples // len(OTHERS))
-    wanted = [(concept.prompt, n) for concept in concepts for n in range(a.samples)]
-    wanted += [(prompt_of(digit), n) for digit in OTHERS for n in range(each)]
-    found: dict[str, list[Image.Image]] = {}
-    for made in diffusion.generate(pipe, [], wanted=wanted, steps=a.sample_steps, guidance=2.0, batch_size=50, seed=1):
-        found.setdefault(made.prompt, []).append(made.image)
+    counts = {concept.prompt: a.samples for concept in concepts} | {prompt_of(digit): each for digit in OTHERS}
+    found = drawn(pipe, counts, steps=a.sample_steps, guidance=2.0, batch_size=50)
     others = statistics.mean(recogniser.rate(found[prompt_of(digit)], digit) for digit in OTHERS)
     return {c.word: c.share_in(found[c.prompt], recogniser) for c in concepts} | {"others": others}
 
@@ -166,25 +160,17 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     p = parser(__doc__)
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-two-concepts"), help="where runs are kept")
     p.add_argument("--methods", nargs="*", default=list(TAUGHT), choices=list(TAUGHT))
-    p.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
-    p.add_argument("--steps", type=int, default=300)
-    p.add_argument("--batch", type=int, default=4)
-    p.add_argument("--samples", type=int, default=90, help="pictures of each concept, and of the nine together")
-    p.add_argument("--sample-steps", type=int, default=10)
-    p.add_argument("--quick", action="store_true", help="a smoke test: a hardly trained pipeline, 2 steps")
-    a = p.parse_args(given)
-    if a.quick:
-        a.steps, a.samples, a.sample_steps, a.seeds = 2, 9, 2, [0]
+    a = short_teaching(p, given, "pictures of each concept, and of the nine together")
     torch.set_grad_enabled(True)
     diffusers_logging.disable_progress_bar()
     recogniser = train_recogniser()
-    settings = {key: getattr(a, key) for key in ("steps", "batch", "samples", "sample_steps", "quick")}
+    settings = {key: getattr(a, key) for key in KEPT}
     before = kept_result(a.work / "untouched.json", settings, lambda: judged(a, recogniser, base(a), CONCEPTS))
     print("untouched", before, flush=True)
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in a.seeds:
         for name in a.methods:
-            stem = f"two-{re.sub('[^a-z]+', '-', name.lower())}-{seed}"
+            stem = f"two-{slug(name)}-{seed}"
             told = {**settings, "told": TAUGHT[name]} | ({"apart": True} if to_tell_apart(name) else {})
             found = kept_result(a.work / f"{stem}.json", told, partial(taught, a, recogniser, name, seed))
             apart = found.pop("apart", {})
@@ -212,10 +198,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     values = {f"{c.word} {how}": [run[how][c.word] for run in runs] for c in CONCEPTS for how in ("alone", "together")}
     values |= {f"others {how}": [run["others"][how] for run in runs] for how in ("alone", "together")}
     values["least kept"] = [run["least_kept"] for run in runs]
-    return {"trained": runs[0]["trained"]} | {
-        key: {"mean": statistics.mean(own), "std": statistics.stdev(own) if len(own) > 1 else 0.0}
-        for key, own in values.items()
-    }
+    return {"trained": runs[0]["trained"]} | {key: over_seeds(own) for key, own in values.items()}
 
 
 if __name__ == "__main__":

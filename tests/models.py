@@ -1,6 +1,10 @@
 """Tiny models and pictures that several tests share."""
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from comcat.sites import Sites
@@ -22,6 +26,19 @@ def tiny_vit(**arguments) -> nn.Module:
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **settings).eval()
     shake(model)
     return model
+
+
+def timm_folder(place: Path) -> Path:
+    """The tiny model with ten classes in a folder of timm's, as ``timm:`` models look on disk."""
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2}
+    save_file(tiny_vit(num_classes=10).state_dict(), place / "model.safetensors")
+    cfg = {"input_size": [3, 32, 32], "mean": [0.3] * 3, "std": [0.4] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
+    config = {
+        "architecture": "vit_tiny_patch16_224", "num_classes": 10,
+        "model_args": {**sizes, "num_heads": 3, "num_classes": 10}, "pretrained_cfg": {**cfg, "num_classes": 10},
+    }  # fmt: skip
+    (place / "config.json").write_text(json.dumps(config))
+    return place
 
 
 def shake(model: nn.Module, scale: float = 0.4) -> None:

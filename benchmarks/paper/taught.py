@@ -171,11 +171,11 @@ class Taught:
 
     def sheet(self, concept: Concept, method: str) -> Path:
         """The picture file of a row in Figures 10 and 11."""
-        return self.a.work / f"{concept.name}-{_slug(method)}.png"
+        return self.a.work / f"{concept.name}-{common.slug(method)}.png"
 
     def result(self, concept: Concept, method: str) -> dict[str, Any]:
         """One method on one concept, from its file or made now."""
-        path = self.a.work / f"{concept.name}-{_slug(method)}.json"
+        path = self.a.work / f"{concept.name}-{common.slug(method)}.json"
         settings = {**self.settings, "prompt": concept.prompt, "pictures": len(concept.images)}
         if not self.sheet(concept, method).is_file():
             path.unlink(missing_ok=True)
@@ -273,7 +273,3 @@ def finish(a: argparse.Namespace, name: str, result: dict[str, Any]) -> dict[str
 def shown(value: dict[str, float] | None, scale: float = 1.0, digits: int = 2) -> str:
     """A mean and its spread, or a dash."""
     return "–" if value is None else common.spread(value, scale, digits)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -9,7 +9,7 @@ import torch
 
 SCRIPTS = (
     "common", "peers", "customization", "adapter_cost", "card.flux2", "card", "lora_export", "adapter_bytes",
-    "adapter_options", "two_concepts",
+    "adapter_options", "two_concepts", "embedded_digits",
 )  # fmt: skip
 PAPER = ("taught", "table5", "table6", "figures1011")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

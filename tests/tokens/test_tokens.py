@@ -99,7 +99,8 @@ def test_chosen_tokens_are_run_and_the_others_rest():
 @pytest.mark.parametrize(
     "reduction",
     [
-        look_alikes(torch.randn(2, 12, 4), 7), highest(torch.randn(2, 12), 5),
+        look_alikes(torch.randn(2, 12, 4, generator=torch.Generator().manual_seed(0)), 7),
+        highest(torch.randn(2, 12, generator=torch.Generator().manual_seed(1)), 5),
         *(Windows((3, 4), w) for w in [(1, 2), (2, 1), (2, 2), (3, 2), (3, 4)]),
     ],
     ids=str,

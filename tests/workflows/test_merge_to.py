@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import comcat
 from comcat.cli import main
@@ -14,21 +13,12 @@ from comcat.errors import StoreError
 from comcat.tuning.settings import TuneSettings
 from comcat.tuning.step import Training
 
-from ..models import pictures, tiny_vit
+from ..models import pictures, timm_folder, tiny_vit
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A timm folder, as ``timm:`` models look on disk."""
-    place, sizes = tmp_path_factory.mktemp("model"), {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2}
-    save_file(tiny_vit(num_classes=10).state_dict(), place / "model.safetensors")
-    cfg = {"input_size": [3, 32, 32], "mean": [0.3] * 3, "std": [0.4] * 3, "interpolation": "bilinear", "crop_pct": 1.0}
-    config = {
-        "architecture": "vit_tiny_patch16_224", "num_classes": 10,
-        "model_args": {**sizes, "num_heads": 3, "num_classes": 10}, "pretrained_cfg": {**cfg, "num_classes": 10},
-    }  # fmt: skip
-    (place / "config.json").write_text(json.dumps(config))
-    return place
+    return timm_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_merge_is_saved_reported_and_loaded(folder, tmp_path, capsys):

@@ -134,7 +134,7 @@ def _check_front(model: nn.Module, site: TokenSite, told: Mapping[str, Any]) -> 
     front, path = told["prefix"] - told.get("suffix", 0), site.path
     while path:
         path = path.rpartition(".")[0]
-        stated = _stated_front(part(model, path) if path else model)
+        stated = _stated_front(part(model, path))  # "": the model itself
         if stated is not None and stated > front:
             raise PlanError(
                 f"{site.name}: the plan was made for {front} tokens in front of the picture's, the model has {stated}"

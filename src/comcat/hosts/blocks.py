@@ -71,6 +71,11 @@ def objection_or_anatomy(
         )
 
 
+def reduced_blocks(model: nn.Module) -> dict[str, Any]:
+    """The blocks of a model that run on fewer tokens, by path, each with its token reduction."""
+    return {n: m.token_reduction for n, m in model.named_modules() if hasattr(m, "token_reduction")}
+
+
 def check_blocks(model: nn.Module, sites: Iterable[Any]) -> None:
     """Raise PlanError where blocks that shall run on fewer tokens are not there, or must not; one trial a kind."""
     modules, known = dict(model.named_modules()), {}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..hosts.blocks import reduced_blocks
 from ..hosts.classes import classes_of
 from ..measure.running import call, evaluating
 from ..models import preprocess_of
@@ -42,7 +43,7 @@ def shown_pictures(before: nn.Module, after: nn.Module, pictures: Tensor) -> tup
 
     Empty where no block of ``after`` runs on fewer tokens, or where nobody knows how its tokens lie on the picture.
     """
-    reduced = {name: m for name, m in after.named_modules() if hasattr(m, "token_reduction")}
+    reduced = reduced_blocks(after)
     if not reduced:
         return ()
     pictures = pictures.to(next(before.parameters()))
@@ -98,13 +99,13 @@ def _groups_kept(reduced: Mapping[str, Any]) -> Iterator[dict[str, tuple[NDArray
 
         return kept
 
-    for name, block in reduced.items():
-        block.token_reduction.reduction = keeper(name, block.token_reduction.reduction)
+    for name, one in reduced.items():
+        one.reduction = keeper(name, one.reduction)
     try:
         yield found
     finally:
-        for block in reduced.values():
-            del block.token_reduction.reduction
+        for one in reduced.values():
+            del one.reduction
 
 
 def _spread_out(names: Sequence[str]) -> list[str]:

@@ -66,14 +66,20 @@ def restore_optimizer(
     set_optimizer_state_dict(model, optimizer, whole, options=_from_main())
 
 
+def take_in(digest: Any, tensor: Tensor) -> None:
+    """Update a digest by a tensor's shape, type and values."""
+    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that stand for what a model computes: the names, shapes and values of its state, and what
     modules call their ``comcat_identity``, which no tensor says: on how many tokens blocks run.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} ".encode())
+        take_in(digest, tensor)
     for name, module in model.named_modules():
         identity = getattr(module, "comcat_identity", None)
         if identity is not None:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..errors import ModelError, SettingsError, StoreError
 from ..files import home_path, write_tensors
+from ..hosts.blocks import reduced_blocks
 from ..hosts.ordinary import check_storable
 from ..models import Origin, class_names_of, preprocess_of
 from ..models.origins import OWN
-from ..modules.merging import TokenReduction
 from ..plan import Plan
 from ..record import Record
 from ..wrappers import bare
@@ -126,11 +126,7 @@ def _planned(plan: Plan) -> list[str]:
 
 def _check_tokens(model: nn.Module, plan: Plan) -> None:
     """Raise StoreError where blocks run on other tokens than a plan says; no tensor in a file tells of them."""
-    there = {
-        f"{path.removesuffix('.token_reduction')}:tokens": (m.keep, m.full)
-        for path, m in model.named_modules()
-        if isinstance(m, TokenReduction)
-    }
+    there = {f"{path}:tokens": (r.keep, r.full) for path, r in reduced_blocks(model).items()}
     said = {name: (e.keep, e.full) for name, e in plan.sites.items() if name.endswith(":tokens")}
     for name in sorted({*there, *said}):
         if there.get(name) == said.get(name):

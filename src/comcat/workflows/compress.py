@@ -45,6 +45,7 @@ from .places import (
     check_out,
     model_of,
     pictures_for,
+    run_beside,
     said_of_plan,
     said_of_skipped,
     said_of_tuning,
@@ -174,7 +175,7 @@ def _opened(
     return _Job(
         name=name, before=before, whole=whole, preprocess=preprocess, division=division, plan=proposer or plan,
         settings=settings,
-        work=work.with_name(f"{work.name}.run"), asked=asked | asdict(settings), notes=(*notes, *division.notes),
+        work=run_beside(work), asked=asked | asdict(settings), notes=(*notes, *division.notes),
         progress=progress,
     )  # fmt: skip
 

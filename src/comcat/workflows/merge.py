@@ -17,7 +17,7 @@ from ..methods.settings import MergeSettings
 from ..plan import Plan
 from ..settings import from_keywords
 from .compress import compress_to
-from .places import Finished, Source
+from .places import Finished, Source, run_beside
 
 
 def merge_to(
@@ -54,8 +54,7 @@ def merge_to(
     if chosen.keep == 1:
         way["bench"] = False
 
-    work = home_path(out)
-    work = work.with_name(f"{work.name}.run") / "merge"
+    work = run_beside(home_path(out)) / "merge"
 
     def proposed(model: nn.Module, batches: Iterable) -> Plan:
         if way.get("restart"):

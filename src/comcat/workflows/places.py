@@ -57,6 +57,11 @@ def check_out(out: Path, overwrite: bool) -> None:
     check_replaceable(out, overwrite=True)
 
 
+def run_beside(out: Path) -> Path:
+    """The folder of a run that makes the folder ``out``: ``OUT.run`` beside it."""
+    return out.with_name(f"{out.name}.run")
+
+
 def model_of(model: nn.Module | str | os.PathLike[str]) -> nn.Module:
     """The model itself, or the one of that name, loaded to the CPU."""
     return bare(model) if isinstance(model, nn.Module) else load_model(model)

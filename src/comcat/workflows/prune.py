@@ -26,7 +26,7 @@ from ..store import save
 from ..store.saving import check_savable
 from ..tuning.leaks import check_sources
 from .measuring import noted, timings
-from .places import Finished, Source, called, check_out, model_of, pictures_for, said_of_skipped
+from .places import Finished, Source, called, check_out, model_of, pictures_for, run_beside, said_of_skipped
 
 
 def prune_to(
@@ -70,7 +70,7 @@ def prune_to(
     model = model_of(model)
     teacher = None if teacher is None else model_of(teacher)
     processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
-    work = out.with_name(f"{out.name}.run")
+    work = run_beside(out)
     with ExitStack() as stack:
         with processes.together():
             if processes.main:

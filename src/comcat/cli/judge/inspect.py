@@ -77,14 +77,11 @@ def _tokens_of(model: Any) -> dict[str, Any]:
     """The trunk of a model as JSON holds it, found by showing it one blank picture of its input size."""
 
     from ...errors import ComcatError
+    from ...hosts.blocks import reduced_blocks
     from ...models import preprocess_of
     from ...statistics.trunk import find_trunk
 
-    merged = [
-        {"block": name, "keep": module.token_reduction.keep, "tokens": module.token_reduction.full}
-        for name, module in model.named_modules()
-        if hasattr(module, "token_reduction")
-    ]
+    merged = [{"block": name, "keep": r.keep, "tokens": r.full} for name, r in reduced_blocks(model).items()]
     if merged:
         return {"merged": merged}
     try:

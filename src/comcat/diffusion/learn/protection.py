@@ -71,7 +71,7 @@ def drawn_prompts(tokenizer: Any, prompt: str, identifier: str, count: int, seed
     """
     words = sorted(token[:-4] for token in tokenizer.get_vocab() if token.endswith("</w>") and token[:-4].isalpha())
     if count and not words:
-        raise SettingsError("protect_words: the tokenizer's vocabulary marks no words to draw; name prompts by protect")
+        raise SettingsError("protect_words: the tokenizer's vocabulary marks no words to draw, as CLIP's does")
     chance = random.Random(seed)
     return tuple(
         prompt.replace(identifier, " ".join(chance.choices(words, k=chance.randint(1, 4)))) for _ in range(count)

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ...files import parsed, write_json
 from ...plan import SitePlan
-from ...runs.state import fingerprint
+from ...runs.state import fingerprint, take_in
 from ...statistics.examples import Example
 
 FILE = "divergences.json"
@@ -66,9 +65,7 @@ def _fingerprint(shown: Sequence[Example]) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for leaf in tree_leaves([(example.images, dict(example.others or {})) for example in shown]):
         if isinstance(leaf, Tensor):
-            digest.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
-            values: Any = leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digest.update(values)
+            take_in(digest, leaf)
         else:
             digest.update(repr(leaf).encode())
     return digest.hexdigest()

@@ -15,6 +15,7 @@ from ...errors import ModelError, SettingsError, nearest
 from ...files import home_path
 from ...grad_mode import outside_inference_mode
 from ...hosts import find_sites
+from ...hosts.blocks import reduced_blocks
 from ...plan import Plan, SitePlan
 from ...settings import from_keywords
 from ...sites import is_within
@@ -94,10 +95,10 @@ def merge(
 
 def _check_unmerged(model: nn.Module) -> None:
     """Raise ModelError where blocks run on fewer tokens already: a share of all tokens would not count them."""
-    merged = [name for name, block in model.named_modules() if hasattr(block, "token_reduction")]
+    merged = reduced_blocks(model)
     if merged:
         raise ModelError(
-            f"blocks of the model run on fewer tokens already, the first {merged[0]}; take the merges back "
+            f"blocks of the model run on fewer tokens already, the first {next(iter(merged))}; take the merges back "
             "by handle.revert() and merge anew, or name other blocks, blocks=(…)"
         )
 
