@@ -11,6 +11,7 @@ from ...errors import ModelError, SettingsError, UnsupportedSite, listed, neares
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
 from ...settings import expect_one_of
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
+from ..pipeline.offloading import check_newcomers
 from .find import narrowed
 from .guard import refresh_guard
 from .hosts import AdaptableAttention, RefusedAttention, host_of
@@ -150,7 +151,7 @@ def _remove(place: Place, name: str) -> None:
 
 def check_new(target: Any, name: str) -> None:
     """Raise SettingsError unless a new adapter of this name may come now, ModelError where one that is there has been
-    displaced.
+    displaced, and where offloading would leave it out.
     """
     if not isinstance(name, str) or not name.strip():
         raise SettingsError(f"got {name!r} as an adapter's name, expected a word")
@@ -159,6 +160,8 @@ def check_new(target: Any, name: str) -> None:
             f"there is an adapter called {name!r} already; name this one otherwise, or unload(…, {name!r}) first"
         )
     check_unfused(target)
+    for component in components_of(target).values():
+        check_newcomers(component.name, component.model)
 
 
 def bad_alpha(alpha: float) -> str | None:

@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import ModelError
 from ...modules.adapters import ExtraChannels
 from ..pipeline.components import Component
+from ..pipeline.offloading import computing_device, is_offloaded
 from .hosts import CHANNELS, AdapterHost, Found, find_in, host_of
 
 _FUSED = "comcat_fused"
@@ -41,6 +42,8 @@ class Place:
     path: str
     attention: Any
     host: AdapterHost
+    model: Any
+    """The component that it is part of."""
 
     @property
     def fused(self) -> Fused | None:
@@ -87,10 +90,9 @@ class Place:
 
     @property
     def device(self) -> torch.device:
-        """Where the projections compute, also where accelerate keeps their weights elsewhere in between."""
-        device = next(self._query.parameters()).device
-        execution = getattr(getattr(self._query, "_hf_hook", None), "execution_device", None)
-        return torch.device(execution) if device.type == "meta" and execution is not None else device
+        """Where the projections compute, also where something keeps their weights elsewhere in between."""
+        offloaded = (m for m in (self._query, self.model) if is_offloaded(m))
+        return computing_device(next(offloaded, self._query))
 
     @property
     def _query(self) -> Any:
@@ -113,7 +115,7 @@ def places_at(component: Component, paths: Iterable[str]) -> Iterator[Place]:
         name, _, inner = path.partition(".")
         if name == component.name:
             assert host is not None, f"{path} was found by a host"
-            yield Place(path, _submodule(component.model, inner), host)
+            yield Place(path, _submodule(component.model, inner), host, component.model)
 
 
 def _submodule(model: Any, path: str) -> Any:

@@ -29,7 +29,7 @@ from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, rec
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
 from .examples import EXAMPLES, Examples, fingerprint, notes_on_sizes, one_each, read_examples
-from .holdings import notes_before
+from .holdings import check_offloaded, notes_before
 from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
 from .optimisation import Optimisation
@@ -56,8 +56,9 @@ def customize(
     (Eq. 7).
 
     Latents and prompts are encoded once; the VAE and the text encoders then leave the device, unless they learn as
-    well, so a step costs the denoiser alone. Processes started with ``accelerate launch`` or ``torchrun`` share each
-    batch.
+    well, so a step costs the denoiser alone. A denoiser that is offloaded comes and goes as it does to draw; with
+    ``gradient_checkpointing`` a step then holds one block's weights at a time. Processes started with ``accelerate
+    launch`` or ``torchrun`` share each batch.
 
     Args:
         pipe: a text-to-image pipeline of diffusers, whole, in the dtype to compute in. The adapter's own parameters are
@@ -122,6 +123,7 @@ class Customization:
                 f"batch_size: got {settings.batch_size} for {self.processes.count} processes, expected a multiple"
             )
         check_dropout(self.family, self.where, settings.caption_dropout)
+        check_offloaded(self.family, settings, self.processes)
         self.examples = read_examples(images)
         self.prompts = one_each(given, len(self.examples.images))
         self.prompt = self.prompts[0]

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...errors import MemoryShortage, listed
+from ...errors import MemoryShortage, SettingsError, listed
+from ...runs.processes import Processes
 from ..adapter.find import narrowed
 from ..adapter.places import find_places
 from ..pipeline.components import Component, denoiser_of, text_encoders_of
 from ..pipeline.families import Family
+from ..pipeline.offloading import cannot_recompute, comes_in_parts, is_offloaded
 from .settings import CustomizeSettings
 
 MOMENTS = 4 * 4
@@ -22,12 +24,13 @@ MOMENTS = 4 * 4
 
 @dataclass(frozen=True)
 class Holdings:
-    """Bytes of frozen weights that every step needs, and how many numbers learn. Activations come on top: they grow
-    with the picture's area and the batch.
+    """Bytes of frozen weights that a device holds throughout, how many numbers learn, and bytes of weights that come and
+    go as they compute. Activations come on top: they grow with the picture's area and the batch.
     """
 
     weights: int
     learned: int
+    passing: int = 0
 
     @property
     def bytes(self) -> int:
@@ -38,6 +41,14 @@ class Holdings:
             f"Held throughout: {self.weights / 1e9:.2f} GB of weights and {MOMENTS * self.learned / 1e6:.1f} MB for "
             f"the {self.learned:,} numbers that learn, with gradients and moments; activations come on top."
         )
+
+    def passing_note(self, checkpointing: bool) -> str:
+        how = (
+            "one block's at a time (gradient_checkpointing)"
+            if checkpointing
+            else "but a step gathers all of them for its gradients; gradient_checkpointing holds one block's at a time"
+        )
+        return f"{self.passing / 1e9:.2f} GB of weights come to the device as they compute, {how}."
 
 
 def notes_before(family: Family, where: str, settings: CustomizeSettings) -> list[str]:
@@ -50,7 +61,30 @@ def notes_before(family: Family, where: str, settings: CustomizeSettings) -> lis
     holdings = holdings_of(family, where, settings)
     check_fits(holdings, family.device)
     left = [f"What is left as it is, and why: {listed([str(one) for one in refused])}"] if refused else []
-    return [*left, holdings.note()]
+    passing = [holdings.passing_note(settings.gradient_checkpointing)] if holdings.passing else []
+    return [*left, holdings.note(), *passing]
+
+
+def check_offloaded(family: Family, settings: CustomizeSettings, processes: Processes) -> None:
+    """Raises SettingsError for what cannot be learned while weights come and go: a token's row, which must be there to
+    be read and replaced, and anything by several processes at once.
+    """
+    for name, (_, encoder) in family.text_encoders().items():
+        if settings.new_token is not None and comes_in_parts(encoder):
+            raise SettingsError(
+                f"new_token: the {name}'s weights come a layer at a time, so that its embedding cannot get a row; "
+                f"offload the other parts alone, or use the words that the {name} knows"
+            )
+    checkpointing = settings.gradient_checkpointing or getattr(family.denoiser, "is_gradient_checkpointing", False)
+    if checkpointing and (reason := cannot_recompute(family.denoiser)) is not None:
+        raise SettingsError(
+            f"gradient_checkpointing does not go with how the {family.component} is offloaded, since {reason}"
+        )
+    if processes.count > 1 and is_offloaded(family.denoiser):
+        raise SettingsError(
+            f"{processes.count} processes share a batch, and the {family.component} is offloaded: expected one "
+            "process, or a pipeline without offloading"
+        )
 
 
 def holdings_of(family: Family, where: str, settings: CustomizeSettings) -> Holdings:
@@ -67,7 +101,9 @@ def holdings_of(family: Family, where: str, settings: CustomizeSettings) -> Hold
         if not number:
             found = narrowed([one for one in found if where in ("all", one.where)], settings.only)
         learned += sum(one.parameters(settings.rank) for one in found)
-    return Holdings(sum(_bytes(m.parameters()) + _bytes(m.buffers()) for m in kept), learned)
+    held = {m: _bytes(m.parameters()) + _bytes(m.buffers()) for m in kept}
+    passing = sum(size for module, size in held.items() if comes_in_parts(module))
+    return Holdings(sum(held.values()) - passing, learned, passing)
 
 
 def check_fits(holdings: Holdings, device: torch.device) -> None:

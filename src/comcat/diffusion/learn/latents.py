@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import NumericsError
 from ...runs.seeding import derive_seed
 from ..pipeline.families import Conditions, Family, check_side
+from ..pipeline.offloading import computing_device
 
 LEAST_SHOWN = 0.002
 """Of a crop: where a mask shows less of it, there is nothing to learn from."""
@@ -160,7 +161,7 @@ def encode_pixels(family: Family, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """
     vae = family.pipe.vae
     with full_precision_where_needed(vae):
-        encoded = vae.encode(family.to_vae(pixels).to(vae.device, vae.dtype))
+        encoded = vae.encode(family.to_vae(pixels).to(computing_device(vae), vae.dtype))
     if hasattr(encoded, "latent_dist"):
         mean, std = encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
     else:  # the tiny autoencoders and deep compression ones are not variational

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +18,7 @@ from ...runs.seeding import derive_seed
 from ...runs.watching import LossWatch
 from ..pipeline.families import Conditions, Family
 from ..pipeline.noising import Noising
+from ..pipeline.offloading import is_offloaded, kept_for_gradients
 from ..pipeline.residence import computing_dtype
 from ..pipeline.shortage import shortage_explained
 from .settings import CustomizeSettings
@@ -89,6 +91,7 @@ class Optimisation(Run):
         self.source, self.settings, self.processes = source, settings, processes
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.dtype = computing_dtype(family.denoiser)
+        self.keeping = kept_for_gradients if is_offloaded(family.denoiser) else nullcontext
         half = self.dtype == torch.float16
         # Gradients pass through the frozen model in its own type; in float16 small ones would vanish.
         self.scaler = torch.amp.GradScaler(family.device.type, enabled=half, init_scale=2.0**12)
@@ -117,8 +120,10 @@ class Optimisation(Run):
         trained = list(self.parameters.values())
         self.optimizer.zero_grad(set_to_none=True)
         with shortage_explained(f"training at step {number}", self._what_would_fit()):
-            loss = self.loss(number)
+            with self.keeping():
+                loss = self.loss(number)
             self.scaler.scale(loss).backward()
+        self._gather()
         value = self._summed(loss)
         watch.check(value, number, self.parameters.items(), advice="a lower lr may help")
         for group in self.optimizer.param_groups:
@@ -132,6 +137,17 @@ class Optimisation(Run):
         self.progress.losses.append(value)
         self.progress.seconds += time.perf_counter() - started
         return {"loss": f"{_recent(self.progress.losses):.4f}"}
+
+    def _gather(self) -> None:
+        """Gradients and moments to where their parameters are now: offloading may move those as it moves the weights
+        beside them.
+        """
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.to(parameter.device)
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if key != "step":
+                    self.optimizer.state[parameter][key] = value.to(parameter.device)
 
     def _summed(self, loss: Tensor) -> float:
         """The loss over all processes; the parameters' gradients become their sums.

@@ -53,7 +53,8 @@ class Protection:
     def apply(self) -> None:
         """Project the protected directions out of the factors, (heads · rank, width) each."""
         for factor in self.factors:
-            factor -= factor @ self.directions.mT @ self.directions
+            directions = self.directions = self.directions.to(factor.device)  # where offloading has moved it
+            factor -= factor @ directions.mT @ directions
 
 
 def protected_prompts(family: Family, prompt: str, identifier: str, settings: CustomizeSettings) -> tuple[str, ...]:

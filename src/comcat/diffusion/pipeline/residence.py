@@ -11,28 +11,26 @@ from torch import nn
 
 from ...errors import ModelError
 from .families import Family
+from .offloading import check_offloading, comes_in_parts, is_offloaded, recomputed
 
 _PLAIN = object()
 _PACKS = "support_avx512bf16_for_cpu"
 """Of bitsandbytes' layers of 4 bit: whether they pack their weights for this CPU."""
+_CHECKPOINTING = "_gradient_checkpointing_func"
+"""Of diffusers' models and their blocks: what computes a block, and again for its gradients."""
 
 
 def check_whole(pipe: Any) -> None:
-    """Raises ModelError if hooks of accelerate or diffusers act in the pipeline's parts, or layers of 4 bit are not
-    ready. A step of training needs the denoiser's weights in place until its gradients are computed, in one type, and
+    """Raises ModelError if hooks of diffusers act in the pipeline's parts other than by offloading, if that fetches
+    weights ahead, or if layers of 4 bit are not ready. A step of training needs the denoiser's weights in one type, and
     all of it computed.
     """
     parts = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
     for name, part in parts.items():
         _check_quantised(name, part)
-    hooks_of = {n: _hooks(m) for n, m in parts.items()}
-    if moved := [n for n, m in parts.items() if hasattr(m, "_hf_hook") or "group_offloading" in hooks_of[n]]:
-        raise ModelError(
-            f"the pipeline offloads {', '.join(moved)}; customizing keeps off the device what a step does not need by "
-            "itself: load the pipeline without offloading. What makes a step fit: a base quantised to 8 or 4 bit, "
-            "gradient_checkpointing"
-        )
-    for name, hooks in hooks_of.items():
+        check_offloading(name, part)
+    for name, part in parts.items():
+        hooks = {one for one in _hooks(part) if one != "group_offloading"}
         if "layerwise_casting" in hooks:
             raise ModelError(
                 f"the {name} keeps its weights in another type than it computes in (layerwise casting), and gradients "
@@ -120,22 +118,28 @@ def frozen(family: Family) -> Iterator[None]:
 
 @contextmanager
 def recomputing(denoiser: Any, wanted: bool) -> Iterator[None]:
-    """Gradient checkpointing in the denoiser, if wanted."""
+    """Gradient checkpointing in the denoiser if wanted, and of a kind that suits offloading; what was comes back."""
+    how = {m: m._gradient_checkpointing_func for m in denoiser.modules() if hasattr(m, _CHECKPOINTING)}
     before = denoiser.is_gradient_checkpointing
-    if wanted and not before:
-        denoiser.enable_gradient_checkpointing()
+    if wanted or before:
+        denoiser.enable_gradient_checkpointing(*[recomputed] * is_offloaded(denoiser))
     try:
         yield
     finally:
         if wanted and not before:
             denoiser.disable_gradient_checkpointing()
+        for module, function in how.items():
+            setattr(module, _CHECKPOINTING, function)
 
 
 class Idle:
-    """The parts of a pipeline that a step does not need. They wait in the CPU's memory and come back to generate."""
+    """The parts of a pipeline that a step does not need. They wait in the CPU's memory and come back to generate. Those
+    whose weights come a layer at a time wait there anyway.
+    """
 
     def __init__(self, family: Family, needed: Sequence[nn.Module]) -> None:
-        parts = [m for m in family.pipe.components.values() if isinstance(m, nn.Module) and m not in needed]
+        modules = [m for m in family.pipe.components.values() if isinstance(m, nn.Module)]
+        parts = [m for m in modules if m not in needed and not comes_in_parts(m)]
         self.parts = [(m, next(m.parameters()).device) for m in parts if next(m.parameters(), None) is not None]
 
     def leave(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .offloading import computing_device
+
 Conditions = dict[str, Tensor]
 """What a prediction depends on beside the noisy latents and the time, by name; dim 0 is the batch."""
 
@@ -32,8 +34,8 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        """Where the denoiser is; the pipeline's own ``device`` is that of whatever part comes first."""
-        return next(self.denoiser.parameters()).device
+        """Where the denoiser computes; the pipeline's own ``device`` is that of whatever part comes first."""
+        return computing_device(self.denoiser)
 
     def text_encoders(self) -> dict[str, tuple[Any, Any]]:
         """Component name → (tokenizer, text encoder), of those that the pipeline has."""
