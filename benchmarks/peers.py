@@ -90,11 +90,12 @@ def comcat_protected(
 
 
 def comcat_words(
-    family: Family, seed: int, prompt: str = "a photo of V*", token: str | None = None, dropout: float = 0.0, **_: Any
+    family: Family, seed: int, prompt: str = "a photo of V*", token: str | None = None, dropout: float = 0.0,
+    adapter: str = "default", **_: Any,
 ) -> Method:  # fmt: skip
     """Protected are prompts that nobody names: see :func:`drawn_prompts`."""
-    protect = drawn_prompts(family.pipe.tokenizer, prompt, "V*", 200, seed)
-    return comcat_cross(family, seed, protect=protect, token=token, dropout=dropout)
+    protect = drawn_prompts(family.pipe.tokenizer, prompt, token or "V*", 200, seed)
+    return comcat_cross(family, seed, protect=protect, token=token, dropout=dropout, adapter=adapter)
 
 
 def comcat_plain(family: Family, seed: int, adapter: str = "default", **_: Any) -> Method:

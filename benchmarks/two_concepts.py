@@ -9,8 +9,10 @@ a concept's pictures that a classifier trained apart takes for its digit, turned
 
 Every method trains as in ``customization.py`` (10 pictures, AdamW, linear decay, no prior preservation), at the rate
 that was tuned there. LoRA's rank is the one whose bytes come closest to ours, LoKr's factors likewise. *The other's
-prompt too*: each adapter is kept from the other's prompt while it learns. *Told apart*: both adapters are changed in
-closed form when they are loaded (:func:`comcat.diffusion.tell_apart`). Every (method, seed) is kept in ``--work``.
+prompt too*: each adapter is kept from the other's prompt while it learns. *Words protected, new token*: it is kept from
+prompts of random words, and the concept's word learns as well; neither knows anything of the other. *Told apart*: both
+adapters are changed in closed form when they are loaded (:func:`comcat.diffusion.tell_apart`). Every (method, seed) is
+kept in ``--work``.
 """
 
 from __future__ import annotations
@@ -66,6 +68,7 @@ TAUGHT: dict[str, tuple[str, float, dict[str, Any]]] = {
     "comcat, protected": ("comcat, protected", 1.8e-2, {}),
     "comcat": ("comcat", 1.8e-3, {}),
     "comcat, protected, the other's prompt too": ("comcat, protected", 1.8e-2, {"other": True}),
+    "comcat, words protected, new token": ("comcat, words protected, new token, dropout 0.05", 5.6e-3, {"token": True}),
     "LoRA": ("LoRA", 1.8e-3, {"rank": 2}),
     "LoKr": ("LoKr", 3.2e-3, {"factor": 2}),
 }
@@ -86,18 +89,20 @@ def base(a: argparse.Namespace) -> Any:
 def attached(family: Family, name: str, concept: Concept, seed: int) -> Method:
     """A method's fresh adapter for a concept, named after it."""
     kind, _, more = TAUGHT[name]
-    protect = [prompt_of(digit) for digit in OTHERS]
+    told = {"protect": [prompt_of(digit) for digit in OTHERS], "prompt": concept.prompt} | more
     if more.get("other"):
-        protect += [one.prompt for one in CONCEPTS if one != concept]
-    return METHODS[kind](family, seed=seed, adapter=concept.word[0], protect=protect, **more)
+        told["protect"] += [one.prompt for one in CONCEPTS if one != concept]
+    if more.get("token"):
+        told["token"] = concept.word
+    return METHODS[kind](family, seed=seed, adapter=concept.word[0], **told)
 
 
 def learn(a: argparse.Namespace, family: Family, name: str, concept: Concept, seed: int) -> Method:
     method = attached(family, name, concept, seed)
-    kinds = [Kind(concept.pictures(seed), concept.prompt, a.batch, 1.0)]
+    kinds = [Kind(concept.pictures(seed), concept.prompt, a.batch, 1.0, method.caption_dropout)]
     run = Optimisation(
         family, noising_of(family.pipe.scheduler), method.trained,
-        cached_source(family, kinds, SIDE, seed, live_text=False),
+        cached_source(family, kinds, SIDE, seed, live_text=method.live_text),
         CustomizeSettings(steps=a.steps, batch_size=a.batch, lr=TAUGHT[name][1], seed=seed),
         Processes(cpu=family.device.type == "cpu"), constrain=method.constrain,
     )  # fmt: skip

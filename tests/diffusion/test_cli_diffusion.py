@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import comcat.diffusion as cd
@@ -71,6 +72,21 @@ def test_customize_then_generate(model, images, adapter, tmp_path, capsys):
     assert "0 pictures generated, 4 were there" in capsys.readouterr().out
     assert generate(model, out, *arguments[:1], f"{adapter}:0.5", *arguments[2:]) == 1
     assert "made in another way: adapters was" in told(capsys)
+
+
+def test_offloaded_it_learns_and_draws_the_same(model, images, adapter, tmp_path, capsys):
+    out = tmp_path / "dog.safetensors"
+    assert customize(model, images, out, "--offload", "--gradient-checkpointing") == 0
+    assert "weights come to the device as they compute, one block's at a time" in capsys.readouterr().out
+    expected, found = cd.read(adapter).factors, cd.read(out).factors
+    for module, factors in expected.items():
+        for key, factor in factors.items():
+            torch.testing.assert_close(found[module][key], factor, rtol=1e-4, atol=1e-6, msg=f"{module}.{key}")
+    drawn = []
+    for place, more in (("in place", ()), ("offloaded", ("--offload",))):
+        assert generate(model, tmp_path / place, "--adapter", adapter, "--prompt", "V* dog", *more) == 0
+        drawn += [p.read_bytes() for p in (tmp_path / place).iterdir()]
+    assert len(drawn) == 2 and drawn[0] == drawn[1]
 
 
 def test_customize_says_what_it_did(model, images, tmp_path, capsys):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from comcat.diffusion import load_pipeline
+from comcat.diffusion import generate, load_pipeline
+from comcat.diffusion.pipeline.offloading import comes_in_parts
 from comcat.errors import ModelError
 
 from .. import tiny
@@ -77,3 +78,14 @@ def test_the_command_line_takes_a_variant(pipe: Any, tmp_path: Path, capsys: pyt
     assert main(["generate", str(tmp_path / "saved"), "--variant", "ema", *how]) == 0
     assert main(["generate", str(tmp_path / "saved"), "--variant", "fp16", *how]) == 1
     assert "no weights of the variant 'fp16'" in capsys.readouterr().err
+
+
+def test_an_offloaded_denoiser_gives_the_same_pictures(pipe: Any, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path / "saved")
+    pictures = []
+    for offload in (False, True):
+        opened = load_pipeline(tmp_path / "saved", offload=offload)
+        assert comes_in_parts(opened.unet) is offload
+        assert not comes_in_parts(opened.text_encoder)
+        pictures += [one.image.tobytes() for one in generate(opened, "a dog", steps=2, size=16)]
+    assert pictures[0] == pictures[1]

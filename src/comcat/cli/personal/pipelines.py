@@ -21,6 +21,8 @@ class PipelineCommand:
     """Type of the pipeline's weights."""
     variant: str | None = None
     """Which of several sets of stored weights to read, fp16; left out, those without a variant, or the only one."""
+    offload: bool = False
+    """Keep the denoiser's weights in the CPU's memory; each layer's come to the device as it computes."""
 
 
 def open_pipeline(command: PipelineCommand, spec: str, device: Any = None) -> Any:
@@ -30,4 +32,5 @@ def open_pipeline(command: PipelineCommand, spec: str, device: Any = None) -> An
     from ...diffusion import load_pipeline
 
     dtype = getattr(torch, command.dtype)
-    return load_pipeline(spec, device=device or pick_device(command.device), dtype=dtype, variant=command.variant)
+    device = device or pick_device(command.device)
+    return load_pipeline(spec, device=device, dtype=dtype, variant=command.variant, offload=command.offload)

@@ -24,8 +24,8 @@ MOMENTS = 4 * 4
 
 @dataclass(frozen=True)
 class Holdings:
-    """Bytes of frozen weights that a device holds throughout, how many numbers learn, and bytes of weights that come and
-    go as they compute. Activations come on top: they grow with the picture's area and the batch.
+    """Bytes of frozen weights that a device holds throughout, how many numbers learn, and bytes of weights that come
+    and go as they compute. Activations come on top: they grow with the picture's area and the batch.
     """
 
     weights: int

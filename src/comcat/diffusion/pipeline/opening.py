@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...errors import ModelError, nearest
 from ...files import home_path, parsed
 from ...models.failures import first_line, loading_failure
+from .components import denoiser_of
 
 _WEIGHTS = re.compile(
     r"(?:model|pytorch_model|diffusion_pytorch_model)(?:\.(?P<variant>(?!index\b|safetensors\b|bin\b)[\w]+?))?"
@@ -28,6 +30,7 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
+    offload: bool = False,
 ) -> Any:
     """A pipeline of diffusers: the name of one on the hub, or a folder that ``save_pretrained`` wrote.
 
@@ -35,6 +38,8 @@ def load_pipeline(
         dtype: of the weights in memory, whatever is stored.
         variant: which of several sets of weights to read, ``"fp16"`` for ``model.fp16.safetensors``. Left out, those
             without a variant; a folder that has one variant alone gives that.
+        offload: the denoiser's weights stay in the CPU's memory, and those of each layer come to ``device`` as it
+            computes (group offloading of diffusers).
 
     Raises:
         ModelError: if there is none, a part of it is missing or damaged, there are no weights of that variant, or the
@@ -63,9 +68,20 @@ def load_pipeline(
     except Exception as error:  # every library below raises its own kinds
         raise loading_failure(text if local else f"hf:{text}", error, local=local, instead="") from error
     try:
-        return pipe.to(device)
+        return _offloaded(pipe, torch.device(device)) if offload else pipe.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(f"{text} cannot be moved to {device}: {first_line(error)}") from error
+
+
+def _offloaded(pipe: Any, device: torch.device) -> Any:
+    from diffusers.hooks import apply_group_offloading
+
+    denoiser = denoiser_of(pipe).model
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module) and part is not denoiser:
+            part.to(device)
+    apply_group_offloading(denoiser, device, torch.device("cpu"), offload_type="leaf_level")
+    return pipe
 
 
 def _parts_of(folder: Path) -> list[str]:
