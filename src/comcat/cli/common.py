@@ -74,9 +74,9 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
         raise
     except KeyboardInterrupt:
         if processes.main:
-            print(
-                f"comcat: interrupted; the same command goes on from the last checkpoint in {folder}", file=sys.stderr
-            )
+            kept = any(folder.rglob("step-*/state.json"))
+            way = f"goes on from the last checkpoint in {folder}" if kept else "begins anew, for no checkpoint was kept"
+            print(f"comcat: interrupted; the same command {way}", file=sys.stderr)
         return 130
     finally:
         processes.close()

@@ -126,7 +126,7 @@ def _prompts(side: _Side, settings: ScoreSettings) -> dict[str, str] | DataError
 
 def _read_prompts(path: Path, keys: list[str]) -> dict[str, str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the prompts in {str(path)!r} cannot be read: {error}") from None
     lines = [line for line in lines if line]

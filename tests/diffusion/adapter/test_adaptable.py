@@ -104,6 +104,7 @@ def test_an_adapter_of_chosen_blocks_and_products(only: list[str], expected: Any
         (["transformer_block.0"], r"chooses no attention; .*did you mean 'transformer_blocks\.0'"),
         (["vo", "kv"], "only='kv' chooses no attention; expected qk, vo, a path such as transformer"),
         (["transformer_blocks.1:kq"], "chooses no attention"),
+        (["vo", ""], "got an empty text"),
     ],
 )
 def test_a_choice_of_nothing_is_told(only: list[str], said: str) -> None:

@@ -10,7 +10,7 @@ from comcat.diffusion import GenerateSettings, generate, generate_to
 from comcat.diffusion.draw.pages import Page, Sheet, render_page
 from comcat.diffusion.draw.pictures import file_name, grid, read_made, save_picture
 from comcat.diffusion.draw.prompts import read_prompts
-from comcat.errors import DataError, SettingsError, StoreError
+from comcat.errors import DataError, NumericsError, SettingsError, StoreError
 
 from .. import tiny
 
@@ -186,3 +186,18 @@ def test_a_folder_that_cannot_be_written_to_is_said_before_any_picture(tmp_path,
     monkeypatch.setattr(type(pipe), "__call__", lambda *_, **__: pytest.fail("generated"))
     with pytest.raises(StoreError, match="nothing can be written"):
         generate_to(tmp_path / "file", pipe, "a dog", **HOW)
+
+
+def test_a_picture_of_nan_is_no_picture(tmp_path, pipe):
+    pipe.vae.decoder.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NumericsError, match=r"no picture of 'a dog': its VAE decodes to NaN"):
+        generate_to(tmp_path / "out", pipe, ["a dog"], **HOW)
+    pipe.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(NumericsError, match="its denoiser makes NaN"):
+        generate_to(tmp_path / "out", pipe, ["a dog"], **HOW)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_prompts_from_a_text_editor_of_windows(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfV* dog\r\na cat\r\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["V* dog", "a cat"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ import torch
 
 import comcat.diffusion as cd
 from comcat import files
+from comcat.cli import main
 from comcat.diffusion.learn.customize import Customization
+from comcat.diffusion.learn.examples import read_examples
+from comcat.diffusion.learn.optimisation import Optimisation
 from comcat.errors import DataError, ModelError, NumericsError, SettingsError, StoreError
 
 from .. import tiny
@@ -175,6 +180,39 @@ def test_something_of_another_kind_is_refused_before_the_work(
     with pytest.raises(error, match=said):
         cd.customize(pipe, given.pop("source"), **given)
     assert cd.adapters(pipe) == {}
+
+
+def test_files_that_are_no_pictures_and_pictures_twice_are_told(tmp_path: Path) -> None:
+    folder = tmp_path / "dog"
+    (folder / "more").mkdir(parents=True)
+    for number, picture in enumerate(tiny.pictures(3)):
+        picture.save(folder / f"{number}.png")
+    shutil.copy(folder / "0.png", folder / "more" / "again.png")
+    assert read_examples(folder).notes == ["The same as another of the pictures of the concept: more/again.png"]
+    for name in ("1.txt", "2.heic", ".DS_Store"):
+        (folder / name).write_bytes(b"none")
+    assert read_examples(folder).notes[0] == "Not read, since pictures' names end otherwise: 1.txt; 2.heic"
+    assert read_examples(tiny.pictures(3)).notes == []
+
+
+@pytest.mark.parametrize("every", [0, 2])
+def test_ctrl_c_promises_no_checkpoint_that_is_not_there(
+    every: int, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe.save_pretrained(tmp_path / "tiny")
+    tiny.pictures(1)[0].save(tmp_path / "dog.png")
+    step = Optimisation.step
+
+    def interrupted(self: Any, number: int, watch: Any) -> Any:
+        if number == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, number, watch)
+
+    monkeypatch.setattr(Optimisation, "step", interrupted)
+    given = ["--images", str(tmp_path / "dog.png"), "--prompt", PROMPT, "--out", str(tmp_path / "dog.safetensors")]
+    assert main(["customize", str(tmp_path / "tiny"), *given, "--steps", "4", "--checkpoint-every", str(every)]) == 130
+    said = capsys.readouterr().err
+    assert ("goes on from the last checkpoint" in said, "begins anew" in said) == (every > 0, every == 0)
 
 
 def test_a_picture_alone_is_a_concept(pipe: Any) -> None:

@@ -40,7 +40,7 @@ class Generate(PipelineCommand, GenerateSettings):
 def run(command: Generate) -> int:
     from ...diffusion import load
     from ...diffusion.draw.generate import generate_to
-    from ...diffusion.draw.prompts import notes_on_calls, read_prompts
+    from ...diffusion.draw.prompts import notes_before_drawing, notes_on_calls, read_prompts
 
     prompts = [*command.prompt, *(read_prompts(command.prompts) if command.prompts is not None else [])]
     if not prompts:
@@ -55,6 +55,8 @@ def run(command: Generate) -> int:
         if (identifier := adapter.record.identifier) is not None:
             for note in notes_on_calls(pipe, prompts, identifier):
                 print(f"Note on {path}: {note}")
+    for note in notes_before_drawing(pipe, [*prompts, *([command.negative] if command.negative else [])]):
+        print(f"Note: {note}")
     settings = {f.name: getattr(command, f.name) for f in fields(GenerateSettings)}
     about = {"model": command.model, "dtype": command.dtype, "adapters": used}
     written = generate_to(

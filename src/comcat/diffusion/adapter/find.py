@@ -42,6 +42,8 @@ def narrowed(found: Sequence[AdaptableAttention], only: Sequence[str]) -> list[A
     Raises:
         SettingsError: if one of them chooses nothing.
     """
+    if "" in (text.strip() for text in only):
+        raise SettingsError("only: got an empty text, expected qk, vo, a path, or nothing for all attention")
     wanted = [_split(text) for text in only]
     chosen: list[AdaptableAttention] = []
     met: set[int] = set()

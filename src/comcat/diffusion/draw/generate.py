@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
-from ...errors import ModelError, SettingsError, counted
+from ...errors import ModelError, NumericsError, SettingsError, counted, listed
 from ...files import check_writable, home_path
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
@@ -50,8 +51,8 @@ def generate(
         settings: fields of :class:`GenerateSettings`.
 
     Raises:
-        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler. MemoryShortage: if
-            the device's memory is too small; says what would fit.
+        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler. NumericsError: if it
+            makes NaN or infinity. MemoryShortage: if the device's memory is too small; says what would fit.
     """
     from tqdm import tqdm
 
@@ -84,11 +85,37 @@ def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSetting
     if guidance != Family.guidance_name and options["negative_prompt"] is None and (settings.guidance or 1) > 1:
         options["negative_prompt"] = [" "] * len(pictures)  # without one these pipelines do not guide
     given = {name: value for name, value in options.items() if value is not None}
-    with shortage_explained(f"generating {counted(len(pictures), 'picture')} at once", _what_would_fit(pipe, settings)):
+    doing = f"generating {counted(len(pictures), 'picture')} at once"
+    with shortage_explained(doing, _what_would_fit(pipe, settings)), _finite(pipe, pictures):
         output = pipe(prompt=[prompt for prompt, _ in pictures], generator=generators, **given)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     for image, (prompt, number), flagged in zip(output.images, pictures, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
+
+
+@contextmanager
+def _finite(pipe: Any, pictures: Sequence[tuple[str, int]]) -> Iterator[None]:
+    """Raises NumericsError where the pipeline decodes or makes NaN or infinity, which would be stored as black."""
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    if not isinstance(decoder, nn.Module):
+        yield
+        return
+    wrong: list[str] = []
+
+    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            given = all(x.isfinite().all() for x in inputs if isinstance(x, Tensor))
+            wrong.append("its VAE decodes to" if given else "its denoiser makes")
+
+    with decoder.register_forward_hook(look):
+        yield
+    if wrong:
+        prompts = listed([repr(prompt) for prompt in dict.fromkeys(prompt for prompt, _ in pictures)])
+        kind = str(getattr(pipe, "dtype", "")).removeprefix("torch.")
+        raise NumericsError(
+            f"the pipeline ({kind}) makes no picture of {prompts}: {wrong[0]} NaN or infinity; in float16 some "
+            "overflow (load it in bfloat16 or float32), and so do adapters at a very large scale"
+        )
 
 
 def _guidance_name(pipe: Any) -> str:
@@ -162,7 +189,7 @@ def generate_to(
     """
     folder = home_path(folder)
     check_writable(folder)
-    prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+    prompts = list(dict.fromkeys(texts(prompts, "prompts")))
     chosen = from_keywords(GenerateSettings, settings)
     how = {k: v for k, v in asdict(chosen).items() if k not in ("count", "batch_size")}
     how |= {"scheduler": type(getattr(pipe, "scheduler", None)).__name__, **(about or {})}

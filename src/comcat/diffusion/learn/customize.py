@@ -22,14 +22,14 @@ from ..adapter.attach import WhereToAttach, attach, default_where, unload
 from ..adapter.files import name_of, save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
-from ..draw.prompts import check_heard, check_other_prompts, prompts_given, splitting_notes
+from ..draw.prompts import check_other_prompts, prompts_given
 from ..pipeline.families import family_of
 from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
 from .examples import EXAMPLES, Examples, fingerprint, notes_on_sizes, one_each, read_examples
-from .holdings import check_offloaded, notes_before
+from .holdings import check_offloaded, notes_before, notes_on_prompts
 from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
 from .optimisation import Optimisation
@@ -128,14 +128,12 @@ class Customization:
         self.prompts = one_each(given, len(self.examples.images))
         self.prompt = self.prompts[0]
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
-        for one in dict.fromkeys(given):
-            self.notes += check_heard(self.family, one, identifier, one_token=settings.new_token is not None)
-        if settings.new_token is None:
-            self.notes += splitting_notes(self.family, identifier)
+        self.notes += notes_on_prompts(self.family, given, identifier, settings)
         self.notes += notes_before(self.family, self.where, settings)
         self.class_examples = None
         if settings.prior_images is not None:
             self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
+            self.notes += self.class_examples.notes
         self.masks = read_masks(settings.masks, self.examples, self.side, **self._framing("concept"))
         self.out = None if out is None else check_out(home_path(out))
         self.optimisation: Optimisation | None = None
@@ -264,7 +262,8 @@ class Customization:
         made = make_class_pictures(
             self.pipe, self.settings, self.side, folder, about=about, processes=self.processes, progress=self.progress
         )
-        self.notes += made.notes
+        for note in made.notes:
+            self._say(note)
         return made
 
     def _found(self, checkpoints: Checkpoints | None, about: dict[str, Any], restart: bool) -> Checkpoint | None:

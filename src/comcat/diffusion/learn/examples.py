@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -11,8 +12,9 @@ from typing import Any
 from PIL import Image
 
 from ...data import Pictures, open_pictures
-from ...data.decoding import content_hash, plain
-from ...errors import DataError, SettingsError, counted, in_short
+from ...data.decoding import SUFFIXES, content_hash, plain
+from ...errors import DataError, SettingsError, counted, in_short, listed
+from ...files import home_path
 from ...runs.seeding import derive_seed
 
 EXAMPLES = str | Path | Pictures | Sequence[Image.Image]
@@ -58,14 +60,32 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
     notes = []
     if skipped:
         notes.append(f"Unreadable {what} left out: {len(skipped)}, the first: {skipped[0]}")
+    if isinstance(source, str | Path) and (others := _no_pictures(home_path(source))):
+        notes.append(f"Not read, since pictures' names end otherwise: {listed(others)}")
+    marks = [content_hash(image) for image in images]
+    if again := [name for number, name in enumerate(names) if marks[number] in marks[:number]]:
+        notes.append(f"The same as another of the {what}: {listed(again)}")
     if len(images) == 1:
         notes.append(f"Only one of the {what}: what is learned will hold its background and pose as well.")
-    return Examples(images, notes, fingerprint(images), names, named, skipped)
+    return Examples(images, notes, _together(marks), names, named, skipped)
 
 
 def fingerprint(images: Iterable[Image.Image]) -> str:
     """Stands for all pixels of pictures, in order."""
-    return f"{derive_seed(''.join(content_hash(image) for image in images)):016x}"
+    return _together(map(content_hash, images))
+
+
+def _together(marks: Iterable[str]) -> str:
+    return f"{derive_seed(''.join(marks)):016x}"
+
+
+def _no_pictures(folder: Path) -> list[str]:
+    """Files of a folder that are no pictures by their names, hidden ones aside: photographs of a kind that is not read,
+    or captions, which some programs take from there.
+    """
+    names = [name for _, _, found in os.walk(folder) for name in sorted(found) if not name.startswith(".")]
+    others = [name for name in names if Path(name).suffix.lower() not in SUFFIXES]
+    return others if len(others) < len(names) else []  # else it is a folder of tables, or of archives
 
 
 def _several(source: Any, what: str) -> Iterable[Any]:

@@ -1,8 +1,10 @@
-"""What is said of a run before it begins: what it holds in memory throughout, and what it cannot adapt."""
+"""What is said of a run before it begins: what it holds in memory throughout, what it cannot adapt, and what is not
+read of its prompts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from ...errors import MemoryShortage, SettingsError, listed
 from ...runs.processes import Processes
 from ..adapter.find import narrowed
 from ..adapter.places import find_places
+from ..draw.prompts import calls, check_heard, notes_on_lengths, splitting_notes
 from ..pipeline.components import Component, denoiser_of, text_encoders_of
 from ..pipeline.families import Family
 from ..pipeline.offloading import cannot_recompute, comes_in_parts, is_offloaded
@@ -85,6 +88,27 @@ def check_offloaded(family: Family, settings: CustomizeSettings, processes: Proc
             f"{processes.count} processes share a batch, and the {family.component} is offloaded: expected one "
             "process, or a pipeline without offloading"
         )
+
+
+def notes_on_prompts(family: Family, prompts: Sequence[str], identifier: str, settings: CustomizeSettings) -> list[str]:
+    """What to say before a run of its prompts: where the identifier or the end of a prompt is not read, how the
+    tokenizers split it, and samples that do not call it.
+
+    Raises:
+        SettingsError: if no text encoder reads the identifier.
+    """
+    notes: list[str] = []
+    for prompt in dict.fromkeys(prompts):
+        notes += check_heard(family, prompt, identifier, one_token=settings.new_token is not None)
+    if settings.new_token is None:
+        notes += splitting_notes(family, identifier)
+    sampled = settings.sample_prompt if settings.sample_every else None
+    others = [prompt for prompt in (settings.prior_prompt, sampled) if prompt is not None]
+    own_token = identifier if settings.new_token is not None else None
+    notes += notes_on_lengths(family, [*prompts, *settings.protect, *others], one_token=own_token)
+    if sampled is not None and not calls(sampled, identifier):
+        notes.append(f"The samples' prompt {sampled!r} does not call {identifier!r}, so that they do not show it.")
+    return notes
 
 
 def holdings_of(family: Family, where: str, settings: CustomizeSettings) -> Holdings:
