@@ -105,9 +105,10 @@ def test_an_adapter_of_chosen_blocks_and_products(only: list[str], expected: Any
         (["vo", "kv"], "only='kv' chooses no attention; expected qk, vo, a path such as transformer"),
         (["transformer_blocks.1:kq"], "chooses no attention"),
         (["vo", ""], "got an empty text"),
+        ("kv", "only='kv' chooses no attention"),
     ],
 )
-def test_a_choice_of_nothing_is_told(only: list[str], said: str) -> None:
+def test_a_choice_of_nothing_is_told(only: str | list[str], said: str) -> None:
     model = CASES["sd3"].model()
     with pytest.raises(SettingsError, match=said):
         diffusion.attach(model, only=only)

@@ -58,6 +58,30 @@ def test_diffusers_loads_it_and_the_output_is_near(tmp_path: Path) -> None:
     assert "differs by" in str(report) and not report.left_out
 
 
+@pytest.mark.usefixtures("roughly")
+def test_two_at_once_and_one_beside_an_adapter(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion(tmp_path / "parts")
+    plain = output(pipe)
+    for seed, name in enumerate(("dog", "cat")):
+        diffusion.attach(pipe, name=name, init="random", rank=1, alpha=0.5, seed=seed)
+        diffusion.save(pipe, tmp_path / f"{name}.safetensors", name=name, identifier=name, dtype=torch.float32)
+        diffusion.export_lora(pipe, tmp_path / f"{name}-lora.safetensors", name=name, **HOW)
+        diffusion.unload(pipe)
+    for name in ("dog", "cat"):
+        diffusion.load(pipe, tmp_path / f"{name}.safetensors")
+    both = output(pipe)
+    diffusion.unload(pipe, "cat")
+    pipe.load_lora_weights(tmp_path / "cat-lora.safetensors", adapter_name="cat")
+    beside = (output(pipe) - both).norm() / (plain - both).norm()
+    diffusion.unload(pipe)
+    pipe.load_lora_weights(tmp_path / "dog-lora.safetensors", adapter_name="dog")
+    pipe.set_adapters(["dog", "cat"])
+    together = (output(pipe) - both).norm() / (plain - both).norm()
+    assert beside < together < 0.8, (beside, together)
+    pipe.unload_lora_weights()
+    assert output(pipe).equal(plain)
+
+
 def cross(pipe: Any) -> list[str]:
     return list(diffusion.find_adaptable(pipe).only("cross"))
 

@@ -136,7 +136,8 @@ def test_lora_on_a_text_encoder(tmp_path: Path) -> None:
 
 def with_token(pipe: Any, path: Path, rows: dict[str, Tensor], identifier: str = "sks") -> Path:
     diffusion.attach(pipe, where=WHERE["sdxl" if hasattr(pipe, "tokenizer_2") else "sd"], init="random")
-    diffusion.save(pipe, path, identifier=identifier, token_embeddings=rows, dtype=torch.float32)
+    prompt = f"a photo of {identifier} dog"
+    diffusion.save(pipe, path, identifier=identifier, prompt=prompt, token_embeddings=rows, dtype=torch.float32)
     diffusion.unload(pipe)
     return path
 
@@ -161,7 +162,8 @@ def test_a_learned_token_comes_and_goes_with_its_adapter(tmp_path: Path) -> None
     assert not np.allclose(draw(pipe, "a photo of sks dog"), before, atol=1e-6)
     diffusion.load(pipe, path, name="rex", rename_identifier="rex")
     assert {"sks", "rex"} <= set(pipe.tokenizer.get_vocab()) and "rex" not in tokenizer.get_vocab()
-    assert diffusion.adapters(pipe)["rex"].record.identifier == "rex"
+    record = diffusion.adapters(pipe)["rex"].record
+    assert record.identifier == "rex" and record.prompt == "a photo of rex dog"  # what calls it now
     diffusion.unload(pipe, "dog")
     assert "sks" not in pipe.tokenizer.get_vocab() and "rex" in pipe.tokenizer.get_vocab()
     diffusion.unload(pipe)

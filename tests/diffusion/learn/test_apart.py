@@ -12,6 +12,7 @@ from comcat.errors import SettingsError
 
 from .. import tiny
 
+LONG = "a photo of a dog a photo of a dog"  # as many tokens as are read
 PROMPTS = {"dog": "a photo of V* dog", "cat": ["a photo of W* cat", "W* cat"]}
 
 
@@ -89,7 +90,9 @@ def test_what_was_protected_stays_so(pipe):
     ("prompts", "said"),
     [
         (None, "'dog' knows no prompt"),
-        ({"dog": "V*"}, "got 1 adapter to tell apart, expected two or more"),
+        ({"dog": "V*"}, "'cat' knows no prompt"),
+        (["dog", "cat"], "expected them by adapter's name"),
+        ({"dog": f"{LONG} V*", "cat": f"{LONG} W*"}, "reads .* of 'dog' as .* of 'cat'"),
         ({"dog": "V*", "catt": "W*"}, "no adapter called 'catt'.*'cat'"),
         ({"dog": "a V*", "cat": ["W*", "a V*"]}, "have the prompt 'a V\\*' in common"),
         ({"dog": [], "cat": "W*"}, "'dog': got none"),
@@ -109,3 +112,41 @@ def test_self_attention_reads_no_text(tmp_path):
     cd.attach(pipe, name="cat", where="all")
     with pytest.raises(SettingsError, match="telling adapter 'cat' apart: only cross-attention"):
         cd.tell_apart(pipe, PROMPTS)
+
+
+def test_once_and_the_file_says_so(pipe, tmp_path):
+    cd.tell_apart(pipe, PROMPTS)
+    for name in PROMPTS:
+        cd.save(pipe, tmp_path / f"{name}.safetensors", name=name)
+    assert cd.read(tmp_path / "cat.safetensors").own_metadata == {"told_apart_from": '["a photo of V* dog"]'}
+    with pytest.raises(SettingsError, match=r"'dog' was told apart before, from .*W\* cat.*load what was taught"):
+        cd.tell_apart(pipe, PROMPTS)
+    cd.unload(pipe)
+    for name in PROMPTS:
+        cd.load(pipe, tmp_path / f"{name}.safetensors", name=name)
+    before = factors(pipe, "cat")
+    with pytest.raises(SettingsError, match="'dog' was told apart before"):
+        cd.tell_apart(pipe, PROMPTS)
+    assert all(map(torch.equal, before, factors(pipe, "cat")))
+
+
+def test_a_prompt_must_call_its_adapter_and_two_must_be_there(pipe, tmp_path):
+    cd.save(pipe, tmp_path / "dog.safetensors", name="dog", identifier="V*")
+    with pytest.raises(SettingsError, match=r"'a dog', which does not contain the identifier 'V\*'"):
+        cd.tell_apart(pipe, {"dog": "a dog", "cat": "W* cat"})
+    cd.unload(pipe, "cat")
+    with pytest.raises(SettingsError, match="got 1 adapter to tell apart, expected two or more"):
+        cd.tell_apart(pipe, {"dog": "V* dog"})
+
+
+def test_prompts_that_are_not_given_are_those_of_the_teaching(pipe, tmp_path):
+    cd.save(pipe, tmp_path / "dog.safetensors", name="dog", prompt=PROMPTS["dog"])
+    cd.save(pipe, tmp_path / "cat.safetensors", name="cat")
+    cd.tell_apart(pipe, {"cat": PROMPTS["cat"]})
+    found = factors(pipe, "dog")
+    cd.unload(pipe)
+    for name in PROMPTS:
+        cd.load(pipe, tmp_path / f"{name}.safetensors", name=name)
+    cd.tell_apart(pipe, PROMPTS)
+    for old, new in zip(found, factors(pipe, "dog"), strict=True):
+        torch.testing.assert_close(old, new, rtol=1e-2, atol=1e-3)  # files are float16

@@ -29,7 +29,7 @@ def attach(
     *,
     rank: int = 2,
     where: WhereToAttach | None = None,
-    only: Sequence[str] = (),
+    only: str | Sequence[str] = (),
     text_encoder: bool = False,
     name: str = "default",
     init: Init = "zero",

@@ -30,18 +30,19 @@ class Adaptable:
         """The attention of one kind: ``cross``, ``self``, ``joint``, ``text``, or ``all`` of the denoiser's."""
         return {p: a for p, a in self.attention.items() if a.where == where or (where == "all" and a.where != "text")}
 
-    def parameters(self, rank: int = 2, where: str = "cross", only: Sequence[str] = ()) -> int:
+    def parameters(self, rank: int = 2, where: str = "cross", only: str | Sequence[str] = ()) -> int:
         """How many parameters an adapter of a rank would have there, ``only`` as in :func:`attach`."""
         return sum(a.parameters(rank) for a in narrowed([*self.only(where).values()], only))
 
 
-def narrowed(found: Sequence[AdaptableAttention], only: Sequence[str]) -> list[AdaptableAttention]:
+def narrowed(found: Sequence[AdaptableAttention], only: str | Sequence[str]) -> list[AdaptableAttention]:
     """What is chosen of some attention: products (``"qk"``, ``"vo"``), path prefixes (``"transformer_blocks.3"``, with
     the component's name in front or without), or both (``"transformer_blocks:vo"``). All of it where ``only`` is empty.
 
     Raises:
         SettingsError: if one of them chooses nothing.
     """
+    only = [only] if isinstance(only, str) else only
     if "" in (text.strip() for text in only):
         raise SettingsError("only: got an empty text, expected qk, vo, a path, or nothing for all attention")
     wanted = [_split(text) for text in only]

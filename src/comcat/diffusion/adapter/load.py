@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _build(place: Place, found: AdaptableAttention, factors: Mapping[str, Tensor
 
 
 def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str | None) -> Record:
-    identifier, words = file.identifier, dict(file.token_embeddings)
+    identifier, prompt, words = file.identifier, file.prompt, dict(file.token_embeddings)
     if renamed is not None:
         mine = [key for key in words if key.split(".", 1)[1] == identifier]
         if not mine:
@@ -152,6 +153,8 @@ def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str
         if not renamed.strip():
             raise SettingsError(f"got rename_identifier {renamed!r}, expected a word")
         words = {k if k not in mine else f"{k.split('.', 1)[0]}.{renamed}": v for k, v in words.items()}
+        if prompt and identifier:
+            prompt = re.sub(rf"(?<!\w){re.escape(identifier)}(?!\w)", lambda _: renamed, prompt)
         identifier = renamed
     if (other := answering(target, identifier)) is not None:
         learned = any(key.split(".", 1)[1] == file.identifier for key in file.token_embeddings)
@@ -163,7 +166,7 @@ def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str
     return Record(
         paths=paths,
         identifier=identifier,
-        prompt=file.prompt,
+        prompt=prompt,
         base=file.base,
         metadata=file.own_metadata,
         token_embeddings=words,

@@ -71,7 +71,7 @@ def export_lora(
     *,
     name: str = "default",
     rank: int = 16,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
     keys: Keys = "diffusers",
     bound: float = BOUND,
     force: bool = False,
@@ -101,6 +101,7 @@ def export_lora(
     chosen = [(p, one) for p in places for one in adapter.terms[p.path].products if f"{p.path}:{one}" not in left_out]
     if not chosen:
         raise UnsupportedSite(f"{name!r} cannot become a LoRA: {listed([f'{s}: {w}' for s, w in left_out.items()])}")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     asked = list(dict.fromkeys([*(p for p in (adapter.record.prompt, *prompts) if p), ""]))
     trial = drawn(pipe, adapter, [p for p, _ in chosen], asked, steps=steps, size=size, seed=seed)
     errors = dict.fromkeys(left_out, 1.0)

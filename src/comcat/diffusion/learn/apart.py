@@ -12,41 +12,49 @@ what only the others have is not read at all, and what all have is shared out.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import SettingsError
+from ...errors import SettingsError, counted, in_short
 from ..adapter.attach import unknown
-from ..adapter.records import Adapter, adapters, check_unfused
-from ..draw.prompts import texts
+from ..adapter.records import Adapter, adapters, check_unfused, remember
+from ..draw.prompts import check_prompt, texts
 from ..pipeline.families import Family, family_of
 from .protection import SHARE, factors_that_read, principal_directions
 
 RIDGE = 1e-3
 """Of the mean second moment: added to all directions, so that those that no prompt has are no division by zero."""
 
+TOLD = "told_apart_from"
+"""In an adapter's metadata: the others' prompts, as JSON."""
+
 
 @torch.no_grad()
 def tell_apart(
-    pipe: Any, prompts: Mapping[str, str | Sequence[str]] | None = None, *, protect: Sequence[str] = ()
+    pipe: Any, prompts: Mapping[str, str | Sequence[str]] | None = None, *, protect: str | Sequence[str] = ()
 ) -> None:
     """Change adapters that act together, in place, so that each reads its own prompt and not the others'.
 
-    Loading the files again brings back what they were.
+    It is done once, to all that are loaded. Loading the files again brings back what they were; a file that is saved
+    afterwards says what its adapter was told apart from.
 
     Args:
         pipe: with two adapters or more.
-        prompts: by adapter's name, what calls it, one prompt or several; left out, all adapters and the prompt that
-            each was taught with.
+        prompts: by adapter's name, what calls it, one prompt or several; for those left out, the prompt that each was
+            taught with.
         protect: prompts that the adapters were protected from when they learned; they remain so.
 
     Raises:
-        SettingsError: without two such adapters, if one has no prompt or that of another, if one reads the text
-            otherwise than in cross-attention of a UNet, or while adapters are fused. ModelError: as
+        SettingsError: without two adapters, if one has no prompt, or one that does not call it or that the text
+            encoder reads as another's, if it was told apart before, if one reads the text otherwise than in
+            cross-attention of a UNet, or while adapters are fused. ModelError: as
             :func:`~comcat.diffusion.adapters`. In either case nothing has changed.
     """
     family = family_of(pipe)
@@ -55,7 +63,9 @@ def tell_apart(
     own = _prompts_of(there, prompts)
     factors = {name: factors_that_read(family, there[name], f"telling adapter {name!r} apart") for name in own}
     tokens = {name: _tokens(family, given) for name, given in own.items()}
-    left = _left_of(_tokens(family, ["", *protect]) if protect else None, next(iter(tokens.values())).shape[1])
+    _check_read_apart(own, tokens)
+    protected = texts(protect, "protect")
+    left = _left_of(_tokens(family, ["", *protected]) if protected else None, next(iter(tokens.values())).shape[1])
     moments = {name: left @ (one.mT @ one / len(own[name])) @ left for name, one in tokens.items()}
     whole = torch.stack([*moments.values()]).sum(0)
     whole += RIDGE * whole.trace() / len(whole) * torch.eye(len(whole), dtype=whole.dtype)
@@ -63,22 +73,35 @@ def tell_apart(
         change = torch.linalg.solve(whole, moment).mT
         for factor in factors[name]:
             factor.copy_(factor.double().cpu() @ change)
+        others = [prompt for other, given in own.items() if other != name for prompt in given]
+        record = there[name].record
+        remember(pipe, name, replace(record, metadata={**record.metadata, TOLD: json.dumps(others)}))
 
 
 def _prompts_of(there: Mapping[str, Adapter], given: Mapping[str, str | Sequence[str]] | None) -> dict[str, list[str]]:
-    if given is None:
-        without = [name for name, adapter in there.items() if adapter.record.prompt is None]
-        if without:
-            raise SettingsError(
-                f"adapter {without[0]!r} knows no prompt that it was taught with; give prompts={{{without[0]!r}: …}}"
-            )
-        given = {name: adapter.record.prompt or "" for name, adapter in there.items()}
+    if len(there) < 2:
+        raise SettingsError(f"got {counted(len(there), 'adapter')} to tell apart, expected two or more")
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise SettingsError(f"prompts: got {in_short(given)}, expected them by adapter's name, {{'dog': 'a V* dog'}}")
     for name in given:
         if name not in there:
             raise SettingsError(unknown(name, there))
-    found = {name: texts(one, f"prompts of {name!r}") for name, one in given.items()}
-    if len(found) < 2:
-        raise SettingsError(f"got {len(found)} adapter to tell apart, expected two or more")
+    for name, adapter in there.items():
+        if TOLD in adapter.record.metadata:
+            raise SettingsError(
+                f"adapter {name!r} was told apart before, from {adapter.record.metadata[TOLD]}; once more would take "
+                "from it what it reads of its own prompt: unload() it, and load what was taught"
+            )
+        if name not in given and adapter.record.prompt is None:
+            raise SettingsError(
+                f"adapter {name!r} knows no prompt that it was taught with; give prompts={{{name!r}: …}}"
+            )
+    found = {name: texts(given.get(name, there[name].record.prompt or ""), f"prompts of {name!r}") for name in there}
+    for name, adapter in there.items():
+        if (identifier := adapter.record.identifier) is not None:
+            for prompt in found[name]:
+                check_prompt(prompt, identifier)
     names = list(found)
     for place, name in enumerate(names):
         if not found[name]:
@@ -90,6 +113,21 @@ def _prompts_of(there: Mapping[str, Adapter], given: Mapping[str, str | Sequence
                     "them apart; expected an identifier of its own for each"
                 )
     return found
+
+
+def _check_read_apart(own: Mapping[str, Sequence[str]], tokens: Mapping[str, Tensor]) -> None:
+    """Raises SettingsError where the text encoder reads a prompt of one adapter as one of another's."""
+    read = [
+        (name, prompt, one)
+        for name, prompts in own.items()
+        for prompt, one in zip(prompts, tokens[name].chunk(len(prompts)), strict=True)
+    ]
+    for (name, prompt, one), (other, another, two) in combinations(read, 2):
+        if name != other and one.shape == two.shape and torch.allclose(one, two, atol=1e-6):
+            raise SettingsError(
+                f"the text encoder reads {prompt!r} of {name!r} as {another!r} of {other!r}, so that they cannot be "
+                "told apart: an identifier comes after what it reads, or is nothing that it knows"
+            )
 
 
 def _tokens(family: Family, prompts: Sequence[str]) -> Tensor:
