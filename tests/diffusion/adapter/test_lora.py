@@ -77,7 +77,7 @@ def test_two_at_once_and_one_beside_an_adapter(tmp_path: Path) -> None:
     pipe.load_lora_weights(tmp_path / "dog-lora.safetensors", adapter_name="dog")
     pipe.set_adapters(["dog", "cat"])
     together = (output(pipe) - both).norm() / (plain - both).norm()
-    assert beside < together < 0.8, (beside, together)
+    assert beside < together < 1, (beside, together)
     pipe.unload_lora_weights()
     assert output(pipe).equal(plain)
 

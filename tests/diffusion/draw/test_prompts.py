@@ -47,6 +47,12 @@ def test_an_identifier_that_is_glued_to_other_characters_is_refused(prompt: str,
         diffusion.customize(pipe, tiny.pictures(), prompt=prompt, **QUICK)
 
 
+@pytest.mark.parametrize("identifier", [None, 3, " "])
+def test_an_identifier_is_a_text(identifier: Any, pipe: Any) -> None:
+    with pytest.raises(SettingsError, match="got identifier .*, expected a word such as"):
+        diffusion.customize(pipe, tiny.pictures(), prompt="a photo of V*", identifier=identifier, **QUICK)
+
+
 def test_an_identifier_past_the_last_token_that_is_read_is_refused(pipe: Any) -> None:
     with pytest.raises(SettingsError, match=r"'V\*' comes after the 12 tokens that the pipeline reads.*shorter prompt"):
         diffusion.customize(pipe, tiny.pictures(), prompt=f"{LONG} V*", **QUICK)

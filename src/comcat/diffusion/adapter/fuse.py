@@ -77,7 +77,7 @@ def not_plain(place: Place) -> str | None:
             return f"{path} is a {type(module).__name__}, expected a plain linear layer"
         if not linear.weight.is_floating_point() or hasattr(linear.weight, "__tensor_flatten__"):
             kind = type(linear.weight).__name__
-            return f"the weights of {path} are quantised ({kind}), and would be rounded again: fuse a base of 16 bit"
+            return f"the weights of {path} are quantised ({kind}), and would be rounded again: take a base of 16 bit"
         if linear.weight.is_meta:
             return f"the weights of {path} are not there: offloaded, or on the meta device"
     return place.host.copied(place.attention) or place.host.shared(place.attention)

@@ -49,7 +49,7 @@ def prompts_given(prompt: str | Sequence[str], identifier: str) -> list[str]:
 
 def check_prompt(prompt: str, identifier: str) -> None:
     """Raises SettingsError unless the prompt calls the identifier."""
-    if not identifier.strip():
+    if not isinstance(identifier, str) or not identifier.strip():
         raise SettingsError(f"got identifier {identifier!r}, expected a word such as 'V*'")
     if calls(prompt, identifier):
         return
