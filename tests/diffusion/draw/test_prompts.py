@@ -49,7 +49,7 @@ def test_an_identifier_that_is_glued_to_other_characters_is_refused(prompt: str,
 
 @pytest.mark.parametrize("identifier", [None, 3, " "])
 def test_an_identifier_is_a_text(identifier: Any, pipe: Any) -> None:
-    with pytest.raises(SettingsError, match="got identifier .*, expected a word such as"):
+    with pytest.raises(SettingsError, match=r"got identifier .*, expected a word such as"):
         diffusion.customize(pipe, tiny.pictures(), prompt="a photo of V*", identifier=identifier, **QUICK)
 
 

@@ -258,10 +258,8 @@ class Customization:
         if self.settings.prior_prompt is None or self.class_examples is not None:
             return self.class_examples
         folder = None if self.out is None else class_in(folder_of(self.out))
-        about = {"model": name_of(self.pipe), "dtype": self.dtype}
-        made = make_class_pictures(
-            self.pipe, self.settings, self.side, folder, about=about, processes=self.processes, progress=self.progress
-        )
+        how: dict[str, Any] = {"about": {"model": name_of(self.pipe), "dtype": self.dtype}, "progress": self.progress}
+        made = make_class_pictures(self.pipe, self.settings, self.side, folder, processes=self.processes, **how)
         for note in made.notes:
             self._say(note)
         return made
