@@ -135,7 +135,8 @@ def carry_out(
         _restore(run, since, processes)
     shows = progress and processes.main
     bar = tqdm(total=run.steps, initial=done, desc=run.name, unit="step", smoothing=0, disable=not shows)
-    with bar, Interruption(active=checkpoints is not None, notice=NOTICE if shows else "") as interruption:
+    interrupted = Interruption(active=checkpoints is not None, notice=NOTICE if shows else "")
+    with bar, interrupted as interruption, torch.enable_grad():  # the caller may be in torch.no_grad()
         while done < run.steps:
             shown = run.step(done, watch)
             done += 1

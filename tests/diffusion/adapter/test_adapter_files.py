@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,25 @@ def test_an_identifier_calls_one_concept(dog: Path) -> None:
         diffusion.load(model, cat, rename_identifier="W*")
     rewrite(cat, lambda t, m: m.update(identifier="sks"))
     diffusion.load(model, cat)
+
+
+def test_an_adapter_of_a_shallower_model_is_told(tmp_path: Path) -> None:
+    shallow, deep = unet(layers_per_block=1), unet(layers_per_block=2)
+    for only, warned in (([], True), (["qk"], False)):
+        diffusion.attach(shallow, init="random")
+        about = {"settings": json.dumps({"only": only})}
+        path = diffusion.save(shallow, tmp_path / "dog.safetensors", metadata=about)
+        diffusion.unload(shallow)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            diffusion.load(shallow, path)
+            diffusion.unload(shallow)
+            assert not said
+            acting = len(diffusion.load(deep, path).terms)
+            diffusion.unload(deep)
+        told = [str(one.message) for one in said if "with less attention" in str(one.message)]
+        assert len(told) == warned
+        assert not told or f"it acts in {acting} of {len(diffusion.find_adaptable(deep).only('cross'))}" in told[0]
 
 
 def test_a_model_of_another_shape(dog: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -193,6 +194,47 @@ def test_files_that_are_no_pictures_and_pictures_twice_are_told(tmp_path: Path) 
         (folder / name).write_bytes(b"none")
     assert read_examples(folder).notes[0] == "Not read, since pictures' names end otherwise: 1.txt; 2.heic"
     assert read_examples(tiny.pictures(3)).notes == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"masks": "dog/masks"}, "masks: .*dog/masks' lies in .*dog'"),
+        ({"masks": "dog"}, "masks: .*dog' lies in"),
+        ({"prior_prompt": "a dog", "prior_images": "dog/class"}, "prior_images: .* lies in"),
+        ({"prior_prompt": "a dog", "prior_images": "."}, "prior_images: .* holds .*dog'"),
+        ({"out": "dog/dog.safetensors"}, "out: .* lies in .*expected a place outside"),
+    ],
+)
+def test_no_other_folder_s_pictures_are_taken_for_the_concept(
+    settings: dict[str, Any], said: str, pipe: Any, tmp_path: Path
+) -> None:
+    """Sub-folders are read as well, so that masks and samples in one would be learned."""
+    for folder in ("dog", "dog/masks", "dog/class"):
+        (tmp_path / folder).mkdir()
+        tiny.pictures(1)[0].save(tmp_path / folder / "0.png")
+    given = {k: str(tmp_path / v) if k != "prior_prompt" else v for k, v in settings.items()}
+    with pytest.raises(SettingsError, match=said):
+        cd.customize(pipe, tmp_path / "dog", prompt=PROMPT, **QUICK, **given)
+    assert not cd.adapters(pipe)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_whatever_mode_its_caller_is_in(mode: Any, pipe: Any, tmp_path: Path) -> None:
+    given = {**QUICK, "protect": ("a dog",), "crops": 1}
+    wanted = [p.clone() for p in cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **given).parameters()]
+    cd.unload(pipe)
+    with mode():
+        found = cd.customize(pipe, tiny.pictures(), prompt=PROMPT, **given).parameters()
+        assert not torch.is_grad_enabled()
+    assert all(map(torch.equal, wanted, found))
+
+
+def test_a_file_says_how_its_adapter_was_taught_whenever_it_is_saved(pipe: Any, tmp_path: Path) -> None:
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=tmp_path / "a.safetensors", **QUICK)
+    cd.save(pipe, tmp_path / "b.safetensors")
+    one, other = (cd.read(tmp_path / f"{n}.safetensors").metadata for n in "ab")
+    assert one == other and json.loads(other["settings"])["steps"] == QUICK["steps"] and other["pictures"] == "3"
 
 
 @pytest.mark.parametrize("every", [0, 2])

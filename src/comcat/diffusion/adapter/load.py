@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SettingsError, StoreError, counted, listed
+from ...files import parsed
 from ...modules.adapters import PRODUCTS, SIDES, LowRankTerms
 from ..pipeline.components import components_of, denoiser_of
 from .attach import check_new, install
@@ -53,11 +55,31 @@ def load(
     check_scale(scale)
     terms = fitting(target, file)
     record = _record(target, file, tuple(terms), rename_identifier)
+    _warn_of_the_rest(target, file)
     check_tokens(target, record.token_embeddings)
     for one in terms.values():
         one.scale = float(scale)
         one.requires_grad_(False)
     return install(target, name, terms, record)
+
+
+def _warn_of_the_rest(target: Any, file: AdapterFile) -> None:
+    """Warns where a model has attention of the same kind that an adapter, though taught on all of it, knows nothing of:
+    it was taught on a smaller model whose names are the same.
+    """
+    try:
+        chosen = parsed(file.metadata["settings"])["only"]
+    except (KeyError, TypeError, ValueError):  # saved without them, or by somebody else
+        return
+    there = [one for component in components_of(target).values() for one in find_places(component)[0]]
+    kinds = {one.where for one in there if one.path in file.factors}
+    rest = [one.path for one in there if one.where in kinds and one.path not in file.factors]
+    if rest and not chosen:
+        warnings.warn(
+            f"{file.path} was taught on a model with less attention: it acts in {len(file.factors)} of "
+            f"{len(file.factors) + len(rest)}, and not in {listed(rest)}",
+            stacklevel=3,
+        )
 
 
 def fitting(target: Any, file: AdapterFile) -> dict[str, LowRankTerms]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ...errors import SettingsError, StoreError, counted
 from ...files import home_path
+from ...grad_mode import outside_inference_mode
 from ...runs.checkpoints import Checkpoint, Checkpoints
 from ...runs.loop import carry_out, find_checkpoint
 from ...runs.processes import Processes
@@ -28,7 +29,7 @@ from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
-from .examples import EXAMPLES, Examples, fingerprint, notes_on_sizes, one_each, read_examples
+from .examples import EXAMPLES, Examples, check_apart, fingerprint, notes_on_sizes, one_each, read_examples
 from .holdings import check_offloaded, notes_before, notes_on_prompts
 from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
@@ -125,6 +126,7 @@ class Customization:
         check_dropout(self.family, self.where, settings.caption_dropout)
         check_offloaded(self.family, settings, self.processes)
         self.examples = read_examples(images)
+        check_apart(images, {"out": out, "masks": settings.masks, "prior_images": settings.prior_images})
         self.prompts = one_each(given, len(self.examples.images))
         self.prompt = self.prompts[0]
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
@@ -138,6 +140,7 @@ class Customization:
         self.out = None if out is None else check_out(home_path(out))
         self.optimisation: Optimisation | None = None
 
+    @outside_inference_mode
     def run(self, restart: bool) -> Adapter:
         """Train, save, report."""
         with frozen(self.family), self._learner():
@@ -227,8 +230,9 @@ class Customization:
             parameter.requires_grad_(False)
             parameter.grad = None
         record = records(self.pipe)[self.name]
-        known = {"identifier": self.identifier, "prompt": self.prompt, "base": name_of(self.pipe)}
-        remember(self.pipe, self.name, replace(record, **known))
+        made_with = {"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))}
+        known: dict[str, Any] = {"identifier": self.identifier, "prompt": self.prompt, "base": name_of(self.pipe)}
+        remember(self.pipe, self.name, replace(record, **known, metadata=made_with))
         with self.processes.together():
             if self.out is not None and self.processes.main:
                 self._save(token)
@@ -301,11 +305,7 @@ class Customization:
     def _save(self, token: LearnedToken | None) -> None:
         assert self.out is not None
         try:
-            save(
-                self.pipe, self.out, name=self.name, identifier=self.identifier, prompt=self.prompt,
-                base=name_of(self.pipe), token_embeddings=None if token is None else token.rows(),
-                metadata={"settings": json.dumps(asdict(self.settings)), "pictures": str(len(self.examples.images))},
-            )  # fmt: skip
+            save(self.pipe, self.out, name=self.name, token_embeddings=None if token is None else token.rows())
         except StoreError as error:
             raise StoreError(
                 f"{error}. The adapter is learned, and acts in the pipeline as {self.name!r}: make room and save() it, "

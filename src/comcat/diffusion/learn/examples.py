@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -68,6 +68,28 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
     if len(images) == 1:
         notes.append(f"Only one of the {what}: what is learned will hold its background and pose as well.")
     return Examples(images, notes, _together(marks), names, named, skipped)
+
+
+def check_apart(source: EXAMPLES, others: Mapping[str, str | os.PathLike[str] | None]) -> None:
+    """Raises SettingsError if another folder, by the setting that names it, lies in that of the concept's pictures or
+    around it: what is in sub-folders is read as well.
+    """
+    if not isinstance(source, str | Path) or not (folder := home_path(source).resolve()).is_dir():
+        return
+    for setting, given in others.items():
+        if given is None:
+            continue
+        other = home_path(given).resolve()
+        if folder in (other, *other.parents):
+            raise SettingsError(
+                f"{setting}: {str(given)!r} lies in {str(source)!r}, where every picture is taken for one of the "
+                "concept, in sub-folders too; expected a place outside"
+            )
+        if setting != "out" and other in folder.parents:
+            raise SettingsError(
+                f"{setting}: {str(given)!r} holds {str(source)!r}, whose pictures it would count as its own; expected "
+                "a folder apart from that"
+            )
 
 
 def fingerprint(images: Iterable[Image.Image]) -> str:
