@@ -66,13 +66,15 @@ class Method:
 
 def comcat_cross(
     family: Family, seed: int, where: Any = "cross", protect: Sequence[str] = (), token: str | None = None,
-    dropout: float = 0.0, adapter: str = "default", **_: Any,
+    dropout: float = 0.0, adapter: str = "default", words: Sequence[str] = (), prompt: str = "", **_: Any,
 ) -> Method:  # fmt: skip
     """Eq. 8 at rank 2; with ``token``, its embedding as well. The empty prompt is protected like the others, unless
     pictures are shown under it.
     """
     attached = diffusion.attach(family.pipe, rank=2, where=where, seed=seed, name=adapter)
-    constrain = Protection(family, attached, protect, dropout=dropout).apply if protect else lambda: None
+    constrain: Callable[[], None] = lambda: None  # noqa: E731
+    if protect or words:
+        constrain = Protection(family, attached, protect, words=words, own=[prompt], dropout=dropout).apply
     undo = ExitStack()
     undo.callback(diffusion.unload, family.pipe, adapter)
     trained = attached.named_parameters() | _embedding(family, token, undo)
@@ -94,8 +96,8 @@ def comcat_words(
     adapter: str = "default", **_: Any,
 ) -> Method:  # fmt: skip
     """Protected are prompts that nobody names: see :func:`drawn_prompts`."""
-    protect = drawn_prompts(family.pipe.tokenizer, prompt, token or "V*", 200, seed)
-    return comcat_cross(family, seed, protect=protect, token=token, dropout=dropout, adapter=adapter)
+    words = drawn_prompts(family.pipe.tokenizer, prompt, token or "V*", 200, seed)
+    return comcat_cross(family, seed, words=words, prompt=prompt, token=token, dropout=dropout, adapter=adapter)
 
 
 def comcat_plain(family: Family, seed: int, adapter: str = "default", **_: Any) -> Method:

@@ -13,7 +13,13 @@ import comcat.diffusion as cd
 from comcat.diffusion import generate
 from comcat.diffusion.learn.batches import CachedSource, Stream
 from comcat.diffusion.learn.latents import Rotation, encode, encode_pixels, frames
-from comcat.diffusion.learn.protection import drawn_prompts, principal_directions
+from comcat.diffusion.learn.protection import (
+    Protection,
+    drawn_prompts,
+    principal_directions,
+    strong_directions,
+    tokens_of,
+)
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import family_of
 from comcat.diffusion.pipeline.noising import noising_of
@@ -358,11 +364,51 @@ def test_words_are_drawn_where_nobody_names_prompts(pipe):
     drawn = drawn_prompts(pipe.tokenizer, PROMPT, "V*", 2, seed=3)
     assert len({*drawn}) == 2 and all("V*" not in prompt and prompt != PROMPT for prompt in drawn)
     before = {p: picture(pipe, p) for p in (*drawn, PROMPT)}
-    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, protect_words=2, **settings)
-    moved = {p: float((picture(pipe, p) - x).norm()) for p, x in before.items()}
-    assert max(moved[p] for p in drawn) < 0.1 * moved[PROMPT], moved
+    moved = {}
+    for words in (0, 2):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, protect_words=words, **settings)
+        moved[words] = {p: float((picture(pipe, p) - x).norm()) for p, x in before.items()}
+        cd.unload(pipe)
+    for prompt in drawn:
+        assert moved[2][prompt] < 0.25 * moved[2][PROMPT] and moved[2][prompt] < 0.1 * moved[0][prompt], moved
+    assert moved[2][PROMPT] > 0.05 * moved[0][PROMPT], moved
     with pytest.raises(SettingsError, match="protect_words"):
         cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="n", protect_words=-1, **QUICK)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.02])
+def test_read_is_where_the_own_tokens_are_strong_beside_all_others(noise):
+    """Both own kinds have a direction that no other has; the rest they share with the protected tokens."""
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64)).Q.mT
+    shared = torch.randn(200, 10, generator=generator, dtype=torch.float64) @ basis[:10]
+    shared += noise * torch.randn(200, 16, generator=generator, dtype=torch.float64)
+    own = [shared[:20] + basis[10], shared[20:30] + 0.3 * basis[11]]
+    found = strong_directions(own, [shared[30:100], shared[100:]])
+    torch.testing.assert_close(found @ found.mT, torch.eye(len(found), dtype=torch.float64))
+    for direction in basis[10:12]:
+        assert (found @ direction).norm() > 0.95, found @ basis.mT
+    leak = sum((x @ found.mT).square().sum(1).mean() for x in (shared[30:100], shared[100:])) / 2
+    assert sum((x @ found.mT).square().sum(1).mean() for x in own) >= 40 * leak
+    assert len(found) < 6 + bool(noise)
+
+
+def test_one_direction_is_read_where_none_is_strong():
+    tokens = torch.nn.functional.normalize(torch.randn(50, 8, dtype=torch.float64), dim=1)
+    assert len(strong_directions([tokens], [tokens])) == 1
+
+
+def test_words_leave_the_empty_prompt_to_learn_with_caption_dropout(pipe):
+    """Named prompts leave it enough; beside many words it must be asked for."""
+    family = family_of(pipe)
+    words = drawn_prompts(pipe.tokenizer, PROMPT, "V*", 50, seed=0)
+    read = {}
+    for dropout in (0.0, 0.1):
+        adapter = cd.attach(pipe, rank=1)
+        found = Protection(family, adapter, [], words=words, own=[PROMPT], dropout=dropout).directions.double()
+        cd.unload(pipe)
+        read[dropout] = float((tokens_of(family, [""]) @ found.mT).square().mean())
+    assert read[0.1] > 10 * read[0.0], read
 
 
 def test_each_picture_goes_under_its_own_prompt(pipe):

@@ -35,7 +35,7 @@ from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
 from .optimisation import Optimisation
 from .prior import class_in, make_class_pictures
-from .protection import Protection, protected_prompts
+from .protection import Protection, protection
 from .run_folder import Samples, check_out, facts_of_run, folder_of, samples_in, write_report
 from .settings import CustomizeSettings
 from .token import LearnedToken
@@ -168,8 +168,7 @@ class Customization:
         try:
             if settings.new_token is not None:
                 learner.token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
-            if protect := protected_prompts(family, self.prompt, self.identifier, settings):
-                learner.protection = Protection(family, adapter, protect, dropout=settings.caption_dropout)
+            learner.protection = protection(family, adapter, self.prompts, self.identifier, settings)
             yield learner
         finally:
             if not learner.stays:

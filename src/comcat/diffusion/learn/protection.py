@@ -4,6 +4,16 @@ In cross-attention the factors S_K and U_V of Eq. 8 read the text: a prompt's to
 logits and ``c U_V S_O`` to the values. Where c S_K and c U_V are zero, nothing is added. So the directions of the
 protected prompts' tokens are projected out of both factors after every step. That costs a step next to nothing and
 needs no pictures, unlike prior preservation, and it goes together with that.
+
+A few prompts that somebody names have few directions, and what is left tells the concept's own prompt apart. Prompts of
+random words have nearly all. There, with the second moments O of the own tokens and P of the protected ones, the
+directions r that solve
+
+    O r = λ P r
+
+are read from the largest λ on, as long as the own tokens are 40 times as strong in all of them together. Where pictures
+are shown under the empty prompt, that is an own one: guidance leads away from it, and what it cannot learn, guidance
+exaggerates.
 """
 
 from __future__ import annotations
@@ -13,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import SettingsError
@@ -25,44 +36,71 @@ from .settings import CustomizeSettings
 SHARE = 0.999
 """Of the squared length of the protected tokens, so much is projected out: the first of their principal directions. All
 of it would leave too little that tells the concept's own prompt apart."""
+STRONG = 40.0
+"""In what is read, the own tokens' mean square is so many times that of the protected ones."""
+RIDGE = 1e-4
+"""Of the mean second moment: added to all directions, so that those that no prompt has are not read."""
 _TEXT_SIDE = ("k_down", "v_down")
 
 
 class Protection:
-    """Keeps an adapter from reading what some prompts have in common with each other, the empty prompt included, unless
-    ``dropout`` shows a share of the concept's pictures under that, which is to be learned there.
+    """Keeps an adapter from reading some prompts, the empty one included, unless ``dropout`` shows a share of the
+    concept's pictures under that, which is to be learned there.
+
+    Args:
+        prompts: named ones, whose directions are not read.
+        words: prompts of random words. With them, those directions alone are read in which ``own``, the concept's
+            prompts, are strong beside all that are protected.
 
     Raises:
         SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be
             promised.
     """
 
-    def __init__(self, family: Family, adapter: Adapter, prompts: Sequence[str], *, dropout: float = 0.0) -> None:
+    def __init__(
+        self, family: Family, adapter: Adapter, prompts: Sequence[str], *, words: Sequence[str] = (),
+        own: Sequence[str] = (), dropout: float = 0.0,
+    ) -> None:  # fmt: skip
         if any(path.partition(".")[0] != family.component for path in adapter.terms):
             raise SettingsError(
                 "protect: the text encoder learns as well, which changes every prompt; leave one of both out"
             )
         self.factors = factors_that_read(family, adapter, "protect")
-        with torch.no_grad():
-            tokens = family.encode([*prompts] if dropout else ["", *prompts])["prompt"].flatten(
-                0, 1
-            )  # (prompts · tokens, width)
-        self.directions = principal_directions(tokens, SHARE).to(self.factors[0])
+        self.read = bool(words)
+        empty = [""]
+        if self.read:
+            kinds = [kind for kind in (prompts, words, [] if dropout else empty) if kind]
+            mine = [own, empty] if dropout else [own]
+            directions = strong_directions([tokens_of(family, kind) for kind in mine],
+                                           [tokens_of(family, kind) for kind in kinds])  # fmt: skip
+        else:
+            directions = principal_directions(tokens_of(family, [*prompts] if dropout else [*empty, *prompts]), SHARE)
+        self.directions = directions.to(self.factors[0])
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Project the protected directions out of the factors, (heads · rank, width) each."""
+        """Project the factors, (heads · rank, width) each, onto the directions that may be read, or off those that may
+        not.
+        """
         for factor in self.factors:
             directions = self.directions = self.directions.to(factor.device)  # where offloading has moved it
-            factor -= factor @ directions.mT @ directions
+            part = factor @ directions.mT @ directions
+            factor.copy_(part if self.read else factor - part)
 
 
-def protected_prompts(family: Family, prompt: str, identifier: str, settings: CustomizeSettings) -> tuple[str, ...]:
-    """The prompts that are named, and those that are drawn. Raises as :func:`drawn_prompts`."""
-    if not settings.protect_words:
-        return settings.protect
-    tokenizer, _ = next(iter(family.text_encoders().values()))
-    return (*settings.protect, *drawn_prompts(tokenizer, prompt, identifier, settings.protect_words, settings.seed))
+def protection(
+    family: Family, adapter: Adapter, prompts: Sequence[str], identifier: str, settings: CustomizeSettings
+) -> Protection | None:
+    """What the settings ask for, for the concept's ``prompts``; None where that is nothing. Raises as
+    :class:`Protection` and :func:`drawn_prompts`.
+    """
+    words: tuple[str, ...] = ()
+    if settings.protect_words:
+        tokenizer, _ = next(iter(family.text_encoders().values()))
+        words = drawn_prompts(tokenizer, prompts[0], identifier, settings.protect_words, settings.seed)
+    if not settings.protect and not words:
+        return None
+    return Protection(family, adapter, settings.protect, words=words, own=prompts, dropout=settings.caption_dropout)
 
 
 def drawn_prompts(tokenizer: Any, prompt: str, identifier: str, count: int, seed: int) -> tuple[str, ...]:
@@ -94,13 +132,41 @@ def factors_that_read(family: Family, adapter: Adapter, what: str) -> list[nn.Pa
     return [p for path in paths for n, p in adapter.terms[path].named_parameters() if n in _TEXT_SIDE]
 
 
+@torch.no_grad()
+def tokens_of(family: Family, prompts: Sequence[str]) -> Tensor:
+    """Of prompts, (prompts · tokens, width) in float64, each of length 1: some text encoders' first token is many times
+    longer than the rest.
+    """
+    return F.normalize(family.encode(list(dict.fromkeys(prompts)))["prompt"].flatten(0, 1).double().cpu(), dim=1)
+
+
+def strong_directions(own: Sequence[Tensor], protected: Sequence[Tensor]) -> Tensor:
+    """Orthonormal directions (directions, width) in which the squared lengths of tokens of ``own``, (n, width) each,
+    are together ``STRONG`` times those of ``protected``: as many as may be, and one at least. Every kind counts as
+    much, whatever its size.
+    """
+    mine = torch.stack([_second_moment(tokens) for tokens in own]).sum(0)
+    theirs = torch.stack([_second_moment(tokens) for tokens in protected]).mean(0)
+    theirs += RIDGE * theirs.trace() / len(theirs) * torch.eye(len(theirs), dtype=theirs.dtype)
+    inverse = torch.linalg.inv(torch.linalg.cholesky(theirs))
+    vectors = inverse.mT @ torch.linalg.eigh(inverse @ mine @ inverse.mT).eigenvectors.flip(1)  # strongest first
+    directions = torch.linalg.qr(vectors).Q  # of which the first k span the first k
+    gained, lost = (((directions.mT @ moment) * directions.mT).sum(1).cumsum(0) for moment in (mine, theirs))
+    strong = (gained >= STRONG * lost).nonzero()
+    return directions[:, : 1 + int(strong.max()) if len(strong) else 1].mT
+
+
+def _second_moment(tokens: Tensor) -> Tensor:
+    return tokens.mT @ tokens / len(tokens)
+
+
 def principal_directions(tokens: Tensor, share: float) -> Tensor:
     """The fewest orthonormal directions (directions, width) that hold a share of the squared lengths of tokens (n,
     width).
 
     Tokens count by direction, not by length: some text encoders' first token is many times longer than the rest.
     """
-    different = torch.nn.functional.normalize(tokens.double(), dim=1).unique(dim=0)
+    different = F.normalize(tokens.double(), dim=1).unique(dim=0)
     _, lengths, directions = torch.linalg.svd(different, full_matrices=False)
     held = lengths.square().cumsum(0) / lengths.square().sum()
     return directions[: int((held < share).sum()) + 1]
