@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import kept_result, over_seeds, parser, slug, spread, table, write
+from common import beside, kept_result, over_seeds, parser, slug, spread, table, write
 from embedded_digits import KEPT, OTHERS, drawn, open_digits, short_teaching
 from PIL import Image
 from torch import Tensor
@@ -186,6 +186,7 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
     p = parser(__doc__)
     p.add_argument("--work", type=Path, default=Path("runs/benchmark-options"), help="where runs are kept")
     p.add_argument("--options", nargs="*", default=list(OPTIONS), choices=list(OPTIONS))
+    p.add_argument("--add", action="store_true", help="put these options into the result that is there")
     a = short_teaching(p, given, "pictures of the concept, and of the nine others together")
     torch.set_grad_enabled(True)
     recogniser = train_recogniser()
@@ -202,8 +203,10 @@ def main(given: Sequence[str] | None = None) -> dict[str, Any]:
         told = {**settings, "seeds": a.seeds[:done], "rank": SETTINGS["rank"], "lr": SETTINGS["lr"]}
         result = {"settings": told, "options": summary, "runs": runs}
         table(HEAD, [row(option, own) for option, own in summary.items()])
-        if not a.no_write:
+        if not a.no_write and not a.add:
             write("adapter-options", result)
+    if a.add:
+        write("adapter-options", beside("adapter-options", result, "options", "runs"))
     return result
 
 

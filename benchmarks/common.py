@@ -98,6 +98,15 @@ def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def beside(name: str, new: dict[str, Any], *tables: str) -> dict[str, Any]:
+    """The committed result of a name with a new one's rows in its tables. Exits unless both were asked the same."""
+    there = json.loads((RESULTS / machine() / f"{name}.json").read_text())
+    if there["settings"] != new["settings"]:
+        raise SystemExit(f"settings: got {new['settings']}, the result that is there has {there['settings']}")
+    rows = {table: there[table] | new[table] for table in tables}
+    return there | rows | {"command": f"{there['command']} && python {shlex.join(sys.argv)}"}
+
+
 def over_seeds(values: Sequence[float]) -> dict[str, float]:
     """Mean and standard deviation."""
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else 0.0}
