@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 import comcat.diffusion as cd
-from comcat.diffusion.learn.holdings import holdings_of, notes_before
+from comcat.diffusion.learn.holdings import check_offloaded, holdings_of, notes_before
 from comcat.diffusion.learn.optimisation import Optimisation
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.components import denoiser_of
@@ -250,6 +251,27 @@ def test_checkpointing_holds_one_blocks_weights_at_a_time(tmp_path: Path, monkey
         learned(pipe, gradient_checkpointing=checkpointing)
         cd.unload(pipe)
     assert peaks[0] > 12 * size and peaks[3] < 4 * size, (peaks, size)
+
+
+def test_hooks_of_a_model_in_place_are_in_nobodys_way(tmp_path: Path) -> None:
+    """accelerate puts them on what bitsandbytes quantises."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    pipe = NEWER["flux2"](tmp_path / "parts")
+    expected = learned(pipe)
+    pipe = NEWER["flux2"](tmp_path / "parts")
+    add_hook_to_module(pipe.transformer, AlignDevicesHook(CPU, io_same_device=True))
+    for name, factor in learned(pipe, gradient_checkpointing=True).items():
+        torch.testing.assert_close(factor, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    check_offloaded(family_of(pipe), CustomizeSettings(), SimpleNamespace(count=2))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("offload", [sequential, blocks])
+def test_processes_do_not_share_what_comes_and_goes(offload: Callable[[Any], None], tmp_path: Path) -> None:
+    pipe = NEWER["flux2"](tmp_path / "parts")
+    offload(pipe)
+    with pytest.raises(SettingsError, match="2 processes share a batch, and the transformer is offloaded"):
+        check_offloaded(family_of(pipe), CustomizeSettings(), SimpleNamespace(count=2))  # type: ignore[arg-type]
 
 
 def test_what_comes_and_goes_is_said(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ..adapter.places import find_places
 from ..draw.prompts import calls, check_heard, notes_on_lengths, splitting_notes
 from ..pipeline.components import Component, denoiser_of, text_encoders_of
 from ..pipeline.families import Family
-from ..pipeline.offloading import cannot_recompute, comes_in_parts, is_offloaded
+from ..pipeline.offloading import cannot_recompute, comes_in_parts, waits_elsewhere
 from .settings import CustomizeSettings
 
 MOMENTS = 4 * 4
@@ -83,7 +83,7 @@ def check_offloaded(family: Family, settings: CustomizeSettings, processes: Proc
         raise SettingsError(
             f"gradient_checkpointing does not go with how the {family.component} is offloaded, since {reason}"
         )
-    if processes.count > 1 and is_offloaded(family.denoiser):
+    if processes.count > 1 and waits_elsewhere(family.denoiser):
         raise SettingsError(
             f"{processes.count} processes share a batch, and the {family.component} is offloaded: expected one "
             "process, or a pipeline without offloading"

@@ -32,17 +32,26 @@ def comes_in_parts(model: nn.Module) -> bool:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether hooks of accelerate or diffusers bring a model's weights."""
+    """Whether hooks of accelerate or diffusers may bring a model's weights; a quantised one that is in place has such
+    hooks too.
+    """
     return next(_devices(model), None) is not None
+
+
+def waits_elsewhere(model: nn.Module) -> bool:
+    """Whether a model's weights are not all where it computes."""
+    return comes_in_parts(model) or computing_device(model).type != next(model.parameters()).device.type
 
 
 def check_offloading(name: str, model: nn.Module) -> None:
     """Raises ModelError for a model on several devices, for one whose blocks are fetched ahead, and for a VAE whose
     statistics are read from where files leave nothing.
     """
-    if len(devices := dict.fromkeys(map(str, _devices(model)))) > 1:
+    devices = {(device.type, device.index or 0): str(device) for device in _devices(model)}
+    if len(devices) > 1:
         raise ModelError(
-            f"the {name} is spread over {', '.join(devices)}, expected one device: load the pipeline without device_map"
+            f"the {name} is spread over {', '.join(devices.values())}, expected one device: load the pipeline without "
+            "device_map"
         )
     if any(group.config.stream is not None for group in _groups(model)):
         raise ModelError(
