@@ -180,6 +180,7 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     out = tmp_path / "lora.safetensors"
     wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"rank": 0}, "got rank 0, expected a whole number from 1"),
+        ({"rank": 100_000}, "got rank 100000, expected at most 16, the rank of the largest projection"),
         ({"keys": "webui"}, "keys"),
         ({"name": "defualt"}, "did you mean 'default'"),
     )

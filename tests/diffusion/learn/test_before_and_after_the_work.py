@@ -18,7 +18,9 @@ from comcat import files
 from comcat.cli import main
 from comcat.diffusion.learn.customize import Customization
 from comcat.diffusion.learn.examples import read_examples
+from comcat.diffusion.learn.holdings import notes_on_idle_settings
 from comcat.diffusion.learn.optimisation import Optimisation
+from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.errors import DataError, ModelError, NumericsError, SettingsError, StoreError
 
 from .. import tiny
@@ -235,6 +237,24 @@ def test_a_file_says_how_its_adapter_was_taught_whenever_it_is_saved(pipe: Any, 
     cd.save(pipe, tmp_path / "b.safetensors")
     one, other = (cd.read(tmp_path / f"{n}.safetensors").metadata for n in "ab")
     assert one == other and json.loads(other["settings"])["steps"] == QUICK["steps"] and other["pictures"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"sample_prompt": "V*", "sample_count": 2}, ["sample_prompt", "sample_count"]),
+        ({"sample_steps": 5, "prior_count": 3}, ["prior_count", "sample_steps"]),
+        ({"sample_steps": 5, "sample_every": 3}, []),
+        ({"sample_steps": 5, "prior_prompt": "a dog", "prior_count": 3, "prior_weight": 0.5}, []),
+        ({"prior_images": "x", "prior_prompt": "a dog", "prior_count": 3}, ["prior_count"]),
+        ({}, []),
+    ],
+)
+def test_settings_that_change_nothing_are_told(settings: dict[str, Any], said: list[str]) -> None:
+    given = CustomizeSettings(**settings)
+    assert [note.split()[0] for note in notes_on_idle_settings(given, out=True)] == said
+    more = ["sample_every"] if given.sample_every else []
+    assert [note.split()[0] for note in notes_on_idle_settings(given, out=False)] == said + more
 
 
 @pytest.mark.parametrize("every", [0, 2])

@@ -583,6 +583,10 @@ def test_the_report_is_there_from_the_start_and_goes_on(tmp_path, pipe, monkeypa
         a, b = (Image.open(tmp_path / f"{f}.run/samples/step-{n:08d}.png").tobytes() for f in ("dog", "whole"))
         assert a == b
     assert "size of the adapter" in (tmp_path / "dog.run/report.html").read_text()
+    assert "Step 4, of" not in (tmp_path / "whole.run/report.html").read_text()
+    cd.unload(pipe)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=tmp_path / "whole.safetensors", sample_prompt="V*", **how)
+    assert "Step 4, of" in (tmp_path / "whole.run/report.html").read_text()  # sheets of the old prompt say so
 
 
 def test_shares_of_two_processes_add_up(pipe, monkeypatch):

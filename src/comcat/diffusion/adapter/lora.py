@@ -101,6 +101,7 @@ def export_lora(
     chosen = [(p, one) for p in places for one in adapter.terms[p.path].products if f"{p.path}:{one}" not in left_out]
     if not chosen:
         raise UnsupportedSite(f"{name!r} cannot become a LoRA: {listed([f'{s}: {w}' for s, w in left_out.items()])}")
+    _check_rank(rank, [p for p, _ in chosen])
     prompts = [prompts] if isinstance(prompts, str) else prompts
     asked = list(dict.fromkeys([*(p for p in (adapter.record.prompt, *prompts) if p), ""]))
     trial = drawn(pipe, adapter, [p for p, _ in chosen], asked, steps=steps, size=size, seed=seed)
@@ -147,6 +148,14 @@ def _checked(pipe: Any, name: str, path: str | os.PathLike[str], rank: int, keys
     if keys == "kohya" and any(not path.startswith("unet.") for path in held[name].terms):
         raise SettingsError("keys='kohya' are for UNets alone; keys='diffusers' fit every family")
     return held[name]
+
+
+def _check_rank(rank: int, places: Sequence[Place]) -> None:
+    """Raises SettingsError for more than the rank of any projection, which would cost memory and time for nothing."""
+    linears: list[Any] = [plain_linear(module) for place in places for module in place.projections().values()]
+    most = max(min(linear.in_features, linear.out_features) for linear in linears)
+    if rank > most:
+        raise SettingsError(f"got rank {rank}, expected at most {most}, the rank of the largest projection")
 
 
 def _why_not(place: Place, product: str, adapter: Adapter) -> str | None:

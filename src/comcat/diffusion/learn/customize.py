@@ -30,7 +30,7 @@ from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, rec
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
 from .examples import EXAMPLES, Examples, check_apart, fingerprint, notes_on_sizes, one_each, read_examples
-from .holdings import check_offloaded, notes_before, notes_on_prompts
+from .holdings import check_offloaded, notes_before, notes_on_idle_settings, notes_on_prompts
 from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
 from .optimisation import Optimisation
@@ -131,6 +131,7 @@ class Customization:
         self.prompt = self.prompts[0]
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
         self.notes += notes_on_prompts(self.family, given, identifier, settings)
+        self.notes += notes_on_idle_settings(settings, out=out is not None)
         self.notes += notes_before(self.family, self.where, settings)
         self.class_examples = None
         if settings.prior_images is not None:

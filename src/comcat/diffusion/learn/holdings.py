@@ -5,7 +5,7 @@ read of its prompts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,6 +23,13 @@ from .settings import CustomizeSettings
 
 MOMENTS = 4 * 4
 """Bytes for each number that learns, in float32: itself, its gradient, and AdamW's two moments."""
+
+IDLE_WITHOUT = {
+    "sample_prompt": ("sample_every",), "sample_count": ("sample_every",), "prior_count": ("prior_prompt",),
+    "prior_weight": ("prior_prompt",), "sample_steps": ("sample_every", "prior_prompt"),
+    "sample_guidance": ("sample_every", "prior_prompt"),
+}  # fmt: skip
+"""Settings, and those without which they change nothing."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,23 @@ def check_offloaded(family: Family, settings: CustomizeSettings, processes: Proc
             f"{processes.count} processes share a batch, and the {family.component} is offloaded: expected one "
             "process, or a pipeline without offloading"
         )
+
+
+def notes_on_idle_settings(settings: CustomizeSettings, *, out: bool) -> list[str]:
+    """A sentence for each setting that was given and changes nothing, since another that it needs was not. ``out``:
+    whether the run has a file to save to.
+    """
+    used = {field.name for field in fields(settings) if getattr(settings, field.name) != field.default}
+    notes = [
+        f"{setting} changes nothing without {' or '.join(needs)}."
+        for setting, needs in IDLE_WITHOUT.items()
+        if setting in used and not used & {*needs}
+    ]
+    if settings.prior_images is not None and "prior_count" in used:
+        notes.append("prior_count changes nothing with prior_images, all of which are used.")
+    if settings.sample_every and not out:
+        notes.append("sample_every changes nothing without out, beside which the samples go.")
+    return notes
 
 
 def notes_on_prompts(family: Family, prompts: Sequence[str], identifier: str, settings: CustomizeSettings) -> list[str]:

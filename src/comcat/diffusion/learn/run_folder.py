@@ -16,7 +16,7 @@ from ...errors import SettingsError
 from ...files import check_writable
 from ..draw.generate import generate
 from ..draw.pages import Page, Sheet, write_page
-from ..draw.pictures import grid, save_picture
+from ..draw.pictures import grid, read_made, save_picture
 from .optimisation import Progress
 from .settings import CustomizeSettings
 
@@ -65,7 +65,10 @@ class Samples:
         found = []
         for path in sorted(self.folder.glob("step-*.png")):
             with Image.open(path) as sheet:
-                found.append(Sheet(f"Step {int(path.stem.removeprefix('step-'))}", [sheet.convert("RGB")]))
+                picture = sheet.convert("RGB")
+            prompt = (read_made(path) or {}).get("prompt", self.prompt)
+            of = "" if prompt == self.prompt else f", of {prompt!r}"  # drawn before the run was asked for another
+            found.append(Sheet(f"Step {int(path.stem.removeprefix('step-'))}{of}", [picture]))
         return found
 
 
