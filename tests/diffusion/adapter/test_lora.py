@@ -14,7 +14,7 @@ from torch import Tensor
 import comcat.diffusion as diffusion
 from comcat.cli import main
 from comcat.diffusion.adapter import lora
-from comcat.errors import SettingsError, UnsupportedSite
+from comcat.errors import SettingsError, StoreError, UnsupportedSite
 from comcat.linalg import nearest_updates
 from comcat.linalg.updates import Side
 
@@ -189,6 +189,11 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
             diffusion.export_lora(pipe, out, **settings)
     with pytest.raises(SettingsError, match=r"ends in \.safetensors"):
         diffusion.export_lora(pipe, tmp_path / "lora.bin")
+    with pytest.raises(SettingsError, match="is an adapter, which the LoRA would replace"):
+        diffusion.export_lora(pipe, diffusion.save(pipe, tmp_path / "dog.safetensors"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="nothing can be written"):
+        diffusion.export_lora(pipe, tmp_path / "file" / "lora.safetensors")
     diffusion.attach(pipe, name="cat")
     with pytest.raises(SettingsError, match="'cat' would be measured as well"):
         diffusion.export_lora(pipe, out)

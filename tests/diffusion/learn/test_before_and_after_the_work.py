@@ -257,6 +257,16 @@ def test_settings_that_change_nothing_are_told(settings: dict[str, Any], said: l
     assert [note.split()[0] for note in notes_on_idle_settings(given, out=False)] == said + more
 
 
+@pytest.mark.parametrize("restart", [False, True])
+def test_what_is_no_adapter_is_never_replaced(restart: bool, pipe: Any, tmp_path: Path) -> None:
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(StoreError, match="is there already, and is no adapter of comcat's"):
+        cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=weights, restart=restart, **QUICK)
+    assert weights.read_bytes() == before and not cd.adapters(pipe)
+
+
 @pytest.mark.parametrize("every", [0, 2])
 def test_ctrl_c_promises_no_checkpoint_that_is_not_there(
     every: int, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

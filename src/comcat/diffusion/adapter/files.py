@@ -179,6 +179,17 @@ def read(path: str | os.PathLike[str]) -> AdapterFile:
     return AdapterFile(path, factors, alphas, words, metadata, heads or {})
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a file says that it is an adapter of comcat's. Nothing else of it is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _MARK in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return False
+
+
 def _heads_in(metadata: Mapping[str, str]) -> dict[str, int] | None:
     """The heads by module, None if they are not told or not as they should be."""
     try:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from ..._version import __version__
 from ...errors import SettingsError, UnsupportedSite, listed
-from ...files import home_path, write_tensors
+from ...files import check_writable, home_path, write_tensors
 from ...linalg import nearest_updates, root
 from ...linalg.updates import Side
 from ...modules.adapters import CONTEXT, LowRankTerms
 from ...settings import expect_one_of
 from ..pipeline.components import components_of
 from .attach import unknown
+from .files import is_adapter
 from .fuse import not_plain, plain_linear
 from .places import Place
 from .records import Adapter, adapters, check_unfused, located
@@ -134,6 +135,9 @@ def _checked(pipe: Any, name: str, path: str | os.PathLike[str], rank: int, keys
         raise SettingsError(f"got rank {rank!r}, expected a whole number from 1")
     if Path(path).suffix != ".safetensors":
         raise SettingsError(f"got {str(path)!r}, expected a file name that ends in .safetensors")
+    if is_adapter(home_path(path)):
+        raise SettingsError(f"{str(path)!r} is an adapter, which the LoRA would replace; name another file")
+    check_writable(home_path(path).parent)
     held = adapters(pipe)
     if name not in held:
         raise SettingsError(unknown(name, held))

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from ..._version import __version__
-from ...errors import SettingsError
+from ...errors import SettingsError, StoreError
 from ...files import check_writable
+from ..adapter.files import is_adapter
 from ..draw.generate import generate
 from ..draw.pages import Page, Sheet, write_page
 from ..draw.pictures import grid, read_made, save_picture
@@ -27,6 +28,8 @@ def check_out(out: Path) -> Path:
         raise SettingsError(f"out: got {str(out)!r}, expected a file name that ends in .safetensors")
     if out.is_dir():
         raise SettingsError(f"out: {str(out)!r} is a folder, expected a file to write to")
+    if out.exists() and not is_adapter(out):
+        raise StoreError(f"out: {str(out)!r} is there already, and is no adapter of comcat's; name another file")
     check_writable(out.parent)
     return out
 
