@@ -61,7 +61,8 @@ class CustomizeSettings:
     prior_weight: float = 1.0
     """Weight of their loss."""
     masks: str | None = None
-    """Folder of a mask for each picture, of its name and size: white where the concept is. The rest is not learned."""
+    """Folder of a mask for each picture, of its name and size: white where the concept is. The rest is not learned. It
+    lies outside of the pictures' folder, whose sub-folders are read as well."""
     resolution: int | None = None
     """Side of the square pictures to train on, in pixels; left out, the pipeline's own."""
     crops: int = 4
