@@ -11,9 +11,10 @@ directions r that solve
 
     O r = λ P r
 
-are read from the largest λ on, as long as the own tokens are 40 times as strong in all of them together. Where pictures
-are shown under the empty prompt, that is an own one: guidance leads away from it, and what it cannot learn, guidance
-exaggerates.
+are read from the largest λ on, as long as the own tokens are 40 times as strong in all of them together. What is read
+is a small part of a token; the terms are multiplied (``alpha``) by what brings it to a token's length, so that a
+learning rate means what it means without protection. Where pictures are shown under the empty prompt, that is an own
+one: guidance leads away from it, and what it cannot learn, guidance exaggerates.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ SHARE = 0.999
 of it would leave too little that tells the concept's own prompt apart."""
 STRONG = 40.0
 """In what is read, the own tokens' mean square is so many times that of the protected ones."""
+SHORTEST = 1e-2
+"""The least length to which what is read of a token is taken to be."""
 RIDGE = 1e-4
 """Of the mean second moment: added to all directions, so that those that no prompt has are not read."""
 _TEXT_SIDE = ("k_down", "v_down")
@@ -50,7 +53,7 @@ class Protection:
     Args:
         prompts: named ones, whose directions are not read.
         words: prompts of random words. With them, those directions alone are read in which ``own``, the concept's
-            prompts, are strong beside all that are protected.
+            prompts, are strong beside all that are protected, and the adapter's terms get the ``alpha`` for it.
 
     Raises:
         SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be
@@ -67,14 +70,15 @@ class Protection:
             )
         self.factors = factors_that_read(family, adapter, "protect")
         self.read = bool(words)
-        empty = [""]
-        if self.read:
-            kinds = [kind for kind in (prompts, words, [] if dropout else empty) if kind]
-            mine = [own, empty] if dropout else [own]
-            directions = strong_directions([tokens_of(family, kind) for kind in mine],
-                                           [tokens_of(family, kind) for kind in kinds])  # fmt: skip
+        if not self.read:
+            directions = principal_directions(tokens_of(family, prompts if dropout else ["", *prompts]), SHARE)
         else:
-            directions = principal_directions(tokens_of(family, [*prompts] if dropout else [*empty, *prompts]), SHARE)
+            kinds = [kind for kind in (prompts, words, [] if dropout else [""]) if kind]
+            mine = [tokens_of(family, kind) for kind in ([own, [""]] if dropout else [own])]
+            directions = strong_directions(mine, [tokens_of(family, kind) for kind in kinds])
+            length = torch.cat([(tokens @ directions.mT).square().sum(1) for tokens in mine]).mean().sqrt()
+            for one in adapter.terms.values():
+                one.alpha = one.rank / max(float(length), SHORTEST)
         self.directions = directions.to(self.factors[0])
 
     @torch.no_grad()
