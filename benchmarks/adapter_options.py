@@ -96,15 +96,17 @@ def decoupled(pipe: Any, learner: Any) -> None:
 
 
 Variant = Callable[[Any, Any], None]
+WORDS = {"words": 200, "lr": 0.0025}
+"""At half the rate of the rest, the default of ``customize``: what may be read counts as whole tokens do."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rank by time": {"variant": rank_by_time},
     "rank by time, drawn so too": {"variant": partial(rank_by_time, drawing=True)},
     "orthogonal start": {"variant": orthogonal},
     "decoupled scale": {"variant": decoupled},
-    "words protected, new token, dropout 0.05": {"words": 200, "new_token": "digit", "caption_dropout": 0.05},
-    "words protected, new token": {"words": 200, "new_token": "digit"},
-    "words protected": {"words": 200},
+    "words protected, new token, dropout 0.05": WORDS | {"new_token": "digit", "caption_dropout": 0.05},
+    "words protected, new token": WORDS | {"new_token": "digit"},
+    "words protected": WORDS,
     "class alone protected": {"protect": (CLASS_PROMPT,)},
     "min-SNR": {"snr_gamma": 5.0},
     "with a bar": {"bar": True},

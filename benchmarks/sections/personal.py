@@ -64,7 +64,8 @@ def adapter_options(r: dict[str, Any]) -> str:
         "vocabulary and stand for V* in its own prompt, so that nobody names them. The bar, at the right edge of every "
         "picture, belongs to no digit; the masks leave it out. KID is of V*, in the classifier's features: it compares "
         "rows here and nothing else. Rank by time and orthogonal start (T-LoRA) and a decoupled scale (DoRA) recognise "
-        "no more than plain, so they are not built in; random words protect less than the prompts of the nine do.",
+        "no more than plain, so they are not built in. The rows of words learn at the default rate of `customize`, "
+        "half that of the rest; at twice that, protection gives way.",
         rows_of(["option", "recognised %", "KID", "with the bar %", "the nine %"], rows), where(r),
     ])  # fmt: skip
 
