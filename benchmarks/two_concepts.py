@@ -68,7 +68,7 @@ TAUGHT: dict[str, tuple[str, float, dict[str, Any]]] = {
     "comcat, protected": ("comcat, protected", 1.8e-2, {}),
     "comcat": ("comcat", 1.8e-3, {}),
     "comcat, protected, the other's prompt too": ("comcat, protected", 1.8e-2, {"other": True}),
-    "comcat, words protected, new token": ("comcat, words protected, new token, dropout 0.05", 1e-2, {"token": True}),
+    "comcat, words protected, new token": ("comcat, words protected, new token, dropout 0.05", 3.2e-3, {"token": True}),
     "LoRA": ("LoRA", 1.8e-3, {"rank": 2}),
     "LoKr": ("LoKr", 3.2e-3, {"factor": 2}),
 }
