@@ -25,7 +25,7 @@ import comcat.diffusion as diffusion
 from comcat.diffusion.learn.batches import CachedSource, Stream
 from comcat.diffusion.learn.latents import Rotation, encode, encode_pixels, frames
 from comcat.diffusion.learn.optimisation import Batch, Optimisation
-from comcat.diffusion.learn.protection import Protection, drawn_prompts
+from comcat.diffusion.learn.protection import Protection, drawn_prompts, tokens_of
 from comcat.diffusion.learn.token import reading_row
 from comcat.diffusion.pipeline.families import Family
 from comcat.measure.memory import LiveBytes
@@ -74,7 +74,8 @@ def comcat_cross(
     attached = diffusion.attach(family.pipe, rank=2, where=where, seed=seed, name=adapter)
     constrain: Callable[[], None] = lambda: None  # noqa: E731
     if protect or words:
-        constrain = Protection(family, attached, protect, words=words, own=[prompt], dropout=dropout).apply
+        own = tokens_of(family, [prompt]) if words else None
+        constrain = Protection(family, attached, protect, words=words, own=own, dropout=dropout).apply
     undo = ExitStack()
     undo.callback(diffusion.unload, family.pipe, adapter)
     trained = attached.named_parameters() | _embedding(family, token, undo)

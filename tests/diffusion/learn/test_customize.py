@@ -17,10 +17,12 @@ from comcat.diffusion.learn.protection import (
     Protection,
     drawn_prompts,
     principal_directions,
+    protection,
     strong_directions,
     tokens_of,
 )
 from comcat.diffusion.learn.settings import CustomizeSettings
+from comcat.diffusion.learn.token import LearnedToken
 from comcat.diffusion.pipeline.families import family_of
 from comcat.diffusion.pipeline.noising import noising_of
 from comcat.errors import (
@@ -405,10 +407,35 @@ def test_words_leave_the_empty_prompt_to_learn_with_caption_dropout(pipe):
     read = {}
     for dropout in (0.0, 0.1):
         adapter = cd.attach(pipe, rank=1)
-        found = Protection(family, adapter, [], words=words, own=[PROMPT], dropout=dropout).directions.double()
+        own = tokens_of(family, [PROMPT])
+        found = Protection(family, adapter, [], words=words, own=own, dropout=dropout).directions.double()
         cd.unload(pipe)
         read[dropout] = float((tokens_of(family, [""]) @ found.mT).square().mean())
     assert read[0.1] > 10 * read[0.0], read
+
+
+def test_a_token_that_learns_is_read_where_it_may_lead(pipe):
+    """It begins as a word, whose prompts are like those of any word."""
+    family = family_of(pipe)
+    prompt = "a photo of W* dog"
+    settings = CustomizeSettings(protect_words=50, new_token="cat", seed=1)
+    read = []
+    for learns in (False, True):
+        adapter = cd.attach(pipe, rank=1)
+        token = LearnedToken(pipe, family, "default", "W*", "cat")
+        before = family.encode([prompt])["prompt"]
+        found = protection(family, adapter, [prompt], "W*", settings, token if learns else None)
+        assert found is not None
+        torch.testing.assert_close(family.encode([prompt])["prompt"], before)  # all is as it was
+        strange = torch.cat([tokens_with(family, prompt, reading) for reading in token.strangers(4, seed=9)])
+        read.append(float((strange @ found.directions.double().mT).square().sum(1).mean()))
+        cd.unload(pipe)
+    assert read[1] > 2 * read[0], read
+
+
+def tokens_with(family, prompt, reading):
+    with reading:
+        return tokens_of(family, [prompt])
 
 
 def test_each_picture_goes_under_its_own_prompt(pipe):

@@ -169,7 +169,7 @@ class Customization:
         try:
             if settings.new_token is not None:
                 learner.token = LearnedToken(self.pipe, family, self.name, self.identifier, settings.new_token)
-            learner.protection = protection(family, adapter, self.prompts, self.identifier, settings)
+            learner.protection = protection(family, adapter, self.prompts, self.identifier, settings, learner.token)
             yield learner
         finally:
             if not learner.stays:

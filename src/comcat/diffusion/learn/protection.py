@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -33,12 +34,15 @@ from ..adapter.records import Adapter
 from ..pipeline.components import denoiser_of
 from ..pipeline.families import Family
 from .settings import CustomizeSettings
+from .token import LearnedToken
 
 SHARE = 0.999
 """Of the squared length of the protected tokens, so much is projected out: the first of their principal directions. All
 of it would leave too little that tells the concept's own prompt apart."""
 STRONG = 40.0
 """In what is read, the own tokens' mean square is so many times that of the protected ones."""
+ROWS = 4
+"""Drawn for a token that learns, to see where it may lead."""
 SHORTEST = 1e-2
 """The least length to which what is read of a token is taken to be."""
 RIDGE = 1e-4
@@ -52,8 +56,9 @@ class Protection:
 
     Args:
         prompts: named ones, whose directions are not read.
-        words: prompts of random words. With them, those directions alone are read in which ``own``, the concept's
-            prompts, are strong beside all that are protected, and the adapter's terms get the ``alpha`` for it.
+        words: prompts of random words. With them, those directions alone are read in which ``own``, tokens (n, width)
+            of the concept's prompts, are strong beside all that are protected, and the adapter's terms get the
+            ``alpha`` for it.
 
     Raises:
         SettingsError: if the adapter's attention reads the text otherwise than in cross-attention, where nothing can be
@@ -62,21 +67,21 @@ class Protection:
 
     def __init__(
         self, family: Family, adapter: Adapter, prompts: Sequence[str], *, words: Sequence[str] = (),
-        own: Sequence[str] = (), dropout: float = 0.0,
+        own: Tensor | None = None, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         if any(path.partition(".")[0] != family.component for path in adapter.terms):
             raise SettingsError(
                 "protect: the text encoder learns as well, which changes every prompt; leave one of both out"
             )
         self.factors = factors_that_read(family, adapter, "protect")
-        self.read = bool(words)
-        if not self.read:
+        self.read = own is not None and bool(words)
+        if own is None or not words:
             directions = principal_directions(tokens_of(family, prompts if dropout else ["", *prompts]), SHARE)
         else:
             kinds = [kind for kind in (prompts, words, [] if dropout else [""]) if kind]
-            mine = [tokens_of(family, kind) for kind in ([own, [""]] if dropout else [own])]
+            mine = [own, tokens_of(family, [""])] if dropout else [own]
             directions = strong_directions(mine, [tokens_of(family, kind) for kind in kinds])
-            length = torch.cat([(tokens @ directions.mT).square().sum(1) for tokens in mine]).mean().sqrt()
+            length = torch.stack([(tokens @ directions.mT).square().sum(1).mean() for tokens in mine]).mean().sqrt()
             for one in adapter.terms.values():
                 one.alpha = one.rank / max(float(length), SHORTEST)
         self.directions = directions.to(self.factors[0])
@@ -93,18 +98,31 @@ class Protection:
 
 
 def protection(
-    family: Family, adapter: Adapter, prompts: Sequence[str], identifier: str, settings: CustomizeSettings
-) -> Protection | None:
+    family: Family, adapter: Adapter, prompts: Sequence[str], identifier: str, settings: CustomizeSettings,
+    token: LearnedToken | None = None,
+) -> Protection | None:  # fmt: skip
     """What the settings ask for, for the concept's ``prompts``; None where that is nothing. Raises as
     :class:`Protection` and :func:`drawn_prompts`.
+
+    ``token``: of the identifier, if it learns. It begins as a word like others and will be none of them, so that its
+    prompts' tokens are those of rows that are drawn.
     """
-    words: tuple[str, ...] = ()
+    if not settings.protect and not settings.protect_words:
+        return None
+    words, own = (), None
     if settings.protect_words:
         tokenizer, _ = next(iter(family.text_encoders().values()))
         words = drawn_prompts(tokenizer, prompts[0], identifier, settings.protect_words, settings.seed)
-    if not settings.protect and not words:
-        return None
-    return Protection(family, adapter, settings.protect, words=words, own=prompts, dropout=settings.caption_dropout)
+        if token is None:
+            own = tokens_of(family, prompts)
+        else:
+            own = torch.cat([_tokens_with(family, prompts, rows) for rows in token.strangers(ROWS, settings.seed)])
+    return Protection(family, adapter, settings.protect, words=words, own=own, dropout=settings.caption_dropout)
+
+
+def _tokens_with(family: Family, prompts: Sequence[str], reading: AbstractContextManager[None]) -> Tensor:
+    with reading:
+        return tokens_of(family, prompts)
 
 
 def drawn_prompts(tokenizer: Any, prompt: str, identifier: str, count: int, seed: int) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import SettingsError
+from ...runs.seeding import derive_seed
 from ..adapter.records import records, remember
 from ..adapter.tokenizers import knows, refresh_tokens
 from ..pipeline.families import Family
@@ -54,19 +55,33 @@ class LearnedToken:
         remember(self.pipe, self.adapter, replace(record, token_embeddings=self.rows(), brought_tokens=True))
         refresh_tokens(self.pipe)
 
-    @contextmanager
-    def learning(self) -> Iterator[None]:
+    def learning(self) -> AbstractContextManager[None]:
         """Inside the block the text encoders read the parameters in place of the rows, so that gradients reach them."""
+        return self._reading(self.parameters)
+
+    def strangers(self, count: int, seed: int) -> Iterator[AbstractContextManager[None]]:
+        """Contexts in which the text encoders read random rows as long and as far apart as those of their words."""
+        for number in range(count):
+            rows: dict[str, Tensor] = {}
+            for name, component in self.keys.items():
+                table = self.family.text_encoders()[component][1].get_input_embeddings().weight.detach().float()
+                generator = torch.Generator().manual_seed(derive_seed(seed, "stranger", name, number))
+                noise = torch.randn(table.shape[1], generator=generator).to(table)
+                rows[name] = table.mean(0) + table.std(0) * noise
+            yield self._reading(rows)
+
+    @contextmanager
+    def _reading(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
         with ExitStack() as stack:
-            for name, parameter in self.parameters.items():
+            for name, row in rows.items():
                 tokenizer, encoder = self.family.text_encoders()[self.keys[name]]
                 token = tokenizer.convert_tokens_to_ids(self.identifier)
-                hook = encoder.get_input_embeddings().register_forward_hook(reading_row(parameter, token))
+                hook = encoder.get_input_embeddings().register_forward_hook(reading_row(row, token))
                 stack.callback(hook.remove)
             yield
 
 
-def reading_row(parameter: nn.Parameter, token: int) -> Any:
+def reading_row(parameter: Tensor, token: int) -> Any:
     """A forward hook for an embedding: ``parameter`` (width,) in place of the row of ``token``."""
 
     def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
