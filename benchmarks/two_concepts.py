@@ -150,14 +150,13 @@ def taught(a: argparse.Namespace, recogniser: Recogniser, name: str, seed: int) 
         **compared(),
     }
     if to_tell_apart(name):
-        protect = [prompt_of(digit) for digit in OTHERS] if "protected" in name else []
-        diffusion.tell_apart(pipe, {concept.word[0]: concept.prompt for concept in CONCEPTS}, protect=protect)
+        diffusion.tell_apart(pipe, {concept.word[0]: concept.prompt for concept in CONCEPTS})
         result["apart"] = compared()
     return result
 
 
 def to_tell_apart(name: str) -> bool:
-    return name in ("comcat", "comcat, protected")
+    return name in ("comcat", "comcat, protected", "comcat, words protected, new token")
 
 
 def main(given: Sequence[str] | None = None) -> dict[str, Any]:

@@ -86,6 +86,29 @@ def test_what_was_protected_stays_so(pipe):
         assert not torch.allclose(old, new) and (new @ directions.mT).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("words", [(), ("a photo of a red dog", "a photo of bird", "a photo of o n e")])
+def test_nobody_need_say_again_what_was_protected(pipe, tmp_path, words):
+    """Nor when the adapters come from files, which are rounded to 16 bit."""
+    read = {}
+    for name, adapter in cd.adapters(pipe).items():
+        own = tokens(pipe, PROMPTS[name]) if words else None
+        protection = Protection(family_of(pipe), adapter, ["a red bird"], words=words, own=own)
+        protection.apply()
+        whole = torch.eye(protection.directions.shape[1])
+        shared = protection.directions.mT @ protection.directions
+        read[name] = shared if words else whole - shared
+        cd.save(pipe, tmp_path / f"{name}.safetensors", name=name)
+    cd.unload(pipe)
+    for name in PROMPTS:
+        cd.load(pipe, tmp_path / f"{name}.safetensors", name=name)
+    before = {name: factors(pipe, name) for name in PROMPTS}
+    cd.tell_apart(pipe, PROMPTS)
+    for name in PROMPTS:
+        for old, new in zip(before[name], factors(pipe, name), strict=True):
+            assert not torch.allclose(old, new, rtol=1e-2)
+            assert (new - new @ read[name]).norm() < 2e-3 * old.norm()
+
+
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [

@@ -7,7 +7,8 @@ text in cross-attention are the factors S_K and U_V of Eq. 8. Their rows f becom
     Σ_t |(f' − f) t|² + Σ_u |f' u|²        t: tokens of the adapter's own prompt, u: of the others'
 
 so that f' = f G (G + H)⁻¹ with the second moments G of t and H of u: what only the own prompt has is read as before,
-what only the others have is not read at all, and what all have is shared out.
+what only the others have is not read at all, and what all have is shared out. All within the directions that f reads,
+for what an adapter was protected from it shall not read afterwards.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from .protection import SHARE, factors_that_read, principal_directions
 
 RIDGE = 1e-3
 """Of the mean second moment: added to all directions, so that those that no prompt has are no division by zero."""
+
+UNREAD = 1e-6
+"""Of the strongest direction's mean square: what an adapter reads less of, it was kept from. Files in 16 bit have more
+noise than none."""
 
 TOLD = "told_apart_from"
 """In an adapter's metadata: the others' prompts, as JSON."""
@@ -66,11 +71,13 @@ def tell_apart(
     _check_read_apart(own, tokens)
     protected = texts(protect, "protect")
     left = _left_of(_tokens(family, ["", *protected]) if protected else None, next(iter(tokens.values())).shape[1])
-    moments = {name: left @ (one.mT @ one / len(own[name])) @ left for name, one in tokens.items()}
-    whole = torch.stack([*moments.values()]).sum(0)
-    whole += RIDGE * whole.trace() / len(whole) * torch.eye(len(whole), dtype=whole.dtype)
+    moments = {name: one.mT @ one / len(own[name]) for name, one in tokens.items()}
+    together = torch.stack([*moments.values()]).sum(0)
     for name, moment in moments.items():
-        change = torch.linalg.solve(whole, moment).mT
+        read = left @ _read_by(factors[name])
+        whole = read.mT @ together @ read
+        whole += RIDGE * whole.trace() / len(whole) * torch.eye(len(whole), dtype=whole.dtype)
+        change = torch.linalg.solve(whole, read.mT @ moment @ read).mT
         for factor in factors[name]:
             factor.copy_(factor.double().cpu() @ change)
         others = [prompt for other, given in own.items() if other != name for prompt in given]
@@ -133,6 +140,14 @@ def _check_read_apart(own: Mapping[str, Sequence[str]], tokens: Mapping[str, Ten
 def _tokens(family: Family, prompts: Sequence[str]) -> Tensor:
     """(prompts · tokens, width), each of length 1: some text encoders' first token is many times longer than others."""
     return F.normalize(family.encode(list(prompts))["prompt"].flatten(0, 1).double().cpu(), dim=1)
+
+
+def _read_by(factors: Sequence[Tensor]) -> Tensor:
+    """The projection (width, width) onto what an adapter reads: protection has left it some directions alone."""
+    moment = torch.stack([factor.double().cpu().mT @ factor.double().cpu() for factor in factors]).sum(0)
+    lengths, directions = torch.linalg.eigh(moment)
+    own = directions[:, lengths > UNREAD * lengths[-1]]
+    return own @ own.mT
 
 
 def _left_of(protected: Tensor | None, width: int) -> Tensor:
