@@ -54,7 +54,8 @@ def tell_apart(
         pipe: with two adapters or more.
         prompts: by adapter's name, what calls it, one prompt or several; for those left out, the prompt that each was
             taught with.
-        protect: prompts that the adapters were protected from when they learned; they remain so.
+        protect: prompts that they shall not read either. What an adapter was protected from when it learned, it does
+            not read afterwards anyway.
 
     Raises:
         SettingsError: without two adapters, if one has no prompt, or one that does not call it or that the text
