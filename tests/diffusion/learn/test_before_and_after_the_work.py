@@ -305,3 +305,14 @@ def test_a_pipeline_that_is_none_is_told(tmp_path: Path) -> None:
         list(cd.generate(tiny.stable_diffusion(tmp_path / "parts"), 7))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match=r"got dtype torch\.int8"):
         cd.attach(tiny.stable_diffusion(tmp_path / "others"), dtype=torch.int8)
+
+
+def test_who_calls_it_from_python_hears_the_notes_too(tmp_path):
+    pipe = tiny.stable_diffusion(tmp_path / "parts")
+    with pytest.warns(UserWarning) as heard:
+        cd.customize(pipe, tiny.pictures(1), prompt="a photo of V* dog", steps=1, resolution=16)
+    said = [str(one.message) for one in heard]
+    assert any("Only one of the pictures of the concept" in one for one in said), said
+    assert any("splits the identifier 'V*'" in one for one in said), said
+    assert not any("Held throughout" in one for one in said)
+    assert all(one.filename == __file__ for one in heard if "Only one" in str(one.message))

@@ -50,7 +50,7 @@ def _run(command: Customize, processes: Any) -> int:
             pipe, command.images, command.prompt, command.identifier, "default", settings, command.out, True
         )
     if processes.main:
-        for note in work.notes:
+        for note in (*work.notes, *work.facts):
             print(f"Note: {note}")
     adapter = work.run(command.restart)
     if processes.main and work.optimisation is not None:

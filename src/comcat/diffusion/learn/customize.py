@@ -83,13 +83,15 @@ def customize(
             NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what
             would fit.
     """
-    return Customization(
-        pipe, images, prompt, identifier, name, from_keywords(CustomizeSettings, settings), out, progress
-    ).run(restart)
+    chosen = from_keywords(CustomizeSettings, settings)
+    work = Customization(pipe, images, prompt, identifier, name, chosen, out, progress)
+    for note in work.notes:
+        warnings.warn(note, stacklevel=2)
+    return work.run(restart)
 
 
 class Customization:
-    """One run of :func:`customize`, in parts. ``notes`` gathers what there is to say about it."""
+    """One run of :func:`customize`, in parts. ``notes`` is what may surprise, ``facts`` what else there is to say."""
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ class Customization:
         self.notes = [*self.examples.notes, *notes_on_sizes(self.examples.images, self.side)]
         self.notes += notes_on_prompts(self.family, given, identifier, settings)
         self.notes += notes_on_idle_settings(settings, out=out is not None)
-        self.notes += notes_before(self.family, self.where, settings)
+        self.facts = notes_before(self.family, self.where, settings)
         self.class_examples = None
         if settings.prior_images is not None:
             self.class_examples = read_examples(settings.prior_images, what="pictures of the class")
@@ -187,8 +189,7 @@ class Customization:
         adapter, token, protection = learner.adapter, learner.token, learner.protection
         live = settings.text_encoder or token is not None
         source = self._source(class_pictures, live)
-        needed = [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)]
-        idle = Idle(family, needed)
+        idle = Idle(family, [family.denoiser, *(encoder for _, encoder in family.text_encoders().values() if live)])
         samples = None
         if self.out is not None:
             samples = Samples(self.pipe, folder_of(self.out), settings.sample_prompt or self.prompt, settings)
@@ -335,7 +336,7 @@ class Customization:
         write_report(
             folder_of(self.out), title=f"{self.identifier}, learned from {learned_from}",
             samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
-            notes=self.notes,
+            notes=[*self.notes, *self.facts],
         )  # fmt: skip
 
 
