@@ -94,7 +94,7 @@ def added(there: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         "modes": {mode: own | new["modes"].get(mode, {}) for mode, own in there["modes"].items()},
         "rates": {mode: own | new["rates"].get(mode, {}) for mode, own in there["rates"].items()},
         "runs": [*kept, *new["runs"]],
-        "command": f"{there['command']} && python {shlex.join(sys.argv)}",
+        "command": _with_this_command(there),
     }
 
 
@@ -104,7 +104,11 @@ def beside(name: str, new: dict[str, Any], *tables: str) -> dict[str, Any]:
     if there["settings"] != new["settings"]:
         raise SystemExit(f"settings: got {new['settings']}, the result that is there has {there['settings']}")
     rows = {table: there[table] | new[table] for table in tables}
-    return there | rows | {"command": f"{there['command']} && python {shlex.join(sys.argv)}"}
+    return there | rows | {"command": _with_this_command(there)}
+
+
+def _with_this_command(there: dict[str, Any]) -> str:
+    return f"{there['command']} && python {shlex.join(sys.argv)}"
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from .attach import check_new, install
 from .files import AdapterFile, read
 from .hosts import AdaptableAttention
 from .places import Place, find_places, place_at
-from .records import Adapter, Record, answering
+from .records import Adapter, Record, answering, calling
 from .scale import check_scale
 from .tokenizers import check_tokens
 
@@ -176,7 +175,7 @@ def _record(target: Any, file: AdapterFile, paths: tuple[str, ...], renamed: str
             raise SettingsError(f"got rename_identifier {renamed!r}, expected a word")
         words = {k if k not in mine else f"{k.split('.', 1)[0]}.{renamed}": v for k, v in words.items()}
         if prompt and identifier:
-            prompt = re.sub(rf"(?<!\w){re.escape(identifier)}(?!\w)", lambda _: renamed, prompt)
+            prompt = calling(identifier).sub(lambda _: renamed, prompt)
         identifier = renamed
     if (other := answering(target, identifier)) is not None:
         learned = any(key.split(".", 1)[1] == file.identifier for key in file.token_embeddings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,11 @@ class Record:
     """Learned embeddings by ``component.token``, each (width,)."""
     brought_tokens: bool = False
     """Whether loading it has put these tokens into the tokenizer."""
+
+
+def calling(identifier: str) -> re.Pattern[str]:
+    """Where a prompt has an identifier as a word of its own, in the same spelling."""
+    return re.compile(rf"(?<!\w){re.escape(identifier)}(?!\w)")
 
 
 def answering(target: Any, identifier: str | None) -> str | None:

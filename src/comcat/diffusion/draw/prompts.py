@@ -10,6 +10,7 @@ from typing import Any
 
 from ...errors import DataError, ModelError, SettingsError, in_short
 from ...files import home_path
+from ..adapter.records import calling
 from ..pipeline.families import Family, family_of
 
 _SPACES = " ▁Ġ"
@@ -18,15 +19,7 @@ _SPACES = " ▁Ġ"
 
 def calls(prompt: str, identifier: str) -> bool:
     """Whether a prompt contains the identifier as a word of its own, in the same spelling."""
-    return _call(prompt, identifier) is not None
-
-
-def _call(prompt: str, identifier: str) -> re.Match[str] | None:
-    return re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt)
-
-
-def _count(prompt: str, identifier: str) -> int:
-    return len(re.findall(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt))
+    return calling(identifier).search(prompt) is not None
 
 
 def texts(given: str | Iterable[str], what: str) -> list[str]:
@@ -84,7 +77,7 @@ def too_long(family: Family, text: str, *, one_token: str | None = None) -> dict
     for component, (tokenizer, _) in family.text_encoders().items():
         count = len(tokenizer(family.preamble() + text, truncation=False, verbose=False).input_ids)
         if one_token is not None:
-            count -= _count(text, one_token) * (len(pieces(tokenizer, one_token)) - 1)
+            count -= len(calling(one_token).findall(text)) * (len(pieces(tokenizer, one_token)) - 1)
         if count > lengths[component]:
             found[component] = lengths[component]
     return found
@@ -92,7 +85,7 @@ def too_long(family: Family, text: str, *, one_token: str | None = None) -> dict
 
 def deaf_to(family: Family, prompt: str, identifier: str, *, one_token: bool = False) -> dict[str, int]:
     """The text encoders that cut a prompt off before its identifier ends, as :func:`too_long`."""
-    called = _call(prompt, identifier)
+    called = calling(identifier).search(prompt)
     assert called is not None, "check_prompt has seen to it"
     return too_long(family, prompt[: called.end()], one_token=identifier if one_token else None)
 

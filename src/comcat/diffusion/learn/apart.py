@@ -20,15 +20,14 @@ from itertools import combinations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import SettingsError, counted, in_short
 from ..adapter.attach import unknown
 from ..adapter.records import Adapter, adapters, check_unfused, remember
 from ..draw.prompts import check_prompt, texts
-from ..pipeline.families import Family, family_of
-from .protection import SHARE, factors_that_read, principal_directions
+from ..pipeline.families import family_of
+from .protection import SHARE, factors_that_read, principal_directions, tokens_of
 
 RIDGE = 1e-3
 """Of the mean second moment: added to all directions, so that those that no prompt has are no division by zero."""
@@ -68,10 +67,10 @@ def tell_apart(
     there = adapters(pipe)
     own = _prompts_of(there, prompts)
     factors = {name: factors_that_read(family, there[name], f"telling adapter {name!r} apart") for name in own}
-    tokens = {name: _tokens(family, given) for name, given in own.items()}
+    tokens = {name: tokens_of(family, given) for name, given in own.items()}
     _check_read_apart(own, tokens)
     protected = texts(protect, "protect")
-    left = _left_of(_tokens(family, ["", *protected]) if protected else None, next(iter(tokens.values())).shape[1])
+    left = _left_of(tokens_of(family, ["", *protected]) if protected else None, next(iter(tokens.values())).shape[1])
     moments = {name: one.mT @ one / len(own[name]) for name, one in tokens.items()}
     together = torch.stack([*moments.values()]).sum(0)
     for name, moment in moments.items():
@@ -136,11 +135,6 @@ def _check_read_apart(own: Mapping[str, Sequence[str]], tokens: Mapping[str, Ten
                 f"the text encoder reads {prompt!r} of {name!r} as {another!r} of {other!r}, so that they cannot be "
                 "told apart: an identifier comes after what it reads, or is nothing that it knows"
             )
-
-
-def _tokens(family: Family, prompts: Sequence[str]) -> Tensor:
-    """(prompts · tokens, width), each of length 1: some text encoders' first token is many times longer than others."""
-    return F.normalize(family.encode(list(prompts))["prompt"].flatten(0, 1).double().cpu(), dim=1)
 
 
 def _read_by(factors: Sequence[Tensor]) -> Tensor:

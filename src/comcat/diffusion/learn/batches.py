@@ -32,7 +32,7 @@ class Texts:
     def of(self, which: Sequence[int]) -> Conditions:
         """The conditions of prompt number ``which[i]`` for picture i."""
         encoded = self.family.encode(self.prompts) if self.kept is None else self.kept
-        index = torch.tensor(which, device=self.family.device)
+        index = torch.tensor(which, device=next(iter(encoded.values())).device)
         return {name: value[index] for name, value in encoded.items()}
 
 

@@ -20,7 +20,7 @@ one: guidance leads away from it, and what it cannot learn, guidance exaggerates
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -74,11 +74,11 @@ class Protection:
                 "protect: the text encoder learns as well, which changes every prompt; leave one of both out"
             )
         self.factors = factors_that_read(family, adapter, "protect")
-        self.read = own is not None and bool(words)
-        if own is None or not words:
+        self.read = own is not None
+        if own is None:
             directions = principal_directions(tokens_of(family, prompts if dropout else ["", *prompts]), SHARE)
         else:
-            kinds = [kind for kind in (prompts, words, [] if dropout else [""]) if kind]
+            kinds = [dict.fromkeys(kind) for kind in (prompts, words, [] if dropout else [""]) if kind]
             mine = [own, tokens_of(family, [""])] if dropout else [own]
             directions = strong_directions(mine, [tokens_of(family, kind) for kind in kinds])
             length = torch.stack([(tokens @ directions.mT).square().sum(1).mean() for tokens in mine]).mean().sqrt()
@@ -111,12 +111,13 @@ def protection(
         return None
     words, own = (), None
     if settings.protect_words:
+        several = list(dict.fromkeys(prompts))
         tokenizer, _ = next(iter(family.text_encoders().values()))
         words = drawn_prompts(tokenizer, prompts[0], identifier, settings.protect_words, settings.seed)
         if token is None:
-            own = tokens_of(family, prompts)
+            own = tokens_of(family, several)
         else:
-            own = torch.cat([_tokens_with(family, prompts, rows) for rows in token.strangers(ROWS, settings.seed)])
+            own = torch.cat([_tokens_with(family, several, rows) for rows in token.strangers(ROWS, settings.seed)])
     return Protection(family, adapter, settings.protect, words=words, own=own, dropout=settings.caption_dropout)
 
 
@@ -155,11 +156,11 @@ def factors_that_read(family: Family, adapter: Adapter, what: str) -> list[nn.Pa
 
 
 @torch.no_grad()
-def tokens_of(family: Family, prompts: Sequence[str]) -> Tensor:
+def tokens_of(family: Family, prompts: Iterable[str]) -> Tensor:
     """Of prompts, (prompts · tokens, width) in float64, each of length 1: some text encoders' first token is many times
     longer than the rest.
     """
-    return F.normalize(family.encode(list(dict.fromkeys(prompts)))["prompt"].flatten(0, 1).double().cpu(), dim=1)
+    return F.normalize(family.encode(list(prompts))["prompt"].flatten(0, 1).double().cpu(), dim=1)
 
 
 def strong_directions(own: Sequence[Tensor], protected: Sequence[Tensor]) -> Tensor:
