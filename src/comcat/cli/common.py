@@ -63,6 +63,7 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
 
     ``folder`` is where an interrupted run finds its checkpoints again.
     """
+    from ..runs.checkpoints import is_kept_under
     from ..runs.processes import Processes
 
     processes = Processes(cpu=pick_device(device) == "cpu")
@@ -74,7 +75,7 @@ def in_processes(device: str, body: Callable[[Any], int], folder: Path) -> int:
         raise
     except KeyboardInterrupt:
         if processes.main:
-            kept = any(folder.rglob("step-*/state.json"))
+            kept = is_kept_under(folder)
             way = f"goes on from the last checkpoint in {folder}" if kept else "begins anew, for no checkpoint was kept"
             print(f"comcat: interrupted; the same command {way}", file=sys.stderr)
         return 130

@@ -37,6 +37,11 @@ class Checkpoint:
         return {path.stem: read_tensors(path) for path in sorted(self.path.glob("*.safetensors"))}
 
 
+def is_kept_under(folder: Path) -> bool:
+    """Whether there is a whole checkpoint in a folder or its sub-folders, of whatever stage of a run."""
+    return any(_NAME.fullmatch(state.parent.name) for state in folder.rglob(_STATE))
+
+
 class Checkpoints:
     """The checkpoints in a folder, one sub-folder ``step-00000100`` each; only one process of a run writes.
 

@@ -16,7 +16,7 @@ from comcat.diffusion.draw.prompts import (
     notes_on_calls,
     notes_on_lengths,
 )
-from comcat.diffusion.learn.holdings import notes_on_prompts
+from comcat.diffusion.learn.beforehand import notes_on_prompts
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import family_of
 from comcat.errors import SettingsError

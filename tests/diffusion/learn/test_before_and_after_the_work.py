@@ -16,9 +16,9 @@ import torch
 import comcat.diffusion as cd
 from comcat import files
 from comcat.cli import main
+from comcat.diffusion.learn.beforehand import notes_on_idle_settings
 from comcat.diffusion.learn.customize import Customization
 from comcat.diffusion.learn.examples import read_examples
-from comcat.diffusion.learn.holdings import notes_on_idle_settings
 from comcat.diffusion.learn.optimisation import Optimisation
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.errors import DataError, ModelError, NumericsError, SettingsError, StoreError

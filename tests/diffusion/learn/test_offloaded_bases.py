@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import comcat.diffusion as cd
-from comcat.diffusion.learn.holdings import check_offloaded, holdings_of, notes_before
+from comcat.diffusion.learn.beforehand import check_offloaded, holdings_of, notes_before
 from comcat.diffusion.learn.optimisation import Optimisation
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.components import denoiser_of

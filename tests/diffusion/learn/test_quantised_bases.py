@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import comcat.diffusion as cd
-from comcat.diffusion.learn.holdings import Holdings, check_fits, holdings_of
+from comcat.diffusion.learn.beforehand import Holdings, check_fits, holdings_of
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.diffusion.pipeline.families import family_of
 from comcat.errors import MemoryShortage, ModelError, UnsupportedSite

@@ -29,8 +29,8 @@ from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, recomputing
 from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
+from .beforehand import check_offloaded, notes_before, notes_on_idle_settings, notes_on_prompts
 from .examples import EXAMPLES, Examples, check_apart, fingerprint, notes_on_sizes, one_each, read_examples
-from .holdings import check_offloaded, notes_before, notes_on_idle_settings, notes_on_prompts
 from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
 from .optimisation import Optimisation

@@ -1,5 +1,5 @@
-"""What is said of a run before it begins: what it holds in memory throughout, what it cannot adapt, and what is not
-read of its prompts.
+"""What is said of a run and checked before it begins: what it holds in memory throughout, what it cannot adapt, what
+is not read of its prompts, which settings change nothing, and what does not go with offloading.
 """
 
 from __future__ import annotations
