@@ -138,21 +138,25 @@ def _naive(model: nn.Module, sites, found) -> None:
 
 
 def peak_memory(arguments: argparse.Namespace, way: str) -> int:
-    """Most bytes of tensors alive at once over a step, the optimizer's included; on a CPU scratch space inside a kernel
-    is not seen.
+    """Most bytes of a step's own tensors alive at once, the optimizer's included; on a CPU scratch space inside a
+    kernel is not seen.
     """
-    device = arguments.device
+    device, others = arguments.device, _tensors()
     step = steps_of(arguments.model, arguments.batch, way, arguments.grid, device, getattr(torch, arguments.dtype))
     step()  # makes the optimizer's moments
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    held = [t for t in gc.get_objects() if isinstance(t, Tensor)]
-    with LiveBytes(held) as mode:
-        del held
+    known = {id(t) for t in others}
+    with LiveBytes([t for t in _tensors() if id(t) not in known]) as mode:
         step()
     return mode.peak
+
+
+def _tensors() -> list[Tensor]:
+    """Every tensor that the process holds: what a step keeps lies in closures too, so no module lists it."""
+    return [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
 
 
 def main(given: list[str] | None = None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The scripts of the paper's tables and the benchmarks run, on a tiny model and the built-in digits."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -357,6 +358,20 @@ def test_a_step_of_search_is_compared_with_one_layer_a_candidate(scripts):
 
     asked = ["--model", "test_vit", "--batch", "1", "--grid", "2", "--repeats", "1", "--no-write"]
     assert search_step.main(asked).keys() == set(search_step.WAYS)
+
+
+def test_the_memory_of_a_step_of_search_is_its_own(scripts):
+    """Other tensors of the process are not its: neither large ones nor the sizeless ones that an export leaves."""
+    import search_step
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    asked = argparse.Namespace(model="test_vit", batch=1, grid=2, device="cpu", dtype="float32")
+    alone = search_step.peak_memory(asked, "search ranks")
+    sizeless = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.ones(3, 4), static_shapes=False)
+    others = [torch.ones(10**7), sizeless]
+    assert search_step.peak_memory(asked, "search ranks") == alone > 0
+    del others
 
 
 def test_a_result_names_files_without_their_place(scripts):
