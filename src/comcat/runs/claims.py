@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import StoreError
 from ..files import NO_LOCKS, real_path
+from .processes import Processes
 
 
 @contextmanager
@@ -44,6 +45,18 @@ def claimed(place: str | os.PathLike[str]) -> Iterator[None]:
         for folder in missing:  # only those that are still empty go
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def claimed_by_main(place: str | os.PathLike[str] | None, processes: Processes) -> Iterator[None]:
+    """:func:`claimed` for a run of several processes, all of which must call it: the main one claims for all of them.
+    Without a place, nothing is.
+    """
+    with ExitStack() as stack:
+        with processes.together():
+            if place is not None and processes.main:
+                stack.enter_context(claimed(place))
+        yield
 
 
 def _reason(target: Path, error: OSError) -> str:

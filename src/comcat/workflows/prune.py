@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..methods.splits import Division, divide
 from ..models import preprocess_of
 from ..report import ReportData, wording
 from ..report.collect import collect
-from ..runs.claims import claimed
+from ..runs.claims import claimed_by_main
 from ..runs.processes import Processes
 from ..settings import from_keywords
 from ..store import save
@@ -71,10 +70,9 @@ def prune_to(
     teacher = None if teacher is None else model_of(teacher)
     processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
     work = run_beside(out)
-    with ExitStack() as stack:
+    with claimed_by_main(out, processes):
         with processes.together():
             if processes.main:
-                stack.enter_context(claimed(out))
                 check_out(out, overwrite)
                 check_savable(model)
             check_sources(data, evaluation)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from ..errors import SettingsError
 from ..files import check_writable, home_path
 from ..methods.search import SearchSettings, search_
 from ..plan import Plan
-from ..runs.claims import claimed
+from ..runs.claims import claimed_by_main
 from ..runs.processes import Processes
 from ..settings import from_keywords
 from ..tuning.leaks import check_apart, check_sources
@@ -57,10 +56,9 @@ def search_to(
     model, notes = model_of(model), []
     processes = Processes(cpu=next(model.parameters()).device.type == "cpu")
     work = out.with_name(f"{out.stem}.run")
-    with ExitStack() as stack:
+    with claimed_by_main(out, processes):
         with processes.together():
             if processes.main:
-                stack.enter_context(claimed(out))
                 _check_out(out, overwrite)
             check_sources(data, evaluation)
             pictures = opened(data)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..methods.splits import in_words
 from ..models import preprocess_of
 from ..report import ReportData
 from ..report.collect import collect_tuning
-from ..runs.claims import claimed
+from ..runs.claims import claimed_by_main
 from ..runs.processes import Processes
 from ..settings import from_keywords
 from ..store import save
@@ -66,10 +65,9 @@ def tune_to(
     student = model_of(student)
     teacher = None if teacher is None else model_of(teacher)
     processes = Processes(cpu=next(student.parameters()).device.type == "cpu")
-    with ExitStack() as stack:
+    with claimed_by_main(out, processes):
         with processes.together():
             if processes.main:
-                stack.enter_context(claimed(out))
                 _check_out(out, overwrite)
                 check_savable(student)
             check_sources(data, evaluation)

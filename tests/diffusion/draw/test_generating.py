@@ -1,6 +1,7 @@
 """Pictures depend on their prompt, number and seed alone, say how they were made, and are not made twice."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +11,9 @@ from comcat.diffusion import GenerateSettings, generate, generate_to
 from comcat.diffusion.draw.pages import Page, Sheet, render_page
 from comcat.diffusion.draw.pictures import file_name, grid, read_made, save_picture
 from comcat.diffusion.draw.prompts import read_prompts
-from comcat.errors import DataError, NumericsError, SettingsError, StoreError
+from comcat.errors import DataError, ModelError, NumericsError, SettingsError, StoreError
 
-from .. import tiny
+from .. import newer, tiny
 
 
 @pytest.fixture
@@ -196,6 +197,17 @@ def test_a_picture_of_nan_is_no_picture(tmp_path, pipe):
     with pytest.raises(NumericsError, match="its denoiser makes NaN"):
         generate_to(tmp_path / "out", pipe, ["a dog"], **HOW)
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_what_a_pipeline_raises_is_told(tmp_path: Path) -> None:
+    """DPMSolverMultistep in one step: PixArt expects the solver of its one-step form there."""
+    pipe = newer.pixart(tmp_path)
+    with pytest.raises(ModelError, match=r"PixArtAlphaPipeline with DPMSolverM\w+ cannot generate in 1 step at"):
+        list(generate(pipe, "a dog", steps=1))
+    assert len(list(generate(pipe, "a dog", steps=2, size=16))) == 1
+    pipe.transformer.forward = None
+    with pytest.raises(ModelError, match=r"in 2 steps at 16 pixels: TypeError"):
+        list(generate(pipe, "a dog", steps=2, size=16))
 
 
 def test_prompts_from_a_text_editor_of_windows(tmp_path):

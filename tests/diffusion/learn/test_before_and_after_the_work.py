@@ -22,6 +22,7 @@ from comcat.diffusion.learn.examples import read_examples
 from comcat.diffusion.learn.optimisation import Optimisation
 from comcat.diffusion.learn.settings import CustomizeSettings
 from comcat.errors import DataError, ModelError, NumericsError, SettingsError, StoreError
+from comcat.runs.claims import claimed
 
 from .. import tiny
 
@@ -196,6 +197,33 @@ def test_files_that_are_no_pictures_and_pictures_twice_are_told(tmp_path: Path) 
         (folder / name).write_bytes(b"none")
     assert read_examples(folder).notes[0] == "Not read, since pictures' names end otherwise: 1.txt; 2.heic"
     assert read_examples(tiny.pictures(3)).notes == []
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "webp", "tiff"])
+def test_a_film_gives_its_first_frame_and_says_so(kind: str, tmp_path: Path) -> None:
+    first, *rest = tiny.pictures(3)
+    first.save(tmp_path / f"bounce.{kind}", save_all=True, append_images=rest, lossless=True)
+    (tmp_path / "torn.gif").write_bytes(b"GIF89a")
+    told = f"Of several frames, the first alone is learned from: bounce.{kind}; store each frame as a file"
+    assert told in read_examples(tmp_path).notes
+    assert read_examples(tmp_path / f"bounce.{kind}").notes[0] == told
+    (tmp_path / f"bounce.{kind}").unlink()
+    first.save(tmp_path / "telephone.jpg", format="MPO", save_all=True, append_images=rest)
+    first.save(tmp_path / "still.gif")
+    assert not any("frames" in note for note in read_examples(tmp_path).notes)
+
+
+def test_one_run_at_a_time_writes_to_a_file(pipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "dog.safetensors"
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **QUICK)
+    cd.unload(pipe)
+    made = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for restart in (False, True):
+        with claimed(out), pytest.raises(StoreError, match=r"another run is writing to .*dog\.safetensors"):
+            cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, restart=restart, **QUICK)
+        assert made == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        assert not cd.adapters(pipe)
+    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, restart=True, **QUICK)
 
 
 @pytest.mark.parametrize(

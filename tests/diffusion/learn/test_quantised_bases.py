@@ -19,6 +19,11 @@ from .. import tiny
 from ..newer import NEWER
 
 PROMPT = "a photo of V* dog"
+WRITERS = [
+    lambda pipe, folder: cd.fuse(pipe),
+    lambda pipe, folder: cd.merge(pipe, "default"),
+    lambda pipe, folder: cd.export_lora(pipe, folder / "lora.safetensors", steps=2),
+]
 FAMILIES = {"sd": tiny.stable_diffusion, "sd3": tiny.stable_diffusion_3, "flux2": NEWER["flux2"]}
 
 
@@ -84,9 +89,9 @@ def test_its_weights_are_not_written_to(quantise: Any, said: str, tmp_path: Path
     quantise(pipe.unet)
     cd.attach(pipe, init="random")
     before = picture(pipe)
-    for write in (lambda: cd.fuse(pipe), lambda: cd.export_lora(pipe, tmp_path / "lora.safetensors", steps=2)):
+    for write in WRITERS:
         with pytest.raises(UnsupportedSite, match=said):
-            write()
+            write(pipe, tmp_path)
     assert torch.equal(picture(pipe), before) and not (tmp_path / "lora.safetensors").exists()
 
 
@@ -177,6 +182,9 @@ def test_bitsandbytes_learns_on_a_cpu(tmp_path: Path) -> None:
     pipe.unet.to("cpu")
     adapter = cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=2, resolution=16, lr=0.05)
     assert all(p.isfinite().all() and p.any() for p in adapter.parameters())
+    for write in WRITERS:
+        with pytest.raises(UnsupportedSite, match="is a Linear4bit"):
+            write(pipe, tmp_path)
 
 
 def test_what_a_run_holds_is_said_before_it(tmp_path: Path) -> None:

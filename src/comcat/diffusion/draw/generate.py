@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import ModelError, NumericsError, SettingsError, counted, listed
+from ...errors import ComcatError, ModelError, NumericsError, SettingsError, counted, listed
 from ...files import check_writable, home_path
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
@@ -51,8 +51,9 @@ def generate(
         settings: fields of :class:`GenerateSettings`.
 
     Raises:
-        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler. NumericsError: if it
-            makes NaN or infinity. MemoryShortage: if the device's memory is too small; says what would fit.
+        SettingsError: for settings that do not fit. ModelError: if the pipeline has no scheduler, or fails on these.
+            NumericsError: if it makes NaN or infinity. MemoryShortage: if the device's memory is too small; says what
+            would fit.
     """
     from tqdm import tqdm
 
@@ -86,11 +87,31 @@ def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSetting
         options["negative_prompt"] = [" "] * len(pictures)  # without one these pipelines do not guide
     given = {name: value for name, value in options.items() if value is not None}
     doing = f"generating {counted(len(pictures), 'picture')} at once"
-    with shortage_explained(doing, _what_would_fit(pipe, settings)), _finite(pipe, pictures):
+    with (
+        _failures_told(pipe, given),
+        shortage_explained(doing, _what_would_fit(pipe, settings)),
+        _finite(pipe, pictures),
+    ):
         output = pipe(prompt=[prompt for prompt, _ in pictures], generator=generators, **given)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     for image, (prompt, number), flagged in zip(output.images, pictures, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
+
+
+@contextmanager
+def _failures_told(pipe: Any, given: Mapping[str, Any]) -> Iterator[None]:
+    """Raises ModelError in place of whatever a pipeline itself raises, such as for a size or steps not made for it."""
+    try:
+        yield
+    except (ComcatError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        steps, side = given.get("num_inference_steps"), given.get("height")
+        taken = "its own number of steps" if steps is None else counted(steps, "step")
+        raise ModelError(
+            f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot generate in {taken} at "
+            f"{'its own size' if side is None else f'{side} pixels'}: {type(error).__name__}: {error}"
+        ) from error
 
 
 @contextmanager

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...errors import SettingsError, StoreError, counted
+from ...errors import SettingsError, StoreError
 from ...files import home_path
 from ...grad_mode import outside_inference_mode
 from ...runs.checkpoints import Checkpoint, Checkpoints
+from ...runs.claims import claimed_by_main
 from ...runs.loop import carry_out, find_checkpoint
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
@@ -34,9 +34,9 @@ from .examples import EXAMPLES, Examples, check_apart, fingerprint, notes_on_siz
 from .latents import Rotation, check_resolution, encode
 from .masks import read_masks
 from .optimisation import Optimisation
-from .prior import class_in, make_class_pictures
+from .prior import make_class_pictures
 from .protection import Protection, protection
-from .run_folder import Samples, check_out, facts_of_run, folder_of, samples_in, write_report
+from .run_folder import Samples, check_out, class_in, folder_of, forget_pictures, write_report
 from .settings import CustomizeSettings
 from .token import LearnedToken
 
@@ -79,9 +79,9 @@ def customize(
     Raises:
         SettingsError: for a prompt without the identifier, or in which it comes after what the text encoders read, and
             for a setting that does not fit. DataError: without pictures. ModelError: if the pipeline is of no supported
-            family. StoreError: if ``out`` holds something made with other settings, or cannot be written.
-            NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small; says what
-            would fit.
+            family. StoreError: if ``out`` holds something made with other settings, cannot be written, or another run
+            writes to it. NumericsError: if the loss is no number. MemoryShortage: if the device's memory is too small;
+            says what would fit.
     """
     chosen = from_keywords(CustomizeSettings, settings)
     work = Customization(pipe, images, prompt, identifier, name, chosen, out, progress)
@@ -152,10 +152,11 @@ class Customization:
         checkpoints = None
         if self.out is not None:
             checkpoints = Checkpoints(folder_of(self.out) / "checkpoints", keep=self.settings.keep)
-        since = self._found(checkpoints, about, restart)
-        class_pictures = self._class_pictures()
-        with frozen(self.family), self._learner() as learner:
-            self._train(learner, class_pictures, checkpoints, since, about)
+        with claimed_by_main(self.out, self.processes):
+            since = self._found(checkpoints, about, restart)
+            class_pictures = self._class_pictures()
+            with frozen(self.family), self._learner() as learner:
+                self._train(learner, class_pictures, checkpoints, since, about)
         return learner.adapter
 
     @contextmanager
@@ -262,9 +263,10 @@ class Customization:
         """Pictures of the class for prior preservation: given, or made by the pipeline as it is now."""
         if self.settings.prior_prompt is None or self.class_examples is not None:
             return self.class_examples
-        folder = None if self.out is None else class_in(folder_of(self.out))
-        how: dict[str, Any] = {"about": {"model": name_of(self.pipe), "dtype": self.dtype}, "progress": self.progress}
-        made = make_class_pictures(self.pipe, self.settings, self.side, folder, processes=self.processes, **how)
+        made = make_class_pictures(
+            self.pipe, self.settings, self.side, None if self.out is None else class_in(folder_of(self.out)),
+            about={"model": name_of(self.pipe), "dtype": self.dtype}, processes=self.processes, progress=self.progress,
+        )  # fmt: skip
         for note in made.notes:
             self._say(note)
         return made
@@ -275,8 +277,7 @@ class Customization:
         with self.processes.together():
             if self.out is not None and self.processes.main:
                 if restart:
-                    for made in (samples_in(folder_of(self.out)), class_in(folder_of(self.out))):
-                        shutil.rmtree(made, ignore_errors=True)
+                    forget_pictures(folder_of(self.out))
                 elif found is None and self.out.exists():
                     raise StoreError(
                         f"{self.out} is there already, and no run to go on with; name another file, or --restart"
@@ -325,18 +326,11 @@ class Customization:
 
     def _report(self, samples: Samples | None) -> None:
         assert self.out is not None and samples is not None and self.optimisation is not None
-        facts = {
-            "prompt": "; ".join(dict.fromkeys(self.prompts)),
-            "identifier": self.identifier,
-            "base": name_of(self.pipe) or type(self.pipe).__name__,
-            "pictures": len(self.examples.images),
-            **facts_of_run(self.out, self.settings, self.side, self.optimisation.progress),
-        }
-        learned_from = counted(len(self.examples.images), "picture")
+        base = name_of(self.pipe) or type(self.pipe).__name__
+        about = {"prompt": "; ".join(dict.fromkeys(self.prompts)), "base": base}
         write_report(
-            folder_of(self.out), title=f"{self.identifier}, learned from {learned_from}",
-            samples=samples, examples=self.examples.images, losses=self.optimisation.progress.losses, facts=facts,
-            notes=[*self.notes, *self.facts],
+            self.out, replace(self.settings, resolution=self.side), self.optimisation.progress, samples=samples,
+            examples=self.examples.images, identifier=self.identifier, about=about, notes=[*self.notes, *self.facts],
         )  # fmt: skip
 
 

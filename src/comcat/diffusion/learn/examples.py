@@ -60,8 +60,8 @@ def read_examples(source: EXAMPLES, *, what: str = "pictures of the concept") ->
     notes = []
     if skipped:
         notes.append(f"Unreadable {what} left out: {len(skipped)}, the first: {skipped[0]}")
-    if isinstance(source, str | Path) and (others := _no_pictures(home_path(source))):
-        notes.append(f"Not read, since pictures' names end otherwise: {listed(others)}")
+    if isinstance(source, str | Path):
+        notes += _notes_on_files(home_path(source))
     marks = [content_hash(image) for image in images]
     if again := [name for number, name in enumerate(names) if marks[number] in marks[:number]]:
         notes.append(f"The same as another of the {what}: {listed(again)}")
@@ -101,13 +101,29 @@ def _together(marks: Iterable[str]) -> str:
     return f"{derive_seed(''.join(marks)):016x}"
 
 
-def _no_pictures(folder: Path) -> list[str]:
-    """Files of a folder that are no pictures by their names, hidden ones aside: photographs of a kind that is not read,
-    or captions, which some programs take from there.
+def _notes_on_files(source: Path) -> list[str]:
+    """What of a file, or of a folder's files, is not learned from, hidden ones aside: photographs of a kind that is not
+    read, captions, which some programs take from there, and all frames of a film but one.
     """
-    names = [name for _, _, found in os.walk(folder) for name in sorted(found) if not name.startswith(".")]
-    others = [name for name in names if Path(name).suffix.lower() not in SUFFIXES]
-    return others if len(others) < len(names) else []  # else it is a folder of tables, or of archives
+    found = [Path(at, name) for at, _, names in os.walk(source) for name in sorted(names)]
+    files = [source] if source.is_file() else [file for file in found if not file.name.startswith(".")]
+    others = [file.name for file in files if file.suffix.lower() not in SUFFIXES]
+    notes = []
+    if others and len(others) < len(files):  # else it is a folder of tables, or of archives
+        notes.append(f"Not read, since pictures' names end otherwise: {listed(others)}")
+    if films := [file.name for file in files if _is_film(file)]:
+        notes.append(f"Of several frames, the first alone is learned from: {listed(films)}; store each frame as a file")
+    return notes
+
+
+def _is_film(file: Path) -> bool:
+    if file.suffix.lower() not in SUFFIXES or not file.is_file():
+        return False
+    try:
+        with Image.open(file) as picture:  # telephones put a small or a depth picture into a JPEG: an MPO
+            return picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1
+    except Exception:  # whatever damaged bytes make Pillow raise; reading the picture tells of it
+        return False
 
 
 def _several(source: Any, what: str) -> Iterable[Any]:

@@ -17,11 +17,6 @@ from .examples import Examples, read_examples
 from .settings import CustomizeSettings
 
 
-def class_in(folder: Path) -> Path:
-    """Where a run keeps the pictures of the class that it made."""
-    return folder / "class"
-
-
 def make_class_pictures(
     pipe: Any,
     settings: CustomizeSettings,

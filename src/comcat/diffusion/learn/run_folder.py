@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from ..._version import __version__
-from ...errors import SettingsError, StoreError
+from ...errors import SettingsError, StoreError, counted
 from ...files import check_writable
 from ..adapter.files import is_adapter
 from ..draw.generate import generate
@@ -42,6 +43,17 @@ def folder_of(out: Path) -> Path:
 def samples_in(folder: Path) -> Path:
     """Where a run keeps its sheets of samples."""
     return folder / "samples"
+
+
+def class_in(folder: Path) -> Path:
+    """Where a run keeps the pictures of the class that it made."""
+    return folder / "class"
+
+
+def forget_pictures(folder: Path) -> None:
+    """Delete the pictures that a run made, to begin anew."""
+    for made in (samples_in(folder), class_in(folder)):
+        shutil.rmtree(made, ignore_errors=True)
 
 
 class Samples:
@@ -76,16 +88,18 @@ class Samples:
 
 
 def write_report(
-    folder: Path,
+    out: Path,
+    settings: CustomizeSettings,
+    progress: Progress,
     *,
-    title: str,
     samples: Samples,
     examples: Sequence[Image.Image],
-    losses: Sequence[float],
-    facts: Mapping[str, Any],
+    identifier: str,
+    about: Mapping[str, Any],
     notes: Sequence[str],
 ) -> Path:
-    """Write ``report.html``: the concept, the samples, the loss, the settings."""
+    """Write the ``report.html`` of the run to ``out``: the concept, the samples, the loss, what it is ``about``."""
+    losses = progress.losses
     curve = {
         "x": list(range(1, len(losses) + 1)),
         "y": running_mean(losses),
@@ -93,24 +107,24 @@ def write_report(
         "y_label": "loss, mean of the last 50",
     }
     page = Page(
-        title=title,
+        title=f"{identifier}, learned from {counted(len(examples), 'picture')}",
         sheets=[Sheet("What it learns from", list(examples[:12])), *samples.sheets()],
         curves=[curve] if losses and find_spec("matplotlib") else [],
-        facts=facts,
+        facts={"identifier": identifier, **about, "pictures": len(examples), **_facts(out, settings, progress)},
         notes=notes,
     )
-    return write_page(page, folder / "report.html")
+    return write_page(page, folder_of(out) / "report.html")
 
 
-def facts_of_run(out: Path, settings: CustomizeSettings, side: int, progress: Progress) -> dict[str, Any]:
+def _facts(out: Path, settings: CustomizeSettings, progress: Progress) -> dict[str, Any]:
     """The settings of a run, how far it is or how large its file has become, and what it ran on."""
-    about: dict[str, Any] = {k: v for k, v in asdict(settings).items() if v is not None} | {"resolution": side}
+    facts: dict[str, Any] = {k: v for k, v in asdict(settings).items() if v is not None}
     if progress.step < settings.steps or not out.is_file():
-        about["so far"] = f"{progress.step} of {settings.steps} steps"
+        facts["so far"] = f"{progress.step} of {settings.steps} steps"
     else:
-        about["size of the adapter"] = f"{out.stat().st_size / 1e6:.2f} MB"
-    about["seconds in steps"] = f"{progress.seconds:.1f}"
-    return about | {"comcat": __version__, "torch": torch.__version__}
+        facts["size of the adapter"] = f"{out.stat().st_size / 1e6:.2f} MB"
+    facts["seconds in steps"] = f"{progress.seconds:.1f}"
+    return facts | {"comcat": __version__, "torch": torch.__version__}
 
 
 def running_mean(values: Sequence[float], window: int = 50) -> list[float]:
