@@ -242,8 +242,26 @@ def stable_diffusion_35(folder: Path) -> Any:
     return tiny.stable_diffusion_3(folder, qk_norm="rms_norm")
 
 
+def wan(folder: Path, **more: Any) -> Any:
+    """For pictures of 16 pixels; a video of one frame is a picture."""
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+
+    torch.manual_seed(0)
+    words = tokenizer(folder)
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False], scale_factor_spatial=2,
+        latents_mean=[0.1, -0.2, 0.0, 0.3], latents_std=[1.5, 0.7, 1.0, 2.0],
+    ).eval()  # fmt: skip
+    solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe = WanPipeline(
+        scheduler=solver, vae=vae, text_encoder=tiny.t5_text(len(words), 12), tokenizer=words,
+        transformer=awake(denoisers.wan()), **more,
+    )  # fmt: skip
+    return tiny._quiet(pipe)
+
+
 NEWER = {
     "flux2": flux2, "qwen": qwen, "z_image": z_image, "pixart": pixart, "chroma": chroma, "sana": sana,
     "lumina2": lumina2, "aura_flow": aura_flow, "cogview4": cogview4, "hunyuan": hunyuan,
-    "stable_diffusion_35": stable_diffusion_35,
+    "stable_diffusion_35": stable_diffusion_35, "wan": wan,
 }  # fmt: skip

@@ -103,6 +103,15 @@ def hunyuan() -> nn.Module:
     )  # fmt: skip
 
 
+def wan() -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=12, freq_dim=8,
+        ffn_dim=16, num_layers=2, rope_max_seq_len=16,
+    )  # fmt: skip
+
+
 def grid(count: int = 3) -> Tensor:
     return torch.cartesian_prod(torch.arange(float(count)), torch.arange(float(count)))
 
@@ -178,6 +187,10 @@ def hunyuan_arguments() -> dict[str, Any]:
     }
 
 
+def wan_arguments() -> dict[str, Any]:
+    return {**squares(), "hidden_states": random(2, 4, 1, 8, 8)}
+
+
 class ZImageCase(Case):
     """Takes and gives lists of pictures."""
 
@@ -199,4 +212,5 @@ TOKEN_CASES = {
     "pixart": Case(pixart, pixart_arguments, ("cross", "self", "all")),
     "sana": Case(sana, sana_arguments, ("cross",)),
     "hunyuan": Case(hunyuan, hunyuan_arguments, ("cross", "self", "all")),
+    "wan": Case(wan, wan_arguments, ("cross", "self", "all")),
 }

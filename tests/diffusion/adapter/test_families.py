@@ -262,6 +262,30 @@ def test_attention_of_which_nothing_is_known_is_told_by_its_processor() -> None:
         diffusion.attach(model)
 
 
+def test_transformers_of_videos_are_told_module_by_module() -> None:
+    """Mochi's attention cannot exchange its processor, and is one all the same."""
+    from diffusers import MochiTransformer3DModel
+
+    mochi = MochiTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
+        text_embed_dim=16, time_embed_dim=4, max_sequence_length=16,
+    )  # fmt: skip
+    found = diffusion.find_adaptable(mochi)
+    assert [r.name for r in found.refused] == [f"transformer.transformer_blocks.{n}.attn1" for n in range(2)]
+    assert all("MochiAttnProcessor2_0, of which it is not known" in r.reason for r in found.refused)
+    with pytest.raises(UnsupportedSite, match=r"blocks\.0\.attn1 \(its processor is a MochiAttnProcessor2_0"):
+        diffusion.attach(mochi, where="all")
+
+
+def test_a_given_picture_beside_the_text_closes_cross_attention_alone() -> None:
+    wan: Any = TOKEN_CASES["wan"].model()
+    wan = type(wan)(**wan.config | {"added_kv_proj_dim": 24, "image_dim": 8})
+    found = diffusion.find_adaptable(wan)
+    assert [*found.attention] == [f"transformer.blocks.{n}.attn1" for n in range(2)]
+    assert {r.name for r in found.refused} == {f"transformer.blocks.{n}.attn2" for n in range(2)}
+    assert all("keys and values of a given picture" in r.reason for r in found.refused)
+
+
 def test_another_attention_backend_is_told_and_not_passed_over() -> None:
     case = TOKEN_CASES["qwen"]
     model: Any = case.model()

@@ -125,7 +125,7 @@ def test_both_streams_of_a_joint_attention(tmp_path: Path) -> None:
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
 
 
-@pytest.mark.parametrize("family", ["flux2", "qwen", "z_image"])
+@pytest.mark.parametrize("family", ["flux2", "qwen", "z_image", "wan"])
 def test_newer_families(family: str, tmp_path: Path) -> None:
     """What stands between their queries and keys leaves no product for a LoRA; values and outputs come near."""
     pipe = NEWER[family](tmp_path / "parts")

@@ -52,7 +52,7 @@ def options(pipe: Any, guidance: float | None = None) -> dict[str, Any]:
     """How the pipeline is called: small, and without rounding to 8 bits."""
     takes = inspect.signature(type(pipe).__call__).parameters
     given: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
-    given |= dict.fromkeys(("height", "width"), side_of(pipe))
+    given |= dict.fromkeys(("height", "width"), side_of(pipe)) | family_of(pipe).drawing()
     if "use_resolution_binning" in takes:
         given["use_resolution_binning"] = False
     if guidance is not None:
@@ -61,13 +61,13 @@ def options(pipe: Any, guidance: float | None = None) -> dict[str, Any]:
 
 
 def picture(pipe: Any) -> Tensor:
-    return pipe(prompt=PROMPT, generator=torch.Generator().manual_seed(3), **options(pipe)).images
+    return pipe(prompt=PROMPT, generator=torch.Generator().manual_seed(3), **options(pipe))[0]
 
 
 def unpacked(pipe: Any, x: Tensor, side: int) -> Tensor:
     """Latents (batch, channels, height, width), however the pipeline holds them."""
-    if x.ndim == 4:
-        return x
+    if x.ndim > 3:
+        return x.squeeze(2) if x.ndim == 5 else x  # of one frame: Wan
     if hasattr(pipe, "_patchify_latents"):  # Flux 2
         return x.mT.unflatten(2, (side // 2 // pipe.vae_scale_factor,) * 2)
     x = pipe._unpack_latents(x, side, side, pipe.vae_scale_factor)
@@ -233,6 +233,27 @@ def test_a_pipeline_that_edits_pictures_is_refused(tmp_path: Any) -> None:
     editing = QwenImageEditPipeline(**parts, processor=None)
     with pytest.raises(ModelError, match="makes pictures of pictures"):
         cd.customize(editing, tiny.pictures(2), prompt=PROMPT, steps=1)
+
+
+def test_wan_that_is_told_a_time_for_every_token(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Wan 2.2 TI2V-5B is."""
+    pipe = NEWER["wan"](tmp_path, expand_timesteps=True)
+    test_a_step_sees_what_the_pipeline_itself_shows_the_denoiser(pipe, monkeypatch)
+
+
+def test_relatives_of_wan_are_refused_by_name(tmp_path: Any) -> None:
+    from diffusers import WanVACETransformer3DModel
+
+    pipe = NEWER["wan"](tmp_path)
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    one = pipe.transformer
+    pipe.transformer_2 = type(one)(**config)
+    with pytest.raises(ModelError, match="two transformers, one for much noise and one for little"):
+        cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=1)
+    pipe.transformer_2 = None
+    pipe.transformer = WanVACETransformer3DModel(**config, vace_layers=[0], vace_in_channels=8)
+    with pytest.raises(ModelError, match=r"cannot customize a WanVACETransformer3DModel; expected .* or Wan"):
+        cd.customize(pipe, tiny.pictures(2), prompt=PROMPT, steps=1)
 
 
 def test_protected_prompts_where_the_text_is_projected_first(tmp_path: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..pipeline.components import denoiser_of
+from ..pipeline.families import drawn_as
 from .fuse import plain_linear
 from .places import Place
 from .records import Adapter
@@ -128,11 +129,11 @@ def drawn(
     handles.append(denoiser_of(pipe).model.register_forward_hook(called, with_kwargs=True))
     progress = dict(getattr(pipe, "_progress_bar_config", {}))
     pipe.set_progress_bar_config(**{**progress, "disable": True})
-    sides = {} if size is None else {"height": size, "width": size}
+    more = drawn_as(pipe).drawing() | ({} if size is None else {"height": size, "width": size})
     try:
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + number)
-            pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **sides)
+            pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **more)
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ from ...errors import ComcatError, ModelError, NumericsError, SettingsError, cou
 from ...files import check_writable, home_path
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
-from ..pipeline.families import Family, check_side, family_of
+from ..pipeline.families import Family, check_side, drawn_as, family_of
 from ..pipeline.shortage import shortage_explained
 from .pictures import already_made, file_name, save_picture
 from .prompts import texts
@@ -75,13 +75,16 @@ def generate(
 def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSettings) -> Iterator[Generated]:
     # Noise is drawn on the CPU, where it is the same for every device.
     generators = [torch.Generator().manual_seed(derive_seed(settings.seed, "picture", *of)) for of in pictures]
-    guidance = _guidance_name(pipe)
+    family = drawn_as(pipe)
+    guidance = family.guidance_name
     options = {
+        **family.drawing(),
         "num_inference_steps": settings.steps,
         guidance: settings.guidance,
         "negative_prompt": None if settings.negative is None else [settings.negative] * len(pictures),
         "height": settings.size,
         "width": settings.size,
+        "output_type": "pil",
     }
     if guidance != Family.guidance_name and options["negative_prompt"] is None and (settings.guidance or 1) > 1:
         options["negative_prompt"] = [" "] * len(pictures)  # without one these pipelines do not guide
@@ -94,7 +97,7 @@ def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSetting
     ):
         output = pipe(prompt=[prompt for prompt, _ in pictures], generator=generators, **given)
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
-    for image, (prompt, number), flagged in zip(output.images, pictures, flags, strict=True):
+    for image, (prompt, number), flagged in zip(family.pictures(output), pictures, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
 
 
@@ -137,13 +140,6 @@ def _finite(pipe: Any, pictures: Sequence[tuple[str, int]]) -> Iterator[None]:
             f"the pipeline ({kind}) makes no picture of {prompts}: {wrong[0]} NaN or infinity; in float16 some "
             "overflow (load it in bfloat16 or float32), and so do adapters at a very large scale"
         )
-
-
-def _guidance_name(pipe: Any) -> str:
-    try:
-        return family_of(pipe).guidance_name
-    except ModelError:  # a pipeline that cannot be taught may still generate
-        return Family.guidance_name
 
 
 def check_sampling(pipe: Any, steps: int | None) -> None:

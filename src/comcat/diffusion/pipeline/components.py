@@ -30,7 +30,7 @@ def denoiser_of(target: Any) -> Component:
     if isinstance(target, nn.Module):
         model = _plain(target)
         name = "unet" if hasattr(model, "down_blocks") and hasattr(model, "up_blocks") else "transformer"
-        if not any(hasattr(m, "get_processor") for m in model.modules()):
+        if not any(is_attention(m) for m in model.modules()):
             raise ModelError(f"got a {type(model).__name__}, expected a diffusers pipeline, or its unet or transformer")
         return Component(name, model)
     for name in DENOISERS:
@@ -41,6 +41,12 @@ def denoiser_of(target: Any) -> Component:
         f"got a {type(target).__name__} with neither unet nor transformer, expected a diffusers pipeline, "
         "or one of these"
     )
+
+
+def is_attention(module: Any) -> bool:
+    """Whether it is an attention of diffusers': a module that leaves its computing to a processor."""
+    processor = getattr(module, "processor", None) if isinstance(module, nn.Module) else None
+    return callable(processor) and (hasattr(module, "get_processor") or "Attn" in type(processor).__name__)
 
 
 def text_encoders_of(target: Any) -> list[Component]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from ...errors import ModelError, SettingsError
 from .packed_latents import Chroma, Flux, Flux2, QwenImage, ZImage
-from .square_latents import AuraFlow, CogView4, HunyuanDiT, Lumina2, PixArt, Sana, StableDiffusion3
+from .square_latents import AuraFlow, CogView4, HunyuanDiT, Lumina2, PixArt, Sana, StableDiffusion3, Wan
 from .unets import Conditions, Family, StableDiffusionXL
 
-__all__ = ["Conditions", "Family", "check_side", "family_of"]
+__all__ = ["Conditions", "Family", "check_side", "drawn_as", "family_of"]
 
 
 def family_of(pipe: Any) -> Family:
@@ -26,6 +26,11 @@ def family_of(pipe: Any) -> Family:
             raise ModelError(f"{type(pipe).__name__} has no {part}, which customizing needs; load the pipeline with it")
     if "image" in inspect.signature(pipe.encode_prompt).parameters:
         raise ModelError(f"{type(pipe).__name__} makes pictures of pictures, expected a text-to-image pipeline")
+    if getattr(pipe, "transformer_2", None) is not None:
+        raise ModelError(
+            f"{type(pipe).__name__} has two transformers, one for much noise and one for little; a concept would be "
+            "learned by one of them alone. Expected a pipeline with one, such as Wan 2.1 or Wan 2.2 TI2V-5B"
+        )
     latents, takes = found.latent_channels()
     if takes != latents:
         raise ModelError(
@@ -33,6 +38,14 @@ def family_of(pipe: Any) -> Family:
             "another task (inpainting, depth, editing), expected text-to-image"
         )
     return found
+
+
+def drawn_as(pipe: Any) -> Family:
+    """The family of a pipeline; one that cannot be taught is called as most of diffusers' are."""
+    try:
+        return family_of(pipe)
+    except ModelError:
+        return Family(pipe)
 
 
 def check_side(name: str, side: int, family: Family, step: int | None = None) -> None:
@@ -59,12 +72,15 @@ TRANSFORMERS: tuple[tuple[tuple[str, ...], Callable[[Any], Family]], ...] = (
     (("caption_channels", "use_additional_conditions"), PixArt),
     (("caption_channels", "timestep_scale"), Sana),
     (("cross_attention_dim_t5",), HunyuanDiT),
+    (("pos_embed_seq_len", "cross_attn_norm", "-vace_layers", "-num_frame_per_block", "-motion_dim"), Wan),
     (("pos_embed_max_size", "pooled_projection_dim"), StableDiffusion3),
 )
-"""What stands in the configuration of each family's transformer. The first that fits counts."""
+"""What stands in the configuration of each family's transformer, and with a minus what does not. The first that fits
+counts.
+"""
 KNOWN = (
     "Stable Diffusion 1.x, 2.x, XL, 3, 3.5, Flux, Flux 2, Qwen-Image, Z-Image, PixArt, Chroma, Sana, Lumina 2, "
-    "AuraFlow, CogView 4 or Hunyuan-DiT"
+    "AuraFlow, CogView 4, Hunyuan-DiT or Wan"
 )
 
 
@@ -79,7 +95,7 @@ def _recognise(pipe: Any) -> Family:
     elif transformer is not None:
         config = getattr(transformer, "config", {})
         for marks, family in TRANSFORMERS:
-            if all(mark in config for mark in marks):
+            if all((mark.lstrip("-") in config) != mark.startswith("-") for mark in marks):
                 return family(pipe)
         got = f"a {type(transformer).__name__}"
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .square_latents import Transformer, padded
+from .square_latents import Transformer, of_one_frame, padded
 from .unets import Conditions, Family
 
 
@@ -138,9 +138,7 @@ class QwenImage(Packed):
         return pixels.unsqueeze(2)  # (batch, 3, 1, height, width)
 
     def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipe.vae.config
-        middle, spread = (torch.tensor(x).view(1, -1, 1, 1).to(mean) for x in (config.latents_mean, config.latents_std))
-        return (mean.squeeze(2) - middle) / spread, std.squeeze(2) / spread
+        return of_one_frame(self.pipe.vae.config, mean, std)
 
     def encode(self, prompts: list[str]) -> Conditions:
         embeds, mask = self.pipe.encode_prompt(list(prompts), device=self.device, **self.defaults())

@@ -1,5 +1,5 @@
-"""Families whose transformer takes latents as they are: Stable Diffusion 3, PixArt, Sana, Lumina 2, AuraFlow, CogView 4
-and Hunyuan-DiT.
+"""Families whose transformer takes latents as they are: Stable Diffusion 3, PixArt, Sana, Lumina 2, AuraFlow, CogView
+4, Hunyuan-DiT, and Wan, a model of videos.
 """
 
 from __future__ import annotations
@@ -222,6 +222,53 @@ class HunyuanDiT(Transformer):
         region = get_resize_crop_region_for_grid(grid, self.BASE // patch)
         width = self.config.hidden_size // self.config.num_attention_heads
         return get_2d_rotary_pos_embed(width, region, grid, device=noisy.device, output_type="pt")
+
+
+class Wan(Transformer):
+    """A model of videos; those of one frame are pictures. Its VAE has a mean and a deviation for each channel."""
+
+    def resolution(self) -> int:
+        return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
+
+    def multiple(self) -> int:
+        return int(self.pipe.vae_scale_factor_spatial * self.config.patch_size[1])
+
+    def latent_channels(self) -> tuple[int, int]:
+        return int(self.pipe.vae.config.z_dim), int(self.config.in_channels)
+
+    def to_vae(self, pixels: Tensor) -> Tensor:
+        return pixels.unsqueeze(2)  # (batch, 3, 1, height, width)
+
+    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        return of_one_frame(self.pipe.vae.config, mean, std)
+
+    def encode(self, prompts: list[str]) -> Conditions:
+        embeds, _ = self.pipe.encode_prompt(
+            list(prompts), do_classifier_free_guidance=False, device=self.device, **self.defaults()
+        )
+        return {"prompt": embeds}
+
+    def predict(self, noisy: Tensor, times: Tensor, conditions: Conditions) -> Tensor:
+        if self.pipe.config.expand_timesteps:  # a time for every token, since some may belong to a given picture
+            _, high, wide = self.config.patch_size
+            times = times.unsqueeze(1).expand(-1, noisy.shape[2] // high * (noisy.shape[3] // wide))
+        return self.denoiser(
+            hidden_states=noisy.unsqueeze(2), timestep=times, encoder_hidden_states=conditions["prompt"]
+        ).sample.squeeze(2)
+
+    def drawing(self) -> dict[str, Any]:
+        return {"num_frames": 1}
+
+    def pictures(self, output: Any) -> list[Any]:
+        return [frames[0] for frames in output.frames]
+
+
+def of_one_frame(config: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+    """What a VAE of videos gives for a single frame, (batch, channels, 1, height, width), without that dimension and
+    normalised by each channel's mean and deviation.
+    """
+    middle, spread = (torch.tensor(x).view(1, -1, 1, 1).to(mean) for x in (config.latents_mean, config.latents_std))
+    return (mean.squeeze(2) - middle) / spread, std.squeeze(2) / spread
 
 
 def padded(texts: list[Tensor]) -> Conditions:

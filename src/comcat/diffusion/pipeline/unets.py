@@ -70,6 +70,14 @@ class Family:
         """What the side of a picture must be a multiple of, in pixels."""
         return int(self.pipe.vae_scale_factor)
 
+    def drawing(self) -> dict[str, Any]:
+        """What else the pipeline's ``__call__`` has to be told to make pictures."""
+        return {}
+
+    def pictures(self, output: Any) -> list[Any]:
+        """The pictures in what the pipeline's ``__call__`` gives, one for each prompt."""
+        return output.images
+
     def largest(self) -> int:
         """The largest side, in pixels, that is sensible to ask for: eight times the pipeline's own."""
         return 8 * self.resolution()

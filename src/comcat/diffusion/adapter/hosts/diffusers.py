@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from ...pipeline.components import is_attention
 from .layouts import COPYING, layout_of, reason_against
 from .processors import PARALLEL, Acting, AdapterProcessor, own_processor, projections_of, release, taken_over
 from .protocol import CHANNELS, AdaptableAttention, Found, RefusedAttention, Where, Widened
@@ -29,12 +30,12 @@ class DiffusersHost:
     name = "UNet or transformer of diffusers"
 
     def resembles(self, model: nn.Module) -> bool:
-        return any(_is_attention(module) for module in model.modules())
+        return any(is_attention(module) for module in model.modules())
 
     def find(self, model: nn.Module) -> Found:
         found = Found([], [])
         for path, module in model.named_modules():
-            if not _is_attention(module):
+            if not is_attention(module):
                 continue
             if (reason := _why_not(module)) is None:
                 found.adaptable.append(_anatomy(path, module))
@@ -106,12 +107,6 @@ class DiffusersHost:
         return Widened(attention.scale * width**0.5, attributes)
 
 
-def _is_attention(module: Any) -> bool:
-    """A module that leaves its computing to a processor."""
-    processor = getattr(module, "processor", None) if isinstance(module, nn.Module) else None
-    return callable(processor) and (hasattr(module, "get_processor") or "Attn" in type(processor).__name__)
-
-
 def _anatomy(path: str, attention: Any) -> AdaptableAttention:
     widths: dict[str, int] = {}
     missing: dict[str, str] = {}
@@ -163,4 +158,6 @@ def _why_not(attention: Any) -> str | None:
         return reason
     if not hasattr(attention, PARALLEL) and getattr(attention, "to_k", None) is None:
         return "it has no keys of the picture"
+    if getattr(attention, "add_k_proj", None) is not None and getattr(attention, "add_q_proj", None) is None:
+        return "keys and values of a given picture stand beside those of the text, in a softmax of their own"
     return None

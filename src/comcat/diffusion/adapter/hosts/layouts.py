@@ -60,6 +60,7 @@ LAYOUTS: dict[str, Layout] = {
     "HunyuanAttnProcessor2_0": Layout(rotary=True),
     "FusedHunyuanAttnProcessor2_0": Layout(rotary=True, computed_by="HunyuanAttnProcessor2_0"),
     "SanaAttnProcessor2_0": Layout(),
+    "WanAttnProcessor": Layout(rotary=True),
 }
 COPYING = tuple(name for name in LAYOUTS if name.startswith("Fused"))
 """Those that read copies of q, k and v in one layer (``fuse_qkv_projections``). Ours has the projections called."""
