@@ -274,6 +274,8 @@ def test_files_that_are_something_else(dog: Path, tmp_path: Path) -> None:
     [
         ({"name": "dogg"}, "no adapter called 'dogg'; did you mean 'dog'"),
         ({"dtype": torch.int8}, "got dtype torch.int8"),
+        ({"dtype": torch.float8_e4m3fn}, "got dtype torch.float8_e4m3fn, expected one of torch.float16"),
+        ({"dtype": "float16"}, "got dtype 'float16', expected one of torch.float16"),
         ({"identifier": ""}, "got identifier ''"),
         ({"metadata": {"rank": "3"}}, "metadata: 'rank' is comcat's own"),
         ({"metadata": {"steps": 3}}, "metadata: 'steps' is a int, expected text"),

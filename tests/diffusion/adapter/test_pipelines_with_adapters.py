@@ -161,7 +161,7 @@ def test_a_learned_token_comes_and_goes_with_its_adapter(tmp_path: Path) -> None
     )
     assert not np.allclose(draw(pipe, "a photo of sks dog"), before, atol=1e-6)
     diffusion.load(pipe, path, name="rex", rename_identifier="rex")
-    assert {"sks", "rex"} <= set(pipe.tokenizer.get_vocab()) and "rex" not in tokenizer.get_vocab()
+    assert {"sks", "rex"} <= set(pipe.tokenizer.get_vocab()) and pipe.tokenizer is tokenizer
     record = diffusion.adapters(pipe)["rex"].record
     assert record.identifier == "rex" and record.prompt == "a photo of rex dog"  # what calls it now
     diffusion.unload(pipe, "dog")

@@ -105,3 +105,35 @@ def test_a_token_that_unload_textual_inversion_took_away_is_missed(pipe: Any, do
     diffusion.unload(pipe)
     diffusion.load(pipe, dog)
     assert embedded(pipe, "sks").equal(SKS)
+
+
+@pytest.mark.parametrize("pipeline_first", [True, False], ids=["pipeline-first", "adapter-first"])
+def test_pipelines_of_the_same_parts_know_the_same_tokens(pipe: Any, dog: Path, pipeline_first: bool) -> None:
+    """``from_pipe`` shares all parts: what one pipeline loads or unloads acts in the other's model as well."""
+    from diffusers import StableDiffusionImg2ImgPipeline
+
+    own = pipe.tokenizer("a photo of sks").input_ids
+    if pipeline_first:
+        other: Any = StableDiffusionImg2ImgPipeline(**pipe.components)
+        diffusion.load(pipe, dog)
+    else:
+        diffusion.load(pipe, dog)
+        other = StableDiffusionImg2ImgPipeline(**pipe.components)
+    assert torch.equal(embedded(other, "sks"), SKS) and list(diffusion.adapters(other)) == ["dog"]
+    diffusion.unload(other)
+    assert pipe.tokenizer("a photo of sks").input_ids == other.tokenizer("a photo of sks").input_ids == own
+    assert pipe.text_encoder.get_input_embeddings().num_embeddings == len(pipe.tokenizer)
+
+
+def test_text_encoders_that_read_by_one_tokenizer_have_each_their_own_tokens(tmp_path: Path) -> None:
+    pipe = tiny.stable_diffusion_xl(tmp_path)
+    pipe.tokenizer_2 = pipe.tokenizer
+    diffusion.attach(pipe, init="random")
+    file = diffusion.save(pipe, tmp_path / "dog.safetensors", identifier="sks", token_embeddings={"sks": SKS})
+    diffusion.unload(pipe)
+    own = pipe.tokenizer("sks").input_ids
+    diffusion.load(pipe, file)
+    assert torch.equal(embedded(pipe, "sks"), SKS)
+    assert pipe.tokenizer_2("sks").input_ids == own  # its encoder has no such row
+    diffusion.unload(pipe)
+    assert pipe.tokenizer("sks").input_ids == own

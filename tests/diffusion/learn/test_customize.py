@@ -819,8 +819,9 @@ def test_a_checkpoint_that_lacks_something_is_refused(tmp_path, pipe):
 
 
 def test_two_concepts_of_one_identifier_are_refused_whether_saved_or_not(pipe, tmp_path):
-    cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="first", **QUICK)
+    adapter = cd.customize(pipe, tiny.pictures(), prompt=PROMPT, name="first", **QUICK)
     record = cd.adapters(pipe)["first"].record
+    assert adapter.record is record
     assert (record.identifier, record.prompt) == ("V*", PROMPT)
     with pytest.raises(SettingsError, match="'first' answers to 'v\\*' already"):
         cd.customize(pipe, tiny.pictures(), prompt="a photo of v* dog", identifier="v*", name="second", **QUICK)

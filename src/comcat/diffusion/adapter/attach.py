@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ...errors import ModelError, SettingsError, UnsupportedSite, listed, nearest
+from ...grad_mode import outside_inference_mode
 from ...modules.adapters import ExtraChannels, Init, LowRankTerms
 from ...settings import expect_one_of
 from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of
@@ -16,14 +17,17 @@ from .find import narrowed
 from .guard import refresh_guard
 from .hosts import AdaptableAttention, RefusedAttention, host_of
 from .places import Place, find_places, place_at
-from .records import Adapter, Record, adapters, check_unfused, check_whole, forget, located, records, remember
+from .records import Adapter, Record, adapters, check_unfused, check_whole, forget, located, records, remember, strays
 from .tokenizers import refresh_tokens
 
 LARGEST_ALPHA = 1e6
 """Of an adapter: the terms are multiplied by alpha / rank, and what is so large is a mistake, or a damaged file."""
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What factors are held in, and computed with."""
 WhereToAttach = Literal["cross", "self", "all", "joint"]
 
 
+@outside_inference_mode
 def attach(
     target: Any,
     *,
@@ -64,8 +68,8 @@ def attach(
             case nothing has changed.
     """
     _check_settings(rank, where, init, alpha)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise SettingsError(f"got dtype {dtype!r}, expected a floating-point one such as torch.float32")
+    if dtype is not None:
+        check_dtype(dtype)
     check_new(target, name)
     where = where or default_where(target)
     chosen = narrowed(_choose(denoiser_of(target), where), only)
@@ -95,26 +99,32 @@ def default_where(target: Any) -> WhereToAttach:
     return "joint" if "joint" in kinds and "cross" not in kinds else "cross"
 
 
+@outside_inference_mode
 def unload(target: Any, name: str | None = None) -> None:
     """Take an adapter out of a pipeline, or all of them. With the last one the model's own processors come back:
-    outputs are bit for bit as before.
+    outputs are bit for bit as before. What acts in a text encoder goes as well where the denoiser that came with it has
+    been exchanged since.
 
     Raises:
         SettingsError: if there is no adapter of that name, adapters are fused into the weights, or ``target`` is but
             one model of several that the adapter acts in.
     """
-    held = records(target)
-    if name is not None and name not in held:
-        raise SettingsError(unknown(name, held))
-    chosen = list(held) if name is None else [name]
+    held, left_behind = records(target), strays(target)
+    if name is not None and name not in held and name not in left_behind:
+        raise SettingsError(unknown(name, {**held, **left_behind}))
+    chosen = [*held, *left_behind] if name is None else [name]
     for one in chosen:
-        check_whole(target, one, held[one])
+        if one in held:
+            check_whole(target, one, held[one])
+        elif any(place.fused is not None for place in left_behind[one]):
+            raise SettingsError(f"adapter {one!r} is fused into the weights; put the old denoiser back and unfuse()")
     check_unfused(target)
     components = components_of(target)
     for one in chosen:
-        for place in located(components, held[one]):
+        for place in located(components, held[one]) if one in held else left_behind[one]:
             _remove(place, one)
-        forget(target, one)
+        if one in held:
+            forget(target, one)
     for component in components.values():
         if (host := host_of(component.model)) is not None:
             host.sweep(component.model)
@@ -162,6 +172,12 @@ def check_new(target: Any, name: str) -> None:
     check_unfused(target)
     for component in components_of(target).values():
         check_newcomers(component.name, component.model)
+
+
+def check_dtype(dtype: object) -> None:
+    """Raise SettingsError unless factors can be held, and computed with, in this dtype."""
+    if dtype not in DTYPES:
+        raise SettingsError(f"got dtype {dtype!r}, expected one of {', '.join(map(str, DTYPES))}")
 
 
 def bad_alpha(alpha: float) -> str | None:

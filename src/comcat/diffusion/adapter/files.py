@@ -22,7 +22,7 @@ from ...errors import SettingsError, StoreError, counted, listed, printable
 from ...files import HASH, home_path, parsed, read_tensors_and_metadata, write_tensors
 from ...modules.adapters import CONTEXT, SIDES
 from ..pipeline.components import TEXT_ENCODERS
-from .attach import bad_alpha, unknown
+from .attach import DTYPES, bad_alpha, check_dtype, unknown
 from .records import Record, adapters, remember
 
 FORMAT, _FIRST = "2", "1"
@@ -30,7 +30,6 @@ FORMAT, _FIRST = "2", "1"
 _MARK, _HEADS = "comcat_adapter", "heads"
 _OWN = (_MARK, "comcat_version", "torch_version", "rank", _HEADS, "identifier", "prompt", "base", "format", HASH)
 _TOKENS = "token_embeddings"
-_KINDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FACTORS = tuple(prefix + name for prefix in ("", CONTEXT) for name in SIDES.values())
 
 
@@ -113,8 +112,7 @@ def save(
     held = adapters(target)
     if name not in held:
         raise SettingsError(unknown(name, held))
-    if not dtype.is_floating_point:
-        raise SettingsError(f"got dtype {dtype}, expected a floating one, as torch.float16")
+    check_dtype(dtype)
     adapter = held[name]
     if gone := sorted(set(adapter.record.paths) - set(adapter.terms)):
         raise SettingsError(f"adapter {name!r} has lost {gone[0].partition('.')[0]}, which the pipeline no longer has")
@@ -230,9 +228,9 @@ def _check_kind(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, T
 def _check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
     wrong = [
         f"{printable(key)} "
-        f"{f'is {t.dtype}, expected a floating type' if t.dtype not in _KINDS else 'holds NaN or infinity'}"
+        f"{f'is {t.dtype}, expected a floating type' if t.dtype not in DTYPES else 'holds NaN or infinity'}"
         for key, t in tensors.items()
-        if t.dtype not in _KINDS or not t.isfinite().all()
+        if t.dtype not in DTYPES or not t.isfinite().all()
     ]
     if wrong:
         raise StoreError(f"{path} is damaged: {listed(wrong)}")

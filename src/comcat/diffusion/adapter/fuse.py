@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...errors import SettingsError, UnsupportedSite, listed
+from ...grad_mode import outside_inference_mode
 from ...hosts.mounting import exchange
 from ...modules.adapters import padded_width
 from ..pipeline.components import components_of
@@ -21,6 +22,7 @@ from .places import Fused, Place
 from .records import adapters, check_unfused, check_whole, located, records
 
 
+@outside_inference_mode
 def fuse(target: Any) -> None:
     """Write all adapters, each at its scale, into wider projections, and give the model's own processors back: faster,
     until :func:`unfuse`.
@@ -40,6 +42,7 @@ def fuse(target: Any) -> None:
         _fuse(place)
 
 
+@outside_inference_mode
 def unfuse(target: Any) -> None:
     """Take the adapters out of the weights again: the old modules come back, bit for bit, and the adapters act beside
     them as before.

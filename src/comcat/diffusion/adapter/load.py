@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ...errors import SettingsError, StoreError, counted, listed
 from ...files import parsed
+from ...grad_mode import outside_inference_mode
 from ...modules.adapters import PRODUCTS, SIDES, LowRankTerms
 from ..pipeline.components import components_of, denoiser_of
-from .attach import check_new, install
+from .attach import DTYPES, check_new, install
 from .files import AdapterFile, read
 from .hosts import AdaptableAttention
 from .places import Place, find_places, place_at
@@ -23,9 +24,8 @@ from .records import Adapter, Record, answering, calling
 from .scale import check_scale
 from .tokenizers import check_tokens
 
-_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
+@outside_inference_mode
 def load(
     target: Any,
     path: str | os.PathLike[str],
@@ -77,7 +77,7 @@ def _warn_of_the_rest(target: Any, file: AdapterFile) -> None:
         warnings.warn(
             f"{file.path} was taught on a model with less attention: it acts in {len(file.factors)} of "
             f"{len(file.factors) + len(rest)}, and not in {listed(rest)}",
-            stacklevel=3,
+            stacklevel=4,  # of whoever calls load()
         )
 
 
@@ -156,7 +156,7 @@ def _build(place: Place, found: AdaptableAttention, factors: Mapping[str, Tensor
     first, factor = next(iter(factors.items()))
     rank = factor.shape[1 if first.endswith(SIDES["out"]) else 0] // found.heads
     widths = {name: width for name, width in found.widths.items() if name in factors}
-    dtype = place.dtype if place.dtype in _COMPUTED_IN else torch.float32  # quantised weights
+    dtype = place.dtype if place.dtype in DTYPES else torch.float32  # quantised weights
     terms = LowRankTerms(widths, found.heads, rank, alpha=alpha, device=place.device, dtype=dtype)
     terms.load_state_dict({name: factors[name] for name in widths})  # what nothing reads stays behind
     return terms

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import NumericsError, SettingsError, UnsupportedSite, listed
+from ...grad_mode import outside_inference_mode
 from ...linalg import product_singular_values
 from ..pipeline.components import components_of
 from .attach import unknown, unload
@@ -54,6 +55,7 @@ class MergeReport:
         return f"merged {self.name!r}: lost {mean:.1%} of its terms on average, at most {most:.1%} ({self.worst})"
 
 
+@outside_inference_mode
 def merge(target: Any, name: str) -> MergeReport:
     """Write an adapter at its scale into the model's own weights, whose shapes stay. This is approximate and cannot be
     taken back.

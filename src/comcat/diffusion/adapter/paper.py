@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...errors import ModelError, StoreError, counted
 from ...files import home_path
+from ...grad_mode import outside_inference_mode
 from ...modules.adapters import SIDES
 from ..pipeline.components import denoiser_of
 from .attach import check_new, install
@@ -31,6 +32,7 @@ from .records import Adapter, Record
 _PER_ATTENTION = tuple(SIDES.values())  # q, k, v, out: the order of the list as well
 
 
+@outside_inference_mode
 def import_paper(path: str | os.PathLike[str], target: Any, *, name: str) -> Adapter:
     """Load an adapter that the paper's code has saved into a Stable Diffusion 1.x or 2.x pipeline, or its unet.
 

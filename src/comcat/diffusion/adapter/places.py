@@ -15,7 +15,8 @@ from ..pipeline.components import Component
 from ..pipeline.offloading import computing_device, is_offloaded
 from .hosts import CHANNELS, AdapterHost, Found, find_in, host_of
 
-_FUSED = "comcat_fused"
+FUSED = "comcat_fused"
+"""The attribute of an attention that holds what stood there before something was fused into it."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class Place:
     @property
     def fused(self) -> Fused | None:
         """What has been fused into the attention's weights, or None."""
-        return vars(self.attention).get(_FUSED, (None,))[0]
+        return vars(self.attention).get(FUSED, (None,))[0]
 
     def set_fused(self, state: Fused | None) -> None:
         if state is None:
-            delattr(self.attention, _FUSED)
+            delattr(self.attention, FUSED)
         else:
-            setattr(self.attention, _FUSED, (state,))  # in a tuple: none of it is part of the model while it is fused
+            setattr(self.attention, FUSED, (state,))  # in a tuple: none of it is part of the model while it is fused
 
     @property
     def mounted(self) -> ExtraChannels | None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ...errors import ModelError, SettingsError
 from ...modules.adapters import LowRankTerms
-from ..pipeline.components import Component, components_of, denoiser_of, tokenizer_of
-from .places import Place, places_at
+from ..pipeline.components import Component, components_of, denoiser_of, text_encoders_of, tokenizer_of
+from .hosts import CHANNELS
+from .places import FUSED, Place, places_at
 
 _RECORDS = "comcat_adapters"
 
@@ -99,11 +100,17 @@ def adapters(target: Any) -> dict[str, Adapter]:
     came.
 
     Raises:
-        ModelError: if something else computes an adapter's attention meanwhile, so that it cannot act, or its token is
-            gone from a tokenizer.
+        ModelError: if something else computes an adapter's attention meanwhile, so that it cannot act, its token is
+            gone from a tokenizer, or a text encoder carries an adapter that this denoiser knows nothing of.
         SettingsError: if ``target`` is a model alone, and an adapter acts in other parts of its pipeline as well.
     """
     components = components_of(target)
+    for name, places in strays(target).items():
+        encoder, own = places[0].path.partition(".")[0], denoiser_of(target).name
+        raise ModelError(
+            f"adapter {name!r} acts in the {encoder}, and this {own} does not know it: the {own} has been exchanged "
+            f"since, or another pipeline with the same {encoder} has loaded it; unload() takes it out"
+        )
     found: dict[str, Adapter] = {}
     for name, record in records(target).items():
         check_whole(target, name, record)
@@ -115,6 +122,23 @@ def adapters(target: Any) -> dict[str, Adapter]:
 def records(target: Any) -> dict[str, Record]:
     """What the denoiser remembers, by name. Changes go through :func:`remember` and :func:`forget`."""
     return getattr(denoiser_of(target).model, _RECORDS, {})
+
+
+def strays(target: Any) -> dict[str, list[Place]]:
+    """Where adapters act in text encoders that the denoiser remembers nothing of, by name."""
+    known, found = records(target), dict[str, list[Place]]()
+    for component in text_encoders_of(target):
+        paths = [f"{component.name}.{path}" for path, m in component.model.named_modules() if _carries(m)]
+        for place in places_at(component, paths):
+            channels = place.channels
+            for name in () if channels is None else channels.names:
+                if name not in known:
+                    found.setdefault(name, []).append(place)
+    return found
+
+
+def _carries(module: nn.Module) -> bool:
+    return CHANNELS in module._modules or FUSED in vars(module)
 
 
 def remember(target: Any, name: str, record: Record) -> None:

@@ -20,7 +20,7 @@ _STATE = "comcat_tokens"
 
 @dataclass(frozen=True)
 class _Joined:
-    """The tokens of adapters in one text encoder, and what it and its tokenizer were before the first of them."""
+    """The tokens of adapters in one text encoder, and what it and its tokenizer (in copy) were before the first."""
 
     tokens: tuple[str, ...]
     tokenizer: Any
@@ -65,8 +65,9 @@ def knows(tokenizer: Any, word: str) -> bool:
 def refresh_tokens(target: Any) -> None:
     """Make tokenizers and text encoders hold the tokens of just those adapters that a pipeline carries.
 
-    What others add meanwhile, as textual inversions, stays; only its ids move down when a token before it goes. With
-    the last token of an adapter, the very objects from before come back, if nothing else has changed in them.
+    Tokenizers stay the objects that they are, so that other pipelines which share them know the same words. What others
+    add meanwhile, as textual inversions, stays; only its ids move down when a token before it goes. With the last token
+    of an adapter, all is as before, if nothing else has changed in it.
     """
     for component in text_encoders_of(target):
         rows = {
@@ -86,15 +87,14 @@ def refresh_tokens(target: Any) -> None:
 def _put_in(target: Any, component: Component, rows: Mapping[str, Tensor]) -> None:
     """Let tokens join behind all that is there, or take another embedding where they have joined before."""
     model: Any = component.model
-    own, tokenizer = model.get_input_embeddings(), tokenizer_of(target, component.name)
-    before = _joined(component) or _Joined((), tokenizer, own, model.config.vocab_size)
-    longer = copy.deepcopy(tokenizer)
-    longer.add_tokens(list(rows))
+    own, tokenizer = model.get_input_embeddings(), _of_its_own(target, component)
+    before = _joined(component) or _Joined((), copy.deepcopy(tokenizer), own, model.config.vocab_size)
+    tokenizer.add_tokens(list(rows))
     weight = own.weight.detach()
-    table = _padded(weight, max(len(weight), len(longer)), before.embedding.weight)
+    table = _padded(weight, max(len(weight), len(tokenizer)), before.embedding.weight)
     for token, row in rows.items():
-        table[longer.convert_tokens_to_ids(token)] = row.to(table)
-    _set(target, component, longer, table)
+        table[tokenizer.convert_tokens_to_ids(token)] = row.to(table)
+    _set_table(model, table)
     setattr(model, _STATE, (replace(before, tokens=tuple(rows)),))
 
 
@@ -109,15 +109,15 @@ def _take_out(target: Any, component: Component, gone: Sequence[str]) -> None:
         ids = [tokenizer.convert_tokens_to_ids(token) for token in there]
         kept = torch.ones(own.num_embeddings, dtype=torch.bool, device=own.weight.device)
         kept[ids] = False
-        shorter = _without(tokenizer, there)
-        size = max(joined.embedding.num_embeddings, len(shorter))
-        _set(target, component, shorter, _padded(own.weight.detach()[kept], size, joined.embedding.weight))
+        _forget(tokenizer, there)
+        size = max(joined.embedding.num_embeddings, len(tokenizer))
+        _set_table(model, _padded(own.weight.detach()[kept], size, joined.embedding.weight))
     else:
         weight = own.weight
         embedding = joined.embedding.to(weight.device, weight.dtype)  # it did not move with the model meanwhile
         model.set_input_embeddings(embedding)  # type: ignore[operator]
         model.config.vocab_size = joined.vocabulary  # type: ignore[union-attr]
-        setattr(target, tokenizer_name(component.name), joined.tokenizer)
+        tokenizer._tokenizer = copy.deepcopy(joined.tokenizer._tokenizer)
     if left:
         setattr(model, _STATE, (replace(joined, tokens=left),))
     else:
@@ -132,11 +132,22 @@ def _changed(tokenizer: Any, embedding: Any, joined: _Joined) -> bool:
     return not embedding.weight[: len(known)].equal(known.to(embedding.weight))
 
 
-def _without(tokenizer: Any, tokens: Sequence[str]) -> Any:
-    """A copy of a tokenizer without some of its added tokens. The ids of those behind them move down."""
+def _of_its_own(target: Any, component: Component) -> Any:
+    """The tokenizer of a text encoder; a copy in its place where another encoder of the pipeline reads by it as well,
+    whose tokens may be others.
+    """
+    tokenizer = tokenizer_of(target, component.name)
+    others = [c.name for c in text_encoders_of(target) if c.name != component.name]
+    if any(tokenizer_of(target, name) is tokenizer for name in others):
+        tokenizer = copy.deepcopy(tokenizer)
+        setattr(target, tokenizer_name(component.name), tokenizer)
+    return tokenizer
+
+
+def _forget(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Take some of its added tokens out of a tokenizer. The ids of those behind them move down."""
     from tokenizers import Tokenizer
 
-    shorter = copy.deepcopy(tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     gone = [token["id"] for token in state["added_tokens"] if token["content"] in tokens]
     state["added_tokens"] = [
@@ -144,17 +155,14 @@ def _without(tokenizer: Any, tokens: Sequence[str]) -> Any:
         for token in state["added_tokens"]
         if token["id"] not in gone
     ]
-    shorter._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return shorter
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
 
 
-def _set(target: Any, component: Component, tokenizer: Any, table: Tensor) -> None:
-    model: Any = component.model
+def _set_table(model: Any, table: Tensor) -> None:
     own = model.get_input_embeddings()
     embedding = nn.Embedding.from_pretrained(table, freeze=True, padding_idx=own.padding_idx)
     model.set_input_embeddings(embedding.train(own.training))
     model.config.vocab_size = len(table)
-    setattr(target, tokenizer_name(component.name), tokenizer)
 
 
 def _padded(table: Tensor, size: int, rest: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Customization:
             class_pictures = self._class_pictures()
             with frozen(self.family), self._learner() as learner:
                 self._train(learner, class_pictures, checkpoints, since, about)
-        return learner.adapter
+        return replace(learner.adapter, record=records(self.pipe)[self.name])
 
     @contextmanager
     def _learner(self) -> Iterator[_Learner]:
