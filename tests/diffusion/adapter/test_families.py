@@ -299,7 +299,8 @@ def test_another_attention_backend_is_told_and_not_passed_over() -> None:
 
 @pytest.mark.parametrize("kind", ["fuse", "merge"])
 def test_fusing_and_merging_are_refused_with_the_reason(kind: str) -> None:
-    for name, reason in (("flux2", "normalisation and rotary"), ("lumina2", "normalisation and rotary")):
+    both = "q/k normalisation and rotary embeddings (between|to whole)"
+    for name, reason in (("flux2", both), ("lumina2", both), ("wan", "q/k normalisation (between|to whole)")):
         model = TOKEN_CASES[name].model()
         diffusion.attach(model, init="random")
         with pytest.raises(UnsupportedSite, match=reason):

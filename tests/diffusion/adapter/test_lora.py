@@ -14,7 +14,7 @@ from torch import Tensor
 import comcat.diffusion as diffusion
 from comcat.cli import main
 from comcat.diffusion.adapter import lora
-from comcat.errors import SettingsError, StoreError, UnsupportedSite
+from comcat.errors import ModelError, SettingsError, StoreError, UnsupportedSite
 from comcat.linalg import nearest_updates
 from comcat.linalg.updates import Side
 
@@ -138,6 +138,31 @@ def test_newer_families(family: str, tmp_path: Path) -> None:
     diffusion.unload(pipe)
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
     assert pipe.get_active_adapters()
+
+
+def test_a_size_that_is_not_the_pipeline_s_is_told(tmp_path: Path) -> None:
+    """Wan's own is 480 by 832 pixels, for which this small one has no places."""
+    pipe = NEWER["wan"](tmp_path / "parts")
+    diffusion.attach(pipe, init="random")
+    with pytest.raises(ModelError, match="cannot generate in 2 steps at its own size: RuntimeError"):
+        diffusion.export_lora(pipe, tmp_path / "lora.safetensors", steps=2)
+    assert not (tmp_path / "lora.safetensors").exists() and not pipe.transformer._forward_hooks
+
+
+@pytest.mark.parametrize("settings", ["{", "[]", '{"resolution": null}', '{"resolution": 7}', '{"resolution": "a"}'])
+def test_it_is_compared_at_the_size_that_it_was_taught_at(settings: str, tmp_path: Path) -> None:
+    pipe = NEWER["wan"](tmp_path / "parts")
+    diffusion.customize(pipe, tiny.pictures(2), prompt="a V* dog", steps=1, resolution=16)
+    diffusion.save(pipe, tmp_path / "dog.safetensors")
+    diffusion.export_lora(pipe, tmp_path / "lora.safetensors", steps=2, force=True)
+    diffusion.unload(pipe)
+    diffusion.load(pipe, tmp_path / "dog.safetensors", name="default")
+    diffusion.export_lora(pipe, tmp_path / "lora.safetensors", steps=2, force=True)
+    diffusion.save(pipe, tmp_path / "dog.safetensors", metadata={"settings": settings})
+    diffusion.unload(pipe)
+    diffusion.load(pipe, tmp_path / "dog.safetensors", name="default")
+    with pytest.raises(ModelError, match="at its own size"):
+        diffusion.export_lora(pipe, tmp_path / "lora.safetensors", steps=2, force=True)
 
 
 @pytest.mark.usefixtures("roughly")

@@ -17,18 +17,19 @@ import torch
 from torch import Tensor
 
 from ..._version import __version__
-from ...errors import SettingsError, UnsupportedSite, listed
-from ...files import check_writable, home_path, write_tensors
+from ...errors import ComcatError, SettingsError, UnsupportedSite, listed
+from ...files import check_writable, home_path, parsed, write_tensors
 from ...linalg import nearest_updates, root
 from ...linalg.updates import Side
 from ...modules.adapters import CONTEXT, LowRankTerms
 from ...settings import expect_one_of
 from ..pipeline.components import components_of
+from ..pipeline.families import check_side, family_of
 from .attach import unknown
 from .files import is_adapter
 from .fuse import not_plain, plain_linear
 from .places import Place
-from .records import Adapter, adapters, check_unfused, located
+from .records import Adapter, Record, adapters, check_unfused, located
 from .trial import Trial, drawn
 
 BOUND = 0.03
@@ -89,7 +90,8 @@ def export_lora(
         prompts: what tokens come from, beside the adapter's own prompt and the empty one.
         keys: ``"diffusers"``, for ``load_lora_weights``; ``"kohya"``, for ComfyUI and Forge, of UNets alone.
         bound: the largest ``difference`` that is written. force: whatever it is.
-        steps: of the sampler, for each prompt. size: of those pictures, in pixels.
+        steps: of the sampler, for each prompt. size: of those pictures, in pixels; left out, that of the pictures that
+            the adapter has learned from, or the pipeline's own where it does not say so.
 
     Raises:
         SettingsError: for settings that do not fit, an adapter with a token of its own, or a difference beyond the
@@ -105,6 +107,7 @@ def export_lora(
     _check_rank(rank, [p for p, _ in chosen])
     prompts = [prompts] if isinstance(prompts, str) else prompts
     asked = list(dict.fromkeys([*(p for p in (adapter.record.prompt, *prompts) if p), ""]))
+    size = _learned_at(pipe, adapter.record) if size is None else size
     trial = drawn(pipe, adapter, [p for p, _ in chosen], asked, steps=steps, size=size, seed=seed)
     errors = dict.fromkeys(left_out, 1.0)
     updates: dict[str, tuple[Tensor, Tensor]] = {}
@@ -127,6 +130,16 @@ def export_lora(
 
 def _what_lacks(left_out: Mapping[str, str]) -> str:
     return f". Left out were {listed([f'{site} ({why})' for site, why in left_out.items()])}" if left_out else ""
+
+
+def _learned_at(pipe: Any, record: Record) -> int | None:
+    """The side, in pixels, of the pictures that an adapter has learned from, or None where it is not known."""
+    try:
+        side = parsed(record.metadata["settings"])["resolution"]
+        check_side("resolution", int(side), family_of(pipe))
+    except (LookupError, TypeError, ValueError, ComcatError):  # made by hand, damaged, or at the pipeline's own
+        return None
+    return int(side)
 
 
 def _checked(pipe: Any, name: str, path: str | os.PathLike[str], rank: int, keys: str) -> Adapter:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..pipeline.components import denoiser_of
 from ..pipeline.families import drawn_as
+from ..pipeline.shortage import failures_told, shortage_explained
 from .fuse import plain_linear
 from .places import Place
 from .records import Adapter
@@ -133,7 +134,11 @@ def drawn(
     try:
         for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + number)
-            pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **more)
+            with (
+                failures_told(pipe, steps, size),
+                shortage_explained("drawing a prompt", ["a smaller size"]),
+            ):
+                pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **more)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import ComcatError, ModelError, NumericsError, SettingsError, counted, listed
+from ...errors import ModelError, NumericsError, SettingsError, counted, listed
 from ...files import check_writable, home_path
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
 from ..pipeline.families import Family, check_side, drawn_as, family_of
-from ..pipeline.shortage import shortage_explained
+from ..pipeline.shortage import failures_told, shortage_explained
 from .pictures import already_made, file_name, save_picture
 from .prompts import texts
 from .settings import GenerateSettings
@@ -91,7 +91,7 @@ def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSetting
     given = {name: value for name, value in options.items() if value is not None}
     doing = f"generating {counted(len(pictures), 'picture')} at once"
     with (
-        _failures_told(pipe, given),
+        failures_told(pipe, settings.steps, settings.size),
         shortage_explained(doing, _what_would_fit(pipe, settings)),
         _finite(pipe, pictures),
     ):
@@ -99,22 +99,6 @@ def _batch(pipe: Any, pictures: list[tuple[str, int]], settings: GenerateSetting
     flags = getattr(output, "nsfw_content_detected", None) or [False] * len(pictures)
     for image, (prompt, number), flagged in zip(family.pictures(output), pictures, flags, strict=True):
         yield Generated(image, prompt, number, bool(flagged))
-
-
-@contextmanager
-def _failures_told(pipe: Any, given: Mapping[str, Any]) -> Iterator[None]:
-    """Raises ModelError in place of whatever a pipeline itself raises, such as for a size or steps not made for it."""
-    try:
-        yield
-    except (ComcatError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        steps, side = given.get("num_inference_steps"), given.get("height")
-        taken = "its own number of steps" if steps is None else counted(steps, "step")
-        raise ModelError(
-            f"{type(pipe).__name__} with {type(pipe.scheduler).__name__} cannot generate in {taken} at "
-            f"{'its own size' if side is None else f'{side} pixels'}: {type(error).__name__}: {error}"
-        ) from error
 
 
 @contextmanager

@@ -93,7 +93,8 @@ class DiffusersHost:
 
     def between(self, attention: Any) -> str | None:
         layout = layout_of(own_processor(attention))
-        turned = layout is not None and layout.rotary
+        across = getattr(attention, "is_cross_attention", False)
+        turned = layout is not None and bool(layout.rotary) and not (across and layout.rotary == "self")
         normalised = getattr(attention, "norm_q", None) is not None or getattr(attention, "norm_k", None) is not None
         acting = ["q/k normalisation"] * normalised + ["rotary embeddings"] * turned
         return " and ".join(acting) or None

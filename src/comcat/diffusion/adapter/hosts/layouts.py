@@ -7,7 +7,7 @@ proven for each against explicit logits, head by head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ....modules.adapters import CONTEXT
 
@@ -18,14 +18,15 @@ class Layout:
 
     Attributes:
         joint: text and picture share one attention. order: of the streams' tokens, where each has projections of its
-            own, by the prefix of its factors. rotary: queries and keys are turned by their places. computed_by: the
-            processor that computes the same through torch's softmax attention, where this one does not. beside: what
-            else reads its queries, with keys of its own and further calls of softmax attention.
+            own, by the prefix of its factors. rotary: queries and keys are turned by their places; ``"self"``: where
+            both are of the same tokens. computed_by: the processor that computes the same through torch's softmax
+            attention, where this one does not. beside: what else reads its queries, with keys of its own and further
+            calls of softmax attention.
     """
 
     joint: bool = False
     order: tuple[str, ...] = (CONTEXT, "")
-    rotary: bool = False
+    rotary: bool | Literal["self"] = False
     computed_by: str | None = None
     beside: str | None = None
 
@@ -60,7 +61,7 @@ LAYOUTS: dict[str, Layout] = {
     "HunyuanAttnProcessor2_0": Layout(rotary=True),
     "FusedHunyuanAttnProcessor2_0": Layout(rotary=True, computed_by="HunyuanAttnProcessor2_0"),
     "SanaAttnProcessor2_0": Layout(),
-    "WanAttnProcessor": Layout(rotary=True),
+    "WanAttnProcessor": Layout(rotary="self"),
 }
 COPYING = tuple(name for name in LAYOUTS if name.startswith("Fused"))
 """Those that read copies of q, k and v in one layer (``fuse_qkv_projections``). Ours has the projections called."""
