@@ -697,3 +697,10 @@ def test_class_names_of_timm():
     model.pretrained_cfg = {**model.pretrained_cfg, "label_names": {"1": "b", "0": "a", "2": "c", "3": "d", "4": "e"}}
     assert class_names_of(model) == ("a", "b", "c", "d", "e")
     assert class_names_of(origin_of(model).build()) == ("a", "b", "c", "d", "e")
+
+
+@pytest.mark.parametrize("name", ["small.onnx", "small.pt2"])
+def test_an_exported_file_where_a_model_is_due_says_what_runs_it(name, tmp_path):
+    (tmp_path / name).write_bytes(b"0")
+    with pytest.raises(ModelError, match=r"was exported: comcat bench times it, and comcat\.open_exported"):
+        comcat.load_model(tmp_path / name)

@@ -102,6 +102,21 @@ def test_what_is_no_plan_is_told(data, message):
         Plan.from_dict(data)
 
 
+def test_a_plan_that_was_changed_by_hand_is_told_with_its_file(tmp_path):
+    path, plan = tmp_path / "plan.json", Plan(sites={"a": SitePlan(keep=2, full=4), "b": SitePlan(keep=3, full=4)})
+    path.write_text(plan.to_json().replace('"b"', '"a"'))
+    with pytest.raises(PlanError, match=r"plan.json: 'a' is there twice"):
+        Plan.load(path)
+    path.write_text("[]")
+    with pytest.raises(PlanError, match=r"plan.json: not a plan: expected an object") as caught:
+        Plan.load(path)
+    assert str(caught.value).count("not a plan") == 1
+    path.write_text(plan.to_json(), encoding="utf-8-sig")
+    assert Plan.load(path) == plan
+    with pytest.raises(PlanError, match=f"did you mean '{path}'"):
+        Plan.load(tmp_path)
+
+
 def test_old_words_still_work_for_a_release():
     with pytest.warns(DeprecationWarning, match="SitePlan\\(keep="):
         entry = SitePlan(rank=3, full_rank=8, head_ranks=(3, 2))

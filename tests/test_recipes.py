@@ -93,6 +93,8 @@ def test_verbs_without_recipes_and_commands_without_one_stay(recipe):
         ("litres: [", "not YAML"),
         ("litres: {a: 1}", "one value or a list"),
         ("rooms: [[hall]]", "one value or a list"),
+        ("litres: 1\ndry: true\nlitres: 2", "'litres' is there twice"),
+        ("dry: 'no'", "got dry 'no', expected true or false"),
     ],
 )
 def test_a_bad_recipe_is_named(recipe, text, said):

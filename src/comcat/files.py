@@ -92,10 +92,10 @@ def write_text(path: StrPath, text: str) -> None:
         new.write_bytes(text.encode("utf-8", errors="replace"))
 
 
-def parsed(text: str | bytes) -> Any:
+def parsed(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """What a JSON text holds. Raises ValueError for what is none, and for lists in lists without end."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

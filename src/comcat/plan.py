@@ -219,7 +219,9 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         try:
-            return cls.from_dict(parsed(text))
+            return cls.from_dict(parsed(text, _named_once))
+        except PlanError:
+            raise
         except json.JSONDecodeError as error:
             raise PlanError(f"not a plan: {error.msg} in line {error.lineno}") from None
         except ValueError as error:
@@ -233,11 +235,27 @@ class Plan:
         path = Path(path)
         if not path.is_file():
             known = [p.name for p in path.parent.glob("*.json")] if path.parent.is_dir() else []
-            raise PlanError(f"no plan at {str(path)!r}{nearest(path.name, known)}")
+            inside = path / "plan.json"
+            near = f"; did you mean {str(inside)!r}?" if inside.is_file() else nearest(path.name, known)
+            raise PlanError(f"no plan at {str(path)!r}{near}")
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark of its encoding
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} cannot be read: {error}") from error
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises PlanError where it has a name twice: JSON's reader would keep the last in silence."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise PlanError(f"{name!r} is there twice, expected it once")
+        found[name] = value
+    return found
 
 
 def _entry(name: str, entry: Any, version: int) -> SitePlan:

@@ -1,5 +1,7 @@
 """Pictures in tar shards."""
 
+import gzip
+
 import pytest
 
 from comcat.data import batches, open_pictures
@@ -60,6 +62,24 @@ def test_shard_labels_in_words_json_or_not_at_all(tmp_path):
     fraction = {"a.png": data[0], "a.json": b'{"label": 0.5}'}
     with pytest.warns(UserWarning, match=r"fraction.tar:a has the label 0.5"):
         assert not open_pictures(write_tar(tmp_path / "fraction.tar", fraction)).has_labels
+
+
+def test_a_shard_that_is_not_read_to_its_end_is_refused(tmp_path):
+    files = {f"{number}.bmp": encoded(picture(number), "BMP") for number in range(4)}
+    whole = write_tar(tmp_path / "whole.tar", files).read_bytes()
+    starts = [place for place in range(0, len(whole), 512) if whole[place + 257 : place + 262] == b"ustar"]
+    headless = whole[: starts[2]] + bytes([255]) * 512 + whole[starts[2] + 512 :]
+    for name, content in {"in_header": whole[: starts[2] + 100], "damaged": headless}.items():
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(DataError, match=f"{name}.tar cannot be read to its end: it is cut off or damaged"):
+            open_pictures(tmp_path / f"{name}.tar")
+    (tmp_path / "two.tar").write_bytes(whole + whole)
+    with pytest.raises(DataError, match=r"two.tar cannot be read to its end: another follows behind its end"):
+        open_pictures(tmp_path / "two.tar")
+    (tmp_path / "endless.tar").write_bytes(whole.rstrip(b"\0") + bytes(-len(whole.rstrip(b"\0")) % 512))
+    (tmp_path / "zipped.tar.gz").write_bytes(gzip.compress(whole))
+    for name in ("endless.tar", "zipped.tar.gz", "whole.tar"):
+        assert len(list(open_pictures(tmp_path / name))) == 4
 
 
 def test_bad_shards_are_named(tmp_path):

@@ -10,6 +10,7 @@ import comcat
 from comcat.errors import BudgetError, SettingsError
 from comcat.forms import Flow
 from comcat.methods.choose import least_loss
+from comcat.methods.compress import compress_
 from comcat.methods.costs import Macs
 from comcat.methods.ladders import AS_IT_IS, Choice, Ladder, entry_of
 from comcat.methods.merging.blocks import TokenLadder, options_of_blocks
@@ -140,6 +141,15 @@ def test_two_budgets_at_once(forms):
             comcat.compress(
                 model, X, reduce=0.3, forms="ranks,units", pictures=16, multiple=4, **{"budget": "macs", **wish}
             )
+
+
+def test_what_the_parameters_ask_for_is_not_put_down_to_coarse_steps():
+    model = tiny_vit(depth=3)
+    most = int(0.6 * comcat.count_parameters(model))
+    asked = CompressSettings(reduce=0.1, budget="macs", max_parameters=most, multiple=1)
+    notes = compress_(model, X, asked).notes
+    assert any(f"since at most {most:,} parameters may stay" in note for note in notes)
+    assert not any("coarse" in note for note in notes)
 
 
 def test_losses_of_tokens_are_scaled_by_what_plans_of_each_alone_measure():

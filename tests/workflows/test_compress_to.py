@@ -1,6 +1,7 @@
 """Compressing to a folder from Python: all that the command line does, and every refusal before the work."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,21 @@ def test_a_name_and_a_plan_do_as_well(model, places, tmp_path):
     )
     assert dict(again.record.plan.sites) == dict(comcat.load(folder).comcat_record.plan.sites)
     assert again.report.title == "mine, compressed" and again.report.command == "again"
-    assert "The plan says every rank, so reduce and max_drop were not used." in again.notes
+    assert "The plan says every rank, so reduce was not used." in again.notes
+    assert again.report.predicted_loss == pytest.approx(comcat.load(folder).comcat_record.results.predicted_loss)
+
+
+def test_a_plan_that_was_changed_is_predicted_anew(model, places, tmp_path):
+    plan = comcat.compress_to(tmp_path / "one", model, places[0], **QUICK).record.plan
+    sites = {name: replace(entry, keep=1) for name, entry in plan.sites.items()}
+    given = {**QUICK, "only": ("qk",), "multiple": 2}
+    done = comcat.compress_to(tmp_path / "two", model, places[0], plan=replace(plan, sites=sites), **given)
+    assert done.report.predicted_loss > 1.5 * plan.made_by["predicted_loss"]
+    assert done.record.results.predicted_loss == done.report.predicted_loss
+    assert "The plan says every rank, so reduce, multiple, only were not used." in done.notes
+    given = {**QUICK, "statistic": "weights"}
+    by_weights = comcat.compress_to(tmp_path / "three", model, places[0], plan=plan, **given)
+    assert by_weights.report.predicted_loss is None
 
 
 def test_without_an_evaluation_set_a_part_is_held_out_and_said(model, places, tmp_path):

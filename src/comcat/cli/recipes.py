@@ -53,11 +53,20 @@ def _read(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a file by field name; what is left empty there keeps its default."""
     import yaml
 
+    class Once(yaml.SafeLoader):
+        """YAML's reader keeps the last of two options of one name in silence."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+                raise SettingsError(f"{path}: {twice[0]!r} is there twice, expected it once")
+            return super().construct_mapping(node, deep)
+
     if not path.is_file():
         beside = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise SettingsError(f"no recipe at {str(path)!r}{nearest(path.name, beside)}")
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), Once)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -77,6 +86,8 @@ def _checked(path: Path, content: Mapping[Any, Any], hints: Mapping[str, Any], g
             options[name] = _checked(path, value, get_type_hints(hints[name]), f"{group}{name}.")
         elif isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, list | dict) for v in value)):
             raise SettingsError(f"{path}: got {group}{name} {value!r}, expected one value or a list of values")
+        elif hints[name] is bool and not isinstance(value, bool):
+            raise SettingsError(f"{path}: got {group}{name} {value!r}, expected true or false")
     return options
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import DataError, counted
 from ..files import parsed
@@ -219,6 +220,24 @@ def _members(file: Path) -> Iterator[tuple[int, str, Callable[[], bytes]]]:
             parts = [part for part in member.name.split("/") if part not in (".", "..")]
             if member.isreg() and parts and all(map(is_data, parts)):
                 yield place, member.name, partial(_bytes, tar, member)
+        _check_end(tar, file)
+
+
+def _check_end(tar: tarfile.TarFile, file: Path) -> None:
+    """Raise DataError where a tar file goes on behind what was read of it, or stops in the middle of a header.
+
+    Python's reader takes a header that it cannot read for the end, in silence. An end is blocks of zeros, or nothing.
+    """
+    read: Any = tar.fileobj
+    read.seek(tar.offset)
+    block = read.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0") or 0 < len(block) < tarfile.BLOCKSIZE:
+        told = "it is cut off or damaged"
+    elif any(rest.strip(b"\0") for rest in iter(partial(read.read, tarfile.RECORDSIZE), b"")):
+        told = "another follows behind its end; give each its own file, or join them with tar --concatenate"
+    else:
+        return
+    raise DataError(f"the shard {printable(str(file))} cannot be read to its end: {told}")
 
 
 def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:

@@ -88,9 +88,11 @@ def _overshoot(plan: Plan, settings: CompressSettings) -> list[str]:
     asked, saved = settings.reduce, plan.made_by["saved"]
     if asked is None or saved - asked < OVERSHOOT:
         return []
+    most, left = settings.max_parameters, plan.made_by.get("parameters", 0)
+    told = f"Asked to save {100 * asked:.3g} %, the plan saves {100 * saved:.1f} %"
+    if most is not None and left > (1 - OVERSHOOT) * most:
+        return [f"{told}, since at most {most:,} parameters may stay."]
     ways = [*(["multiple=1"] if plan.made_by["multiple"] != 1 else []), "ranks='waterfill'"]
     how = "" if settings.ranks == "waterfill" else f" with ranks {settings.ranks!r}"
     nearer = f"; {' or '.join(ways)} comes nearer" if how or len(ways) > 1 else ""
-    return [
-        f"Asked to save {100 * asked:.3g} %, the plan saves {100 * saved:.1f} %: its steps are coarse{how}{nearer}."
-    ]
+    return [f"{told}: its steps are coarse{how}{nearer}."]

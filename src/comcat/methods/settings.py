@@ -102,7 +102,7 @@ class CompressSettings:
         expect(self, "max_parameters", least=1)
         expect(self, "target_ms", above=0)
         expect(self, "batch", least=1)
-        expect(self, "max_drop", above=0)
+        expect(self, "max_drop", above=0, most=100)
         expect(self, "pictures", "multiple", least=1)
         expect(self, "reduce", above=0, below=1)
         expect(self, "energy", above=0, most=1)

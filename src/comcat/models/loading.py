@@ -83,6 +83,9 @@ def _has_library(text: str) -> bool:
 
 
 def _no_folder(place: Path) -> ModelError:
+    if place.suffix in (".onnx", ".pt2") and place.is_file():
+        told = "was exported: comcat bench times it, and comcat.open_exported runs it in Python"
+        return ModelError(f"{place} {told}; expected the folder of the model that it was made of")
     if place.exists():
         return ModelError(f"{place} is a file, expected the folder that holds it and its config.json")
     if place.name == str(place) and find_spec("timm") and required("timm").is_model(place.name):

@@ -49,6 +49,7 @@ from .places import (
     said_of_plan,
     said_of_skipped,
     said_of_tuning,
+    said_of_unused,
 )
 from .settings import CompressToSettings
 
@@ -153,8 +154,8 @@ def _opened(
     notes: list[str] = []
     proposer, plan = (plan, Plan(sites={})) if callable(plan) else (None, plan)
     plan = Plan.load(Path(plan)) if isinstance(plan, str | os.PathLike) else plan
-    if plan is not None and (settings.reduce is not None or settings.max_drop is not None):
-        notes.append("The plan says every rank, so reduce and max_drop were not used.")
+    if plan is not None and proposer is None:
+        notes += said_of_unused(settings)
     trains = settings.tuning is not None or settings.searching is not None
     before = model_of(model)
     check_request(before, settings, plan)
@@ -230,12 +231,20 @@ def _report(job: _Job, small: Any, done: Compressed, compressed: Evaluation | No
     found = job.judge(job.before), job.judge(small, against=job.before)
     tuned = said_of_tuning(small.comcat_record.results.tuning)
     timed = timings(job.before, small, job.preprocess, job.settings.batch_size) if job.settings.bench else None
-    return collect(
+    told = collect(
         job.before, small, done, model=job.name, command=command, judged_on=job.division.judged_on,
         settings={k: v for k, v in job.asked.items() if v is not None}, evaluations=found, compressed=compressed,
         timings=timed, shown=_to_show(job, done.plan),
         notes=(*job.notes, *said_of_skipped(job.division.calibration), *tuned, *said_of_plan(done.plan)),
     )  # fmt: skip
+    return replace(told, predicted_loss=_predicted(told)) if isinstance(job.plan, Plan) else told
+
+
+def _predicted(told: ReportData) -> float | None:
+    """What a given plan is predicted to lose by what was calibrated here. What it says itself is of other pictures, and
+    of other ranks where somebody has changed it. None where a part of it has no prediction."""
+    losses = [row.predicted_loss for row in told.sites if row.form is not None]
+    return None if None in losses else sum(loss for loss in losses if loss is not None)
 
 
 def _to_show(job: _Job, plan: Plan) -> Tensor | None:

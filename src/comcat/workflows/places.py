@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from ..data import Pictures, open_pictures
 from ..errors import SettingsError, counted
 from ..files import check_writable
+from ..methods.settings import CompressSettings
 from ..models import in_classes_of, name_of
 from ..plan import Plan
 from ..record import Record
@@ -99,6 +100,28 @@ def said_of_skipped(pictures: Pictures) -> list[str]:
 def said_of_plan(plan: Plan) -> list[str]:
     """That a plan changes nothing, if it does not."""
     return [] if plan.sites else ["The plan changes nothing: the model computes what it did before."]
+
+
+_OF_RANKS = (
+    "reduce",
+    "max_drop",
+    "target_ms",
+    "max_parameters",
+    "ranks",
+    "multiple",
+    "only",
+    "head",
+    "tie",
+    "per_head",
+)
+
+
+def said_of_unused(settings: CompressSettings) -> list[str]:
+    """Which settings that choose ranks were given beside a plan, which has chosen already."""
+    default = {field.name: field.default for field in fields(settings)}
+    given = [name for name in _OF_RANKS if getattr(settings, name) != default[name]]
+    verb = "was" if len(given) == 1 else "were"
+    return [f"The plan says every rank, so {', '.join(given)} {verb} not used."] if given else []
 
 
 _JUDGED = {"top1": "top-1", "agreement": "agreement", "cosine": "cosine agreement", "divergence": "divergence"}

@@ -39,6 +39,11 @@ def within_both(model: nn.Module, prepared: Prepared, most: int, reduce: float, 
     first = plan_at(reduce, cost=prepared.cost, total=prepared.total)
     if saved_share(first.sites, prepared, Parameters(), whole) >= fewer - 1e-9:
         return _noted(first, prepared, whole, most)
+    try:
+        plan_at(fewer, cost=Parameters(), total=whole)
+    except BudgetError as error:
+        told = f"got max_parameters={most}, which is to save {fewer:.4f} of the model's {whole:.0f} parameters: {error}"
+        raise BudgetError(told) from None
     best: Plan | None = None
     for price in PRICES:
         mixed = Mixed((((1 - price) / prepared.total, prepared.cost), (price / whole, Parameters())))
@@ -57,13 +62,9 @@ def within_both(model: nn.Module, prepared: Prepared, most: int, reduce: float, 
             if best is None or plan.made_by["error"] < best.made_by["error"]:
                 best = plan
     if best is None:
-        try:
-            plan_at(fewer, cost=Parameters(), total=whole)
-        except BudgetError:
-            told = f"got max_parameters={most}, but the sites that can shrink leave more of the model's {whole:.0f}"
-        else:
-            told = f"no plan saves {reduce:g} of the cost and has at most {most} parameters; each alone can be met"
-        raise BudgetError(told)
+        raise BudgetError(
+            f"no plan saves {reduce:g} of the cost and has at most {most} parameters; each alone can be met"
+        )
     return _noted(best, prepared, whole, most)
 
 
