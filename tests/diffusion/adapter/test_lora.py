@@ -42,6 +42,13 @@ def output(pipe: Any) -> Tensor:
     return pipe.unet(**unet_arguments(text=16)).sample
 
 
+@torch.no_grad()
+def predicted(pipe: Any, prompt: str = "a photo of dog") -> Tensor:
+    """The UNet's output for a prompt as the pipeline reads it now."""
+    text = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+    return pipe.unet(random(1, 4, 8, 8), torch.tensor(50), text).sample
+
+
 def test_diffusers_loads_it_and_the_output_is_near(tmp_path: Path) -> None:
     pipe = pipeline(tmp_path)
     with_adapter, weights = output(pipe), {n: p.clone() for n, p in pipe.unet.named_parameters()}
@@ -56,6 +63,24 @@ def test_diffusers_loads_it_and_the_output_is_near(tmp_path: Path) -> None:
     assert near < 0.5 * change  # these random latents and texts are none of those that it was made near on
     assert set(report.errors) == {f"{p}:{one}" for p in cross(pipe) for one in ("qk", "vo")}
     assert "differs by" in str(report) and not report.left_out
+
+
+@pytest.mark.usefixtures("roughly")
+def test_what_a_text_encoder_says_differently_counts(tmp_path: Path) -> None:
+    """The denoiser is measured with the prompt as the LoRA's text encoder reads it, and not as the adapter's does."""
+    pipe = pipeline(tmp_path, text_encoder=True, only="vo")
+    with torch.no_grad():
+        for name, factor in diffusion.adapters(pipe)["default"].named_parameters().items():
+            factor.mul_(0 if name.startswith("unet.") else 9)  # the text encoder alone says something new
+    with pytest.raises(SettingsError, match=r"a LoRA of rank 1 differs from 'default' by .*%.*expected at most 0\.1%"):
+        diffusion.export_lora(pipe, tmp_path / "lora.safetensors", rank=1, bound=0.001, prompts="a photo of dog", **HOW)
+    with_adapter = predicted(pipe)
+    report = diffusion.export_lora(pipe, tmp_path / "lora.safetensors", force=True, rank=1, **HOW)
+    assert predicted(pipe).equal(with_adapter)
+    diffusion.unload(pipe)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    missing = float((predicted(pipe) - with_adapter).norm() / with_adapter.norm())
+    assert missing / 3 < report.difference < 3 * missing  # of other latents and prompts
 
 
 @pytest.mark.usefixtures("roughly")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,12 +39,13 @@ class _Moments:
 
 @dataclass
 class Trial:
-    """What was seen, and the calls of the denoiser that it was seen in."""
+    """What was seen, and what the denoiser gave at each of its calls. ``draw`` draws the same again."""
 
     pipe: Any
     adapter: Adapter
+    draw: Callable[[], None]
     moments: dict[str, _Moments] = field(default_factory=dict)
-    calls: list[tuple[Any, Any, Tensor]] = field(default_factory=list)
+    outputs: list[Any] = field(default_factory=list)
     linears: dict[str, Any] = field(default_factory=dict)
 
     def gram(self, path: str, *, centred: bool) -> Tensor:
@@ -57,19 +59,30 @@ class Trial:
     @torch.no_grad()
     def difference(self, updates: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[float, float]:
         """‖with the updates − with the adapter‖, relative to the latter, and to what the adapter changes."""
-        denoiser = denoiser_of(self.pipe).model
         missing = size = change = 0.0
         with self._silent():
-            plain = [_prediction(denoiser(*args, **kwargs)) for args, kwargs, _ in self.calls]
+            plain = self._again()
             with self._written(updates):
-                for (args, kwargs, with_adapter), without in zip(self.calls, plain, strict=True):
-                    now = _prediction(denoiser(*args, **kwargs)).double()
-                    wanted = with_adapter.double()
-                    missing += float((now - wanted).square().sum())
-                    size += float(wanted.square().sum())
-                    change += float((wanted - without.double()).square().sum())
+                written = self._again()
+        for output, now, without in zip(self.outputs, written, plain, strict=True):
+            wanted = _prediction(output).double()
+            missing += float((now.double() - wanted).square().sum())
+            size += float(wanted.square().sum())
+            change += float((wanted - without.double()).square().sum())
         off = missing**0.5
         return off / max(size**0.5, 1e-30), off / max(change**0.5, 1e-30)
+
+    def _again(self) -> list[Tensor]:
+        """What the denoiser gives for the same latents, with whatever the text encoders make of the prompts now."""
+        seen: list[Tensor] = []
+
+        def instead(module: Any, args: Any, output: Any) -> Any:
+            seen.append(_prediction(output).detach().clone())
+            return copy.deepcopy(self.outputs[len(seen) - 1])  # so that the next step's latents are the same as well
+
+        with denoiser_of(self.pipe).model.register_forward_hook(instead):
+            self.draw()
+        return seen
 
     @contextmanager
     def _silent(self) -> Iterator[None]:
@@ -113,7 +126,23 @@ def drawn(
     seed: int,
 ) -> Trial:
     """Draw each prompt once with the adapter, and see."""
-    trial = Trial(pipe, adapter)
+    more = drawn_as(pipe).drawing() | ({} if size is None else {"height": size, "width": size})
+    progress = dict(getattr(pipe, "_progress_bar_config", {}))
+
+    def draw() -> None:
+        pipe.set_progress_bar_config(**{**progress, "disable": True})
+        try:
+            for number, prompt in enumerate(prompts):
+                generator = torch.Generator().manual_seed(seed + number)
+                with (
+                    failures_told(pipe, steps, size),
+                    shortage_explained("drawing a prompt", ["a smaller size"]),
+                ):
+                    pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **more)
+        finally:
+            pipe.set_progress_bar_config(**progress)
+
+    trial = Trial(pipe, adapter, draw)
     handles = []
     for place in places:
         for path, module in place.projections().items():
@@ -124,23 +153,13 @@ def drawn(
             moments = trial.moments[key] = _Moments()
             handles.append(module.register_forward_pre_hook(lambda m, args, to=moments: to.add(args[0])))
 
-    def called(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        trial.calls.append((args, kwargs, _prediction(output).detach().clone()))
+    def called(module: Any, args: Any, output: Any) -> None:
+        trial.outputs.append(copy.deepcopy(output))
 
-    handles.append(denoiser_of(pipe).model.register_forward_hook(called, with_kwargs=True))
-    progress = dict(getattr(pipe, "_progress_bar_config", {}))
-    pipe.set_progress_bar_config(**{**progress, "disable": True})
-    more = drawn_as(pipe).drawing() | ({} if size is None else {"height": size, "width": size})
+    handles.append(denoiser_of(pipe).model.register_forward_hook(called))
     try:
-        for number, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(seed + number)
-            with (
-                failures_told(pipe, steps, size),
-                shortage_explained("drawing a prompt", ["a smaller size"]),
-            ):
-                pipe(prompt=prompt, num_inference_steps=steps, generator=generator, output_type="latent", **more)
+        draw()
     finally:
         for handle in handles:
             handle.remove()
-        pipe.set_progress_bar_config(**progress)
     return trial
