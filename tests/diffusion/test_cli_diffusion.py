@@ -173,6 +173,27 @@ def test_generate_refuses(model, adapter, tmp_path, capsys):
     assert not out.exists()
 
 
+def test_what_is_wrong_with_other_files_is_said_before_the_pipeline_opens(model, images, adapter, tmp_path, capsys):
+    out, absent = tmp_path / "pictures", "owner/absent"
+    (tmp_path / "file").write_text("in the way")
+    for more, said in (
+        (["--adapter", tmp_path / "absent.safetensors"], "there is no adapter"),
+        (["--adapter", images], "there is no adapter"),
+        (["--adapter", f"{adapter}:nan"], "got nan as an adapter's scale"),
+        (["--prompt", "a \udcff dog"], "none of Unicode"),
+        (["--out", tmp_path / "file" / "below"], "nothing can be written"),
+    ):
+        assert generate(absent, out, "--prompt", "V*", *more) == 1
+        assert said in told(capsys)
+    dog = tmp_path / "dog.safetensors"
+    assert customize(absent, tmp_path / "none", dog) == 1
+    assert "no pictures at" in told(capsys)
+    assert customize(absent, images, dog, prompt="a photo of a dog") == 1
+    assert "does not contain the identifier" in told(capsys)
+    assert customize(absent, images, tmp_path / "dog.pt") == 1
+    assert "ends in .safetensors" in told(capsys)
+
+
 @pytest.mark.parametrize("part", ["scheduler", "unet"])
 def test_a_folder_without_a_part(part, model, tmp_path, capsys):
     folder = tmp_path / "incomplete"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from comcat.diffusion import GenerateSettings, generate, generate_to
+from comcat.diffusion import GenerateSettings, customize, generate, generate_to
 from comcat.diffusion.draw.pages import Page, Sheet, render_page
 from comcat.diffusion.draw.pictures import file_name, grid, read_made, save_picture
 from comcat.diffusion.draw.prompts import read_prompts
@@ -174,12 +174,31 @@ def test_page_escapes_and_loads_nothing():
         ("stable_diffusion", {"steps": 100_000}, "got 100000 sampler steps, expected at most"),
         ("flux", {"negative": "a cat"}, "negative: this pipeline's guidance is built into the model"),
         ("stable_diffusion", {"guidance": float("nan")}, "got guidance=nan"),
+        ("stable_diffusion", {"negative": "a cat", "guidance": 1}, "negative: at guidance 1 .* expected .* above 1"),
+        ("stable_diffusion_xl", {"negative": "a cat", "guidance": 0.0}, "negative: at guidance 0 this pipeline does"),
     ],
 )
 def test_what_a_pipeline_cannot_do_is_said(family, settings, said, tmp_path):
     pipe = getattr(tiny, family)(tmp_path)
     with pytest.raises(SettingsError, match=said):
         list(generate(pipe, "a dog", **{**HOW, **settings}))
+
+
+def test_a_prompt_that_is_no_unicode_is_said(pipe):
+    for prompts in ("a \udcff dog", ["a dog", "a \udcff dog"]):
+        with pytest.raises(SettingsError, match=r"prompts: got 'a \\udcff dog', whose character 3 is none of Unicode"):
+            list(generate(pipe, prompts, **HOW))
+    with pytest.raises(SettingsError, match="prompt: got .*none of Unicode"):
+        customize(pipe, tiny.pictures(), prompt="a V* \udcff", steps=1)
+
+
+def test_negative_prompts_are_read_above_the_guidance_that_is_told(pipe, tmp_path):
+    """As the pipelines themselves have it; Z-Image guides at every scale above 0."""
+    z_image = newer.NEWER["z_image"](tmp_path / "z_image")
+    for one, least in ((pipe, 1.0), (z_image, 0.0)):
+        how = {**HOW, "guidance": least + 0.5}
+        with_one, without = (pixels(generate(one, "a dog", negative=n, **how)) for n in ("a red cat", None))
+        assert any((with_one[of] != without[of]).any() for of in without)
 
 
 def test_a_folder_that_cannot_be_written_to_is_said_before_any_picture(tmp_path, pipe, monkeypatch):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ...diffusion.learn.settings import CustomizeSettings
 from ...errors import counted
+from ...files import home_path
 from ...settings import part_of
 from ..common import Positional, in_processes
 from .pipelines import PipelineCommand, open_pipeline
@@ -40,11 +41,17 @@ def run(command: Customize) -> int:
 
 
 def _run(command: Customize, processes: Any) -> int:
+    from ...data import open_pictures
+    from ...diffusion.draw.prompts import prompts_given
     from ...diffusion.learn.customize import Customization
-    from ...diffusion.learn.run_folder import folder_of
+    from ...diffusion.learn.run_folder import check_out, folder_of
 
     settings = part_of(CustomizeSettings, command)
     with processes.together():
+        # a pipeline may take minutes to open: what is wrong with these is told before
+        prompts_given(command.prompt, command.identifier)
+        open_pictures(command.images)
+        check_out(home_path(command.out))
         pipe = open_pipeline(command, command.model, processes.device if processes.count > 1 else None)
         work = Customization(
             pipe, command.images, command.prompt, command.identifier, "default", settings, command.out, True

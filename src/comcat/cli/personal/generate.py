@@ -10,7 +10,7 @@ import tyro
 
 from ...diffusion.draw.settings import GenerateSettings
 from ...errors import SettingsError, counted
-from ...files import home_path
+from ...files import check_writable, home_path
 from ..common import Positional
 from .pipelines import PipelineCommand, open_pipeline
 
@@ -39,13 +39,20 @@ class Generate(PipelineCommand, GenerateSettings):
 
 def run(command: Generate) -> int:
     from ...diffusion import load
+    from ...diffusion.adapter.files import read
+    from ...diffusion.adapter.scale import check_scale
     from ...diffusion.draw.generate import generate_to
-    from ...diffusion.draw.prompts import notes_before_drawing, notes_on_calls, read_prompts
+    from ...diffusion.draw.prompts import notes_before_drawing, notes_on_calls, read_prompts, texts
 
     prompts = [*command.prompt, *(read_prompts(command.prompts) if command.prompts is not None else [])]
     if not prompts:
         raise SettingsError("got no prompt; give --prompt TEXT or --prompts FILE")
     chosen = [parse_adapter(text) for text in command.adapter]
+    texts(prompts, "prompt")
+    check_writable(command.out)
+    for path, scale in chosen:  # a pipeline may take minutes to open: what is wrong with these is told before
+        read(path)
+        check_scale(scale)
     pipe = open_pipeline(command, command.model)
     used: list[dict[str, Any]] = []
     for path, scale in chosen:

@@ -146,6 +146,11 @@ def _check_fits(pipe: Any, how: GenerateSettings) -> None:
             "negative: this pipeline's guidance is built into the model, so a negative prompt would change nothing; "
             "leave it out"
         )
+    if how.negative is not None and how.guidance is not None and how.guidance <= family.unguided:
+        raise SettingsError(
+            f"negative: at guidance {how.guidance:g} this pipeline does not guide, so a negative prompt would change "
+            f"nothing; expected a guidance above {family.unguided:g}, or no negative prompt"
+        )
 
 
 def _what_would_fit(pipe: Any, settings: GenerateSettings) -> list[str]:

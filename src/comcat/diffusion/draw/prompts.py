@@ -24,12 +24,24 @@ def calls(prompt: str, identifier: str) -> bool:
 
 def texts(given: str | Iterable[str], what: str) -> list[str]:
     """One text or several as a list. Raises SettingsError for anything else."""
-    if isinstance(given, str):
-        return [given]
-    several: list[Any] = list(given) if isinstance(given, Iterable) else [given]
+    several: list[Any] = [given] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
     if odd := [one for one in several if not isinstance(one, str)]:
         raise SettingsError(f"{what}: got {in_short(odd[0])} ({type(odd[0]).__name__}), expected a text or several")
+    for one in several:
+        check_characters(one, what)
     return several
+
+
+def check_characters(text: str, what: str) -> None:
+    """Raises SettingsError for a text that no tokenizer takes: bytes of a terminal that are no UTF-8 come as halves of
+    a surrogate pair.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SettingsError(
+            f"{what}: got {ascii(text)}, whose character {error.start + 1} is none of Unicode; expected a text in UTF-8"
+        ) from None
 
 
 def prompts_given(prompt: str | Sequence[str], identifier: str) -> list[str]:

@@ -136,6 +136,8 @@ def _several(source: Any, what: str) -> Iterable[Any]:
 
 def _picture(image: Any, what: str) -> Image.Image:
     if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise DataError(f"got a picture of {image.width} × {image.height} pixels among {what}, expected some")
         return plain(image).convert("RGB")
     kind = type(image).__name__
     raise DataError(f"got {in_short(image)} ({kind}) among {what}, expected pictures of Pillow, or a folder of them")

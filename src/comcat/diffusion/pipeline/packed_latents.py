@@ -161,6 +161,8 @@ class ZImage(Packed):
     points there. The patches are cut in the model.
     """
 
+    unguided = 0.0
+
     def resolution(self) -> int:
         return 1024
 

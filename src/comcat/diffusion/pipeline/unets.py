@@ -24,6 +24,8 @@ class Family:
     component = "unet"
     guidance_name = "guidance_scale"
     """What the pipeline's ``__call__`` calls the scale of classifier-free guidance."""
+    unguided = 1.0
+    """The largest scale at which the pipeline does not guide, so that it reads no negative prompt."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
