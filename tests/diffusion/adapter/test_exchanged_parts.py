@@ -61,6 +61,32 @@ def test_an_adapter_does_not_come_twice_into_a_text_encoder_that_two_pipelines_s
     assert torch.equal(read(other), before) and list(diffusion.adapters(pipe)) == ["dog"]
 
 
+class Training(torch.nn.Module):
+    """As training scripts write it."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [torch.nn.DataParallel, torch.compile, torch.optim.swa_utils.AveragedModel, Training],
+    ids=["parallel", "compiled", "averaged", "own-module"],
+)
+def test_what_is_taught_in_a_wrapper_loads_into_a_pipeline(pipe: Any, wrapped: Any, tmp_path: Path) -> None:
+    """Paths are those of the model inside; before, a file said ``transformer.module.…``, which fits nothing."""
+    outer = wrapped(pipe.unet)
+    adapter = diffusion.attach(outer, init="random")
+    assert all(path.startswith("unet.") and "module" not in path for path in adapter.terms)
+    inside = getattr(outer, "module", pipe.unet)  # an average is of a copy
+    assert list(diffusion.adapters(inside)) == ["default"]
+    file = diffusion.save(outer, tmp_path / "dog.safetensors")
+    diffusion.unload(outer)
+    diffusion.load(pipe, file)
+    assert diffusion.adapters(pipe)["dog"].modules == adapter.modules
+
+
 def test_what_is_fused_into_a_text_encoder_is_not_taken_out_without_its_denoiser(pipe: Any, dog: Path) -> None:
     plain, own = read(pipe), pipe.unet
     diffusion.load(pipe, dog)

@@ -188,7 +188,7 @@ def test_a_prompt_that_is_no_unicode_is_said(pipe):
     for prompts in ("a \udcff dog", ["a dog", "a \udcff dog"]):
         with pytest.raises(SettingsError, match=r"prompts: got 'a \\udcff dog', whose character 3 is none of Unicode"):
             list(generate(pipe, prompts, **HOW))
-    with pytest.raises(SettingsError, match="prompt: got .*none of Unicode"):
+    with pytest.raises(SettingsError, match=r"prompt: got .*none of Unicode"):
         customize(pipe, tiny.pictures(), prompt="a V* \udcff", steps=1)
 
 

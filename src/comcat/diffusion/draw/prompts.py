@@ -40,7 +40,7 @@ def check_characters(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise SettingsError(
-            f"{what}: got {ascii(text)}, whose character {error.start + 1} is none of Unicode; expected a text in UTF-8"
+            f"{what}: got {text!a}, whose character {error.start + 1} is none of Unicode; expected a text in UTF-8"
         ) from None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ModelError
+from ...wrappers import bare
 
 DENOISERS = ("unet", "transformer")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -22,13 +23,16 @@ class Component:
 
 
 def denoiser_of(target: Any) -> Component:
-    """The UNet or transformer of a pipeline, or the one that ``target`` is itself.
+    """The UNet or transformer of a pipeline, or the one that ``target`` is itself, in whatever runs it: torch.compile,
+    data parallelism, or a module that holds it as its ``unet`` or ``transformer``.
 
     Raises:
         ModelError: if it is neither.
     """
     if isinstance(target, nn.Module):
-        model = _plain(target)
+        model = bare(target)
+        if (held := _held_in(model)) is not None:
+            return held
         name = "unet" if hasattr(model, "down_blocks") and hasattr(model, "up_blocks") else "transformer"
         if not any(is_attention(m) for m in model.modules()):
             raise ModelError(f"got a {type(model).__name__}, expected a diffusers pipeline, or its unet or transformer")
@@ -36,7 +40,7 @@ def denoiser_of(target: Any) -> Component:
     for name in DENOISERS:
         model = getattr(target, name, None)
         if isinstance(model, nn.Module):
-            return Component(name, _plain(model))
+            return Component(name, bare(model))
     raise ModelError(
         f"got a {type(target).__name__} with neither unet nor transformer, expected a diffusers pipeline, "
         "or one of these"
@@ -54,7 +58,7 @@ def text_encoders_of(target: Any) -> list[Component]:
     if isinstance(target, nn.Module):
         return []
     models = ((name, getattr(target, name, None)) for name in TEXT_ENCODERS)
-    return [Component(name, _plain(model)) for name, model in models if isinstance(model, nn.Module)]
+    return [Component(name, bare(model)) for name, model in models if isinstance(model, nn.Module)]
 
 
 def tokenizer_name(text_encoder: str) -> str:
@@ -72,6 +76,11 @@ def components_of(target: Any) -> dict[str, Component]:
     return {c.name: c for c in (denoiser_of(target), *text_encoders_of(target))}
 
 
-def _plain(model: nn.Module) -> Any:
-    """A model without what torch.compile wraps around it."""
-    return getattr(model, "_orig_mod", model)
+def _held_in(model: Any) -> Component | None:
+    """The denoiser that somebody's own module holds, as one for training does, under the name that diffusers gives it;
+    None where the module is none of that kind.
+    """
+    if hasattr(model, "save_pretrained"):  # a model of diffusers' own, with parts of whatever name
+        return None
+    held = ((name, getattr(model, name, None)) for name in DENOISERS)
+    return next((Component(name, bare(inner)) for name, inner in held if isinstance(inner, nn.Module)), None)
