@@ -144,7 +144,11 @@ def output_names(model: nn.Module, example: Tensor) -> tuple[str, ...]:
         raise ExportError(
             f"{label} gives another output each time it is called: there is nothing to compare a file with"
         )
-    if list(first) == ["output"] and first["output"].dim() == 2 and is_classifier(model):
+    if (
+        list(first) == ["output"]
+        and first["output"].dim() == 2
+        and (is_classifier(model) or first["output"].shape[1] == 1)
+    ):
         return ("logits",)
     return tuple(first)
 

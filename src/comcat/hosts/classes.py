@@ -10,7 +10,8 @@ _HEADS = ("head", "heads", "fc", "classifier")
 
 
 def classes_of(model: nn.Module) -> frozenset[int]:
-    """The numbers of classes that a model's output may be over; none for a backbone.
+    """The numbers of classes that a model's output may be over; none for a backbone, nor where there is one: a single
+    number is no distribution, whatever it is of.
 
     Any module inside may say it, so that a wrapper around a classifier is one: ``num_classes`` (timm, torchvision), or
     a config with labels beside a classifier (transformers). Where nothing in the model says anything, it is the width
@@ -18,10 +19,10 @@ def classes_of(model: nn.Module) -> frozenset[int]:
     """
     said = [number for module in model.modules() if (number := _said(module)) is not None]
     if said:
-        return frozenset(number for number in said if number > 0)
+        return frozenset(number for number in said if number > 1)
     heads = [child for name, child in model.named_children() if name in _HEADS] or [model]
     leaves = [[m for m in head.modules() if next(m.children(), None) is None][-1:] for head in heads]
-    return frozenset(m.out_features for last in leaves for m in last if isinstance(m, nn.Linear))
+    return frozenset(m.out_features for last in leaves for m in last if isinstance(m, nn.Linear) and m.out_features > 1)
 
 
 def _said(module: nn.Module) -> int | None:

@@ -26,7 +26,8 @@ class Evaluation:
     ``count`` is the number of pictures. ``top1``, ``top5`` (of more than five classes) and ``agreement`` (whose arg max
     equals the reference's; of maps the share of pixels) are percentages. ``loss`` is the mean cross-entropy and
     ``divergence`` the mean KL(reference || model), summed over the pixels of maps, both in nats. ``cosine`` is the mean
-    cosine of the outputs to the reference's.
+    cosine of the outputs to the reference's. Of one number a picture there is ``divergence`` alone, half its squared
+    difference.
     """
 
     count: int
@@ -107,7 +108,9 @@ class _Told:
 
     def kind(self, other: Tensor) -> Kind | None:
         """Of the reference's output; once it was a map, all are, whatever its values are."""
-        if other.dim() == 2:
+        if other.dim() == 2 and other.shape[1] == 1:
+            self.found = "one number"
+        elif other.dim() == 2:
             self.found = "scores" if self.both else None
         elif self.found is None and (kind := kind_of(other, self.classes)) != "values":
             self.found = kind
@@ -184,7 +187,7 @@ def evaluate(
                     )
                 sums["cosine"] += F.cosine_similarity(output.flatten(1), other.flatten(1)).sum().item()
                 if (kind := told.kind(other)) is not None:
-                    sums["agreement"] += agreements(other, output, kind).sum().item()
+                    sums["agreement"] += agreements(other, output, kind).sum().item() if kind != "one number" else 0
                     sums["divergence"] += divergences(other, output, kind).sum().item()
     if not count:
         raise DataError("no pictures to evaluate on: the batches are empty")
@@ -192,7 +195,9 @@ def evaluate(
     if scores and labelled:
         known |= {"top1", "loss"} | ({"top5"} if width > 5 else set())
     if refer is not None:
-        known |= {"cosine"} | ({"agreement", "divergence"} if told.found else set())
+        known |= {"divergence"} if told.found else set()
+        known |= {"cosine"} if told.found != "one number" else set()
+        known |= {"agreement"} if told.found not in (None, "one number") else set()
     percent = {"top1", "top5", "agreement"}
     sums["divergence"] = max(0.0, sums["divergence"])  # rounding alone takes it below
     return Evaluation(count=count, **{key: sums[key] / count * (100 if key in percent else 1) for key in sorted(known)})

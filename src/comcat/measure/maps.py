@@ -8,17 +8,20 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["scores", "map of scores", "map of one score", "values"]
+Kind = Literal["scores", "map of scores", "map of one score", "one number", "values"]
 
 
 def kind_of(values: Tensor, classes: Collection[int]) -> Kind:
     """What one output tensor (batch, …) says.
 
-    A map of one channel with values of either sign is read as the logits of a mask.
+    A map of one channel with values of either sign is read as the logits of a mask. One number a picture, a binary
+    classifier's logit or what a regression says, is taken as it is: brought to length one, its sign alone would stay.
 
     Args:
         classes: numbers of classes that scores may be over (:func:`comcat.hosts.classes.classes_of`).
     """
+    if values.ndim in (1, 2) and values[:1].numel() == 1:
+        return "one number"
     if values.ndim == 2 and values.shape[1] in classes:
         return "scores"
     if values.ndim == 4 and values.shape[1] > 1 and values.shape[1] in classes:
@@ -38,8 +41,10 @@ def divergences(before: Tensor, after: Tensor, kind: Kind) -> Tensor:
     """How far an output has moved, in nats a picture, summed over pixels: (batch,).
 
     The Kullback–Leibler divergence of classes, of classes or a Bernoulli label at every pixel, or of a Gaussian of
-    variance one around values of length one.
+    variance one around values of length one, or around one number.
     """
+    if kind == "one number":
+        return (before - after).double().square().flatten() / 2
     if kind in ("scores", "map of scores"):
         was, now = (t.double().log_softmax(1) for t in (before, after))
         return (was.exp() * (was - now)).flatten(1).sum(1)

@@ -71,9 +71,9 @@ def whole_output(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether the model's output is class logits.
+    """Whether the model's output is class logits, of two classes at least.
 
-    Models of transformers: an image-classification class or one with a ``classifier``, and at least one label. Others:
+    Models of transformers: an image-classification class or one with a ``classifier``, and at least two labels. Others:
     whether anything inside says how many classes there are (:func:`comcat.hosts.classes.classes_of`), so that a module
     around a classifier is one too.
     """
@@ -83,5 +83,5 @@ def is_classifier(model: nn.Module) -> bool:
         head = getattr(inner, "classifier", None)
         named = any("ForImageClassification" in kind.__name__ for kind in type(inner).__mro__)
         has_head = not isinstance(head, nn.Identity) and (named or isinstance(head, nn.Module))
-        return has_head and getattr(config, "num_labels", 0) > 0
+        return has_head and getattr(config, "num_labels", 0) > 1
     return bool(classes_of(inner))

@@ -50,7 +50,10 @@ def largest_within(
             return 100.0 - measured.agreement
         if measured.cosine is not None:
             return 100.0 * (1 - measured.cosine)
-        raise DataError("max_drop needs a model whose output can be compared")
+        raise DataError(
+            "max_drop needs classes or an output that has a direction; this model gives one number a picture; "
+            "say reduce instead"
+        )
 
     best: Plan | None = None
     low, high = 0.0, 1.0

@@ -3,7 +3,7 @@
 The second moment of their gradient is the Fisher information of the model's own distribution. Class scores take drawn
 classes, a map of class scores a class for every pixel, a map of one channel with scores of either sign a Bernoulli
 label for every pixel. Values without a distribution (features, depths, boxes) take Gaussian noise on the values brought
-to length one, so that each direction counts as much as it turns the output.
+to length one, so that each direction counts as much as it turns the output; one number a picture is taken as it is.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def told(output: Any) -> list[Tensor]:
 
 def _of_tensor(output: Tensor, classes: frozenset[int], generator: torch.Generator) -> Tensor:
     """The loss of one tensor (batch, …)."""
+    if not output.ndim:
+        raise ModelError("the model gives one number for all pictures together, as a loss is; expected a row a picture")
     values = output.detach()
     if not torch.isfinite(values).all():
         raise NumericsError("the model's output holds NaN or infinite values on the calibration pictures")
@@ -76,7 +78,7 @@ def _of_tensor(output: Tensor, classes: frozenset[int], generator: torch.Generat
         chances = values.sigmoid().cpu()
         labels = (torch.rand(chances.shape, generator=generator) < chances).to(output)
         return F.binary_cross_entropy_with_logits(output, labels, reduction="sum")
-    said = feature(output)
+    said = output if kind == "one number" else feature(output)
     return (said * torch.randn(said.shape, generator=generator).to(said)).sum()
 
 
