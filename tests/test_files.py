@@ -14,6 +14,7 @@ from comcat.errors import StoreError
 from comcat.files import (
     HASH,
     check_writable,
+    home_path,
     read_tensors,
     read_tensors_and_metadata,
     surviving,
@@ -239,3 +240,10 @@ def test_the_same_tensors_are_the_same_file_byte_for_byte(tmp_path):
         written.add((tmp_path / f"{number}.safetensors").read_bytes())
     assert len(written) == 1
     assert read_tensors(tmp_path / "0.safetensors")["b"].equal(tensors["b"])
+
+
+def test_a_name_that_no_file_system_takes_is_told_before_anything_is_asked_of_it() -> None:
+    for path in ("a" * 256, f"/tmp/{'é' * 128}/x.json"):
+        with pytest.raises(StoreError, match=r"a name of 256 bytes, .*: expected at most 255"):
+            home_path(path)
+    assert home_path("/".join(["a" * 255] * 3)).name == "a" * 255

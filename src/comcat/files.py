@@ -32,6 +32,7 @@ _SHARED = "comcat_shared"
 HASH = "sha256"
 """The key of a file's hash in its metadata."""
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM}
+_LONGEST_NAME = 255  # bytes, of all usual file systems
 NO_LOCKS = {errno.EBADF, errno.ENOLCK, *_NO_EXCHANGE}  # what a file system says that has no locks
 
 
@@ -41,6 +42,11 @@ def home_path(path: StrPath) -> Path:
         raise StoreError(f"got {path!r} ({type(path).__name__}), expected a path")
     if "\0" in (text := os.fsdecode(path)):
         raise StoreError(f"got {text!r}, which holds a NUL character: expected a path")
+    if long := [name for name in text.split(os.sep) if len(os.fsencode(name)) > _LONGEST_NAME]:
+        raise StoreError(
+            f"got a path with a name of {len(os.fsencode(long[0]))} bytes, {long[0][:20]}…: expected at most "
+            f"{_LONGEST_NAME}"
+        )
     return Path(os.path.expanduser(text))
 
 

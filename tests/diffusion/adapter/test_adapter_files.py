@@ -279,6 +279,11 @@ def test_files_that_are_something_else(dog: Path, tmp_path: Path) -> None:
         ({"identifier": ""}, "got identifier ''"),
         ({"metadata": {"rank": "3"}}, "metadata: 'rank' is comcat's own"),
         ({"metadata": {"steps": 3}}, "metadata: 'steps' is a int, expected text"),
+        (
+            {"token_embeddings": {"V*": torch.ones(3, dtype=torch.int64)}},
+            r"'V\*' is a torch.int64, expected",
+        ),
+        ({"token_embeddings": {"V*": [1.0, 2.0]}}, r"'V\*' is a list, expected a tensor of a floating type"),
         ({"token_embeddings": {"V*": torch.ones(2, 3)}}, r"token_embeddings: 'V\*' is \(2, 3\), expected one row"),
     ],
 )
@@ -288,6 +293,7 @@ def test_what_cannot_be_saved(tmp_path: Path, settings: dict[str, Any], message:
     with pytest.raises(SettingsError, match=message):
         diffusion.save(model, tmp_path / "x.safetensors", **{"name": "dog", **settings})
     assert not os.listdir(tmp_path)
+    diffusion.read(diffusion.save(model, tmp_path / "x.safetensors", name="dog"))  # nothing of it is remembered
 
 
 def test_a_failed_save_leaves_what_was_there(dog: Path, monkeypatch: pytest.MonkeyPatch) -> None:

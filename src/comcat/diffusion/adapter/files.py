@@ -276,6 +276,9 @@ def _updated(
     for key, value in (token_embeddings or {}).items():
         component, _, token = key.partition(".")
         named = key if component in TEXT_ENCODERS and token else f"{TEXT_ENCODERS[0]}.{key}"
+        if not isinstance(value, Tensor) or value.dtype not in DTYPES:
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise SettingsError(f"token_embeddings: {key!r} is a {kind}, expected a tensor of a floating type")
         row = value.detach().cpu().squeeze(0) if value.ndim == 2 else value.detach().cpu()
         if row.ndim != 1 or not key.strip():
             raise SettingsError(f"token_embeddings: {key!r} is {tuple(value.shape)}, expected one row, (width,)")
