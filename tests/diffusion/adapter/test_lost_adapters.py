@@ -240,3 +240,31 @@ def test_unfuse_after_a_trip_through_16_bit(kind: torch.dtype) -> None:
     model.to(kind).to(torch.float32)
     diffusion.unfuse(model)
     assert relative(UNET.run(model), attached) < 0.2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True], ids=["graph-may-break", "whole-graph"])
+def test_an_adapter_displaced_in_a_compiled_model_acts_or_says_so(whole: bool) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+    from torch._dynamo.exc import Unsupported
+
+    torch.compiler.reset()  # what another test has compiled of the same code
+    case = CASES["sd1"]
+    model = case.model()
+    plain = case.run(model)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=whole)
+    diffusion.attach(model, init="random")
+    expected = case.run(model)
+    assert relative(case.run(compiled), expected) < 1e-6 and relative(expected, plain) > 1e-4
+    model.set_attn_processor(AttnProcessor2_0())  # as enable_attention_slicing and others do
+    if whole:
+        with pytest.raises(Unsupported):
+            case.run(compiled)
+    else:
+        assert relative(case.run(compiled), expected) < 1e-6
+    model.set_attn_processor(type("Foreign", (AttnProcessor2_0,), {})())
+    with pytest.raises(Unsupported if whole else ModelError):
+        case.run(compiled)
+    diffusion.unload(model)
+    model.set_attn_processor(AttnProcessor2_0())
+    assert case.run(compiled).equal(plain)

@@ -17,6 +17,8 @@ from torch import nn
 
 from ...errors import ModelError
 from ..pipeline.components import Component, components_of
+from .hosts import CHANNELS
+from .hosts.processors import Acting
 from .places import places_at
 from .records import records, settle
 
@@ -44,11 +46,32 @@ class _Check:
     paths: tuple[str, ...]
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # traced anew whenever a processor has become another
+            if not _all_act(model, self.paths):
+                _settled(self.component, model, self.paths)
             return
-        for place in places_at(Component(self.component, model), self.paths):
-            settle(place)
+        _settle(self.component, model, self.paths)
         _say_what_has_no_effect(keywords)
+
+
+def _settle(component: str, model: nn.Module, paths: tuple[str, ...]) -> None:
+    for place in places_at(Component(component, model), paths):
+        settle(place)
+
+
+_settled: Any = torch.compiler.disable(_settle)
+"""Breaks the graph, which happens only where something has displaced an adapter; a graph that must be whole says so."""
+
+
+def _all_act(model: Any, paths: tuple[str, ...]) -> bool:
+    """Whether all processors that adapters act in are in their places, asked so that it can be traced."""
+    for path in paths:
+        part = model
+        for name in path.split(".")[1:]:
+            part = part._modules[name]
+        if CHANNELS in part._modules and hasattr(part, "processor") and not isinstance(part.processor, Acting):
+            return False
+    return True
 
 
 def _say_what_has_no_effect(keywords: Mapping[str, Any]) -> None:
