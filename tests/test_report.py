@@ -32,6 +32,7 @@ from comcat.report import (
 )
 from comcat.report.figures import parameters_for_energy, rank_panels
 from comcat.report.history import POINTS, search_facts, tuning_facts
+from comcat.report.tables import blocks
 
 VOID = {"meta", "link", "br", "img", "hr", "input", "col", "wbr"}
 
@@ -448,6 +449,18 @@ def test_rank_panels_tell_towers_apart():
     }
     ticks = figure_spectra([spectrum(name.removesuffix(":qk")) for name in names]).axes[0].get_yticklabels()
     assert [tick.get_text() for tick in ticks] == ["text.0", "text.1", "vision.0", "vision.1"]
+
+
+def test_a_block_that_is_heard_of_last_stands_in_its_place():
+    layers = [site(f"blocks.{n}.attn:qk", block=f"blocks.{n}", role="attention") for n in (0, 2, 10)]
+    tokens = [
+        site(f"blocks.{n}:tokens", "tokens", form="similar", block=f"blocks.{n}", role="tokens") for n in (0, 1, 2, 10)
+    ]
+    in_place = ["blocks.0", "blocks.1", "blocks.2", "blocks.10"]
+    assert [row["name"] for row in blocks([*layers, *tokens])["rows"]] == in_place
+    panels = figure_ranks([*layers, *tokens]).axes
+    assert [[tick.get_text() for tick in panel.get_xticklabels()] for panel in panels] == [["0", "1", "2", "10"]] * 2
+    assert wording.in_order(["b.1", "a.3", "b.0", "a.2", "b.1"]) == ["b.0", "a.2", "b.1", "a.3"]
 
 
 def test_nested_layer_numbers_label_the_ticks():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from comcat.errors import SettingsError
 from comcat.report.data import SiteRow, Spectrum, rank_for_energy
 from comcat.report.svg import GREY, LIGHT, drawing
-from comcat.report.wording import scaled
+from comcat.report.wording import in_order, scaled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -255,7 +255,7 @@ def _grid(count: int, columns: int, width: float, height: float, *, extra: float
 def _along_the_blocks(rows: Sequence[SiteRow], sites: Sequence[SiteRow]) -> tuple[Sequence[int], list[str]]:
     """Where a panel's bars stand, and the names along its axis: all blocks of its kind, so that panels compare."""
     pattern = _numbers_out(rows[0].block)
-    blocks = list(dict.fromkeys(site.block for site in sites if site.block and _numbers_out(site.block) == pattern))
+    blocks = in_order(site.block for site in sites if site.block and _numbers_out(site.block) == pattern)
     if len({row.block for row in rows}) < len(rows) or not {row.block for row in rows} <= set(blocks):
         return range(len(rows)), [row.name for row in rows]
     return [blocks.index(row.block) for row in rows], blocks

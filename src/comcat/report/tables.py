@@ -16,6 +16,7 @@ def blocks(sites: Sequence[SiteRow]) -> dict[str, Any]:
     for site in sites:
         if site.block:
             grouped.setdefault(site.block, []).append(site)
+    grouped = {name: grouped[name] for name in wording.in_order(grouped)}
     roles = [r for r in ("attention", "feed-forward", "tokens") if r != "tokens" or any(s.role == r for s in sites)]
     rows = [
         {

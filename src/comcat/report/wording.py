@@ -1,7 +1,8 @@
 """Numbers as people read them: units, ratios, changes."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
@@ -228,3 +229,19 @@ def shown(forms: Collection[str | None], blocks: Sequence[str], maps: bool) -> d
 def _short_path(path: str) -> str:
     """The last list in a path, and the place in it: ``backbone.encoder.layer.3`` becomes ``layer.3``."""
     return ".".join(path.split(".")[-2:])
+
+
+def in_order(blocks: Iterable[str]) -> list[str]:
+    """Each block once, in the order given; those that differ by numbers alone (``blocks.3``) by these.
+
+    A block all of whose layers shrank before is first heard of by its tokens, behind all others.
+    """
+    names = list(dict.fromkeys(blocks))
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    rest = {
+        pattern: iter(sorted(some, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]))
+        for pattern, some in alike.items()
+    }
+    return [next(rest[re.sub(r"\d+", "*", name)]) for name in names]
