@@ -43,10 +43,8 @@ def home_path(path: StrPath) -> Path:
     if "\0" in (text := os.fsdecode(path)):
         raise StoreError(f"got {text!r}, which holds a NUL character: expected a path")
     if long := [name for name in text.split(os.sep) if len(os.fsencode(name)) > _LONGEST_NAME]:
-        raise StoreError(
-            f"got a path with a name of {len(os.fsencode(long[0]))} bytes, {long[0][:20]}…: expected at most "
-            f"{_LONGEST_NAME}"
-        )
+        size = len(os.fsencode(long[0]))
+        raise StoreError(f"got a name of {size} bytes in a path, {long[0][:20]!r}…: expected at most {_LONGEST_NAME}")
     return Path(os.path.expanduser(text))
 
 
@@ -187,9 +185,7 @@ def _content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors as safetensors wants them, each with its memory to itself, and the names of twins by the name that is
-    written.
-    """
+    """Tensors as safetensors wants them, each with memory of its own, and the names of twins by the name written."""
     first, shared, storages = dict[tuple, str](), dict[str, str](), set[int]()
     apart: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -263,8 +259,7 @@ def _before(target: Path) -> Path:
 
 def _clean_up(target: Path) -> None:
     """Finish what killed writers of ``target`` left behind; a folder that is still being written to is locked."""
-    before = _before(target)
-    if before.is_dir():
+    if (before := _before(target)).is_dir():
         if target.exists():
             shutil.rmtree(before, ignore_errors=True)
         else:
@@ -345,8 +340,7 @@ def _exchange(a: Path, b: Path) -> bool:
         "renamex_np": lambda f: f(*names, exchange),
     }
     for name, call in calls.items():
-        function = getattr(libc, name, None)
-        if function is None:
+        if (function := getattr(libc, name, None)) is None:
             continue
         if call(function) == 0:
             return True

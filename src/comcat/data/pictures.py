@@ -321,9 +321,12 @@ class Pictures:
 
     def _too_many(self, skipped: list[str], seen: int) -> DataError:
         first = "; ".join(skipped[:3]) + ("; …" if len(skipped) > 3 else "")
+        allowed = (
+            f", and at most {self._max_unreadable:.0%} of {self.count or 'all'} may be unreadable (max_unreadable)"
+        )
         return DataError(
-            f"{len(skipped)} of the first {counted(seen, 'picture')} of {self.name} cannot be read, and at most "
-            f"{self._max_unreadable:.0%} of {self.count or 'all'} may be unreadable (max_unreadable): {first}"
+            f"{len(skipped)} of the first {counted(seen, 'picture')} of {self.name} cannot be read"
+            f"{'' if self._max_unreadable == 1 else allowed}: {first}"
         )
 
 

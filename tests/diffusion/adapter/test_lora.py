@@ -165,6 +165,15 @@ def test_newer_families(family: str, tmp_path: Path) -> None:
     assert pipe.get_active_adapters()
 
 
+def test_a_pipeline_that_loads_no_loras_is_told_unless_forced(tmp_path: Path) -> None:
+    pipe = NEWER["pixart"](tmp_path / "parts")
+    diffusion.attach(pipe, init="random", rank=1, alpha=0.1)
+    out = tmp_path / "lora.safetensors"
+    with pytest.raises(UnsupportedSite, match="loads no LoRAs into a PixArtAlphaPipeline"):
+        diffusion.export_lora(pipe, out, steps=2)
+    assert not out.exists()
+
+
 def test_a_size_that_is_not_the_pipeline_s_is_told(tmp_path: Path) -> None:
     """Wan's own is 480 by 832 pixels, for which this small one has no places."""
     pipe = NEWER["wan"](tmp_path / "parts")

@@ -213,6 +213,13 @@ def test_a_film_gives_its_first_frame_and_says_so(kind: str, tmp_path: Path) -> 
     assert not any("frames" in note for note in read_examples(tmp_path).notes)
 
 
+def test_pictures_none_of_which_can_be_read_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_text("none")
+    with pytest.raises(DataError, match=r"1 of the first 1 picture of .* cannot be read: a\.png: Unidentified") as told:
+        read_examples(tmp_path)
+    assert "max_unreadable" not in str(told.value)
+
+
 def test_one_run_at_a_time_writes_to_a_file(pipe: Any, tmp_path: Path) -> None:
     out = tmp_path / "dog.safetensors"
     cd.customize(pipe, tiny.pictures(), prompt=PROMPT, out=out, **QUICK)

@@ -711,6 +711,7 @@ def test_one_picture_unreadable_ones_and_all_sizes(pipe, tmp_path):
         ({"resolution": 15}, "resolution: got 15, expected a multiple of 2, for example 16"),
         ({"out": "dog"}, "ends in .safetensors"),
         ({"rank": 0}, "got rank=0"),
+        ({"crops": 10**9}, "got crops=1000000000"),
     ],
 )
 def test_settings_that_do_not_fit(settings, said, pipe):

@@ -89,16 +89,21 @@ def export_lora(
             replaced. rank: of each projection's change.
         prompts: what tokens come from, beside the adapter's own prompt and the empty one.
         keys: ``"diffusers"``, for ``load_lora_weights``; ``"kohya"``, for ComfyUI and Forge, of UNets alone.
-        bound: the largest ``difference`` that is written. force: whatever it is.
+        bound: the largest ``difference`` that is written. force: whatever it is, and whoever loads it.
         steps: of the sampler, for each prompt. size: of those pictures, in pixels; left out, that of the pictures that
             the adapter has learned from, or the pipeline's own where it does not say so.
 
     Raises:
         SettingsError: for settings that do not fit, an adapter with a token of its own, or a difference beyond the
-            bound; it says how far it is. UnsupportedSite: if none of its terms can become LoRAs. StoreError: if the
-            file cannot be written.
+            bound; it says how far it is. UnsupportedSite: if none of its terms can become LoRAs, or diffusers has no
+            loader of LoRAs for the pipeline (unless forced). StoreError: if the file cannot be written.
     """
     adapter = _checked(pipe, name, path, rank, keys)
+    if not force and not hasattr(pipe, "load_lora_weights"):
+        raise UnsupportedSite(
+            f"diffusers loads no LoRAs into a {type(pipe).__name__}; load the adapter itself there, or force it for "
+            "another program"
+        )
     places = list(located(components_of(pipe), adapter.record))
     left_out = {f"{p.path}:{one}": why for p in places for one in _PRODUCTS if (why := _why_not(p, one, adapter))}
     chosen = [(p, one) for p in places for one in adapter.terms[p.path].products if f"{p.path}:{one}" not in left_out]

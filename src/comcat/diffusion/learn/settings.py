@@ -8,6 +8,9 @@ from typing import Any, Literal
 from ...errors import SettingsError
 from ...settings import LARGEST_SEED, check_types, expect
 
+MOST_CROPS = 1000
+"""Of one picture: more differ by a pixel or not at all, and all are encoded beforehand."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class CustomizeSettings:
@@ -92,7 +95,8 @@ class CustomizeSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        expect(self, "steps", "batch_size", "rank", "prior_count", "crops", "keep", "sample_count", least=1)
+        expect(self, "steps", "batch_size", "rank", "prior_count", "keep", "sample_count", least=1)
+        expect(self, "crops", least=1, most=MOST_CROPS)
         expect(self, "sample_steps", "resolution", least=1)
         expect(self, "checkpoint_every", "sample_every", "weight_decay", "prior_weight", "protect_words", least=0)
         expect(self, "caption_dropout", least=0, below=1)
