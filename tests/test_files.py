@@ -244,6 +244,6 @@ def test_the_same_tensors_are_the_same_file_byte_for_byte(tmp_path):
 
 def test_a_name_that_no_file_system_takes_is_told_before_anything_is_asked_of_it() -> None:
     for path in ("a" * 256, f"/tmp/{'é' * 128}/x.json"):
-        with pytest.raises(StoreError, match=r"a name of 256 bytes, .*: expected at most 255"):
+        with pytest.raises(StoreError, match=r"a name of 256 bytes in a path, .*: expected at most 255"):
             home_path(path)
     assert home_path("/".join(["a" * 255] * 3)).name == "a" * 255
