@@ -14,7 +14,7 @@ from ..data.batches import expect_batches, parts_of_batch
 from ..errors import DataError, ModelError, NumericsError, SettingsError, counted
 from ..hosts.classes import classes_of
 from ..wrappers import bare
-from .maps import Kind, agreements, divergences, kind_of
+from .maps import Kind, agreements, divergences, is_one_number, kind_of
 from .outputs import as_rows, is_classifier, whole_output
 from .running import AUTOCAST, evaluating
 
@@ -108,7 +108,7 @@ class _Told:
 
     def kind(self, other: Tensor) -> Kind | None:
         """Of the reference's output; once it was a map, all are, whatever its values are."""
-        if other.dim() == 2 and other.shape[1] == 1:
+        if is_one_number(other):
             self.found = "one number"
         elif other.dim() == 2:
             self.found = "scores" if self.both else None
@@ -187,7 +187,8 @@ def evaluate(
                     )
                 sums["cosine"] += F.cosine_similarity(output.flatten(1), other.flatten(1)).sum().item()
                 if (kind := told.kind(other)) is not None:
-                    sums["agreement"] += agreements(other, output, kind).sum().item() if kind != "one number" else 0
+                    if kind != "one number":
+                        sums["agreement"] += agreements(other, output, kind).sum().item()
                     sums["divergence"] += divergences(other, output, kind).sum().item()
     if not count:
         raise DataError("no pictures to evaluate on: the batches are empty")
@@ -195,9 +196,8 @@ def evaluate(
     if scores and labelled:
         known |= {"top1", "loss"} | ({"top5"} if width > 5 else set())
     if refer is not None:
-        known |= {"divergence"} if told.found else set()
-        known |= {"cosine"} if told.found != "one number" else set()
-        known |= {"agreement"} if told.found not in (None, "one number") else set()
+        alone = {None: {"cosine"}, "one number": {"divergence"}}
+        known |= alone.get(told.found, {"cosine", "agreement", "divergence"})
     percent = {"top1", "top5", "agreement"}
     sums["divergence"] = max(0.0, sums["divergence"])  # rounding alone takes it below
     return Evaluation(count=count, **{key: sums[key] / count * (100 if key in percent else 1) for key in sorted(known)})

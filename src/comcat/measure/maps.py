@@ -20,7 +20,7 @@ def kind_of(values: Tensor, classes: Collection[int]) -> Kind:
     Args:
         classes: numbers of classes that scores may be over (:func:`comcat.hosts.classes.classes_of`).
     """
-    if values.ndim in (1, 2) and values[:1].numel() == 1:
+    if is_one_number(values):
         return "one number"
     if values.ndim == 2 and values.shape[1] in classes:
         return "scores"
@@ -29,6 +29,11 @@ def kind_of(values: Tensor, classes: Collection[int]) -> Kind:
     if values.ndim == 4 and values.shape[1] == 1 and values.min() < 0 < values.max():
         return "map of one score"
     return "values"
+
+
+def is_one_number(values: Tensor) -> bool:
+    """Whether an output tensor says a single number of each picture, (batch,) or (batch, 1)."""
+    return values.ndim in (1, 2) and values[:1].numel() == 1
 
 
 def feature(output: Tensor) -> Tensor:

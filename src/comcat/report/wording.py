@@ -236,12 +236,12 @@ def in_order(blocks: Iterable[str]) -> list[str]:
 
     A block all of whose layers shrank before is first heard of by its tokens, behind all others.
     """
-    names = list(dict.fromkeys(blocks))
+    patterns = {name: re.sub(r"\d+", "*", name) for name in blocks}
     alike: dict[str, list[str]] = {}
-    for name in names:
-        alike.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    for name, pattern in patterns.items():
+        alike.setdefault(pattern, []).append(name)
     rest = {
         pattern: iter(sorted(some, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]))
         for pattern, some in alike.items()
     }
-    return [next(rest[re.sub(r"\d+", "*", name)]) for name in names]
+    return [next(rest[pattern]) for pattern in patterns.values()]

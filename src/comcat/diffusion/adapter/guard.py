@@ -19,7 +19,7 @@ from ...errors import ModelError
 from ..pipeline.components import Component, components_of
 from .hosts import CHANNELS
 from .hosts.processors import Acting
-from .places import places_at
+from .places import places_at, submodule
 from .records import records, settle
 
 _WATCH = "comcat_watch"
@@ -66,9 +66,7 @@ _settled: Any = torch.compiler.disable(_settle)
 def _all_act(model: Any, paths: tuple[str, ...]) -> bool:
     """Whether all processors that adapters act in are in their places, asked so that it can be traced."""
     for path in paths:
-        part = model
-        for name in path.split(".")[1:]:
-            part = part._modules[name]
+        part = submodule(model, path.partition(".")[2])
         if CHANNELS in part._modules and hasattr(part, "processor") and not isinstance(part.processor, Acting):
             return False
     return True

@@ -116,10 +116,10 @@ def places_at(component: Component, paths: Iterable[str]) -> Iterator[Place]:
         name, _, inner = path.partition(".")
         if name == component.name:
             assert host is not None, f"{path} was found by a host"
-            yield Place(path, _submodule(component.model, inner), host, component.model)
+            yield Place(path, submodule(component.model, inner), host, component.model)
 
 
-def _submodule(model: Any, path: str) -> Any:
+def submodule(model: Any, path: str) -> Any:
     """``get_submodule`` without its checks, since this is asked before every call of a model."""
     part = model
     for name in path.split("."):

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..pipeline.components import denoiser_of
+from ..pipeline.failures import failures_told, shortage_explained
 from ..pipeline.families import drawn_as
-from ..pipeline.shortage import failures_told, shortage_explained
 from .fuse import plain_linear
 from .places import Place
 from .records import Adapter

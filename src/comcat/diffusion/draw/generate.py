@@ -17,8 +17,8 @@ from ...errors import ModelError, NumericsError, SettingsError, counted, listed
 from ...files import check_writable, home_path
 from ...runs.seeding import derive_seed
 from ...settings import from_keywords
+from ..pipeline.failures import failures_told, shortage_explained
 from ..pipeline.families import Family, check_side, drawn_as, family_of
-from ..pipeline.shortage import failures_told, shortage_explained
 from .pictures import already_made, file_name, save_picture
 from .prompts import texts
 from .settings import GenerateSettings

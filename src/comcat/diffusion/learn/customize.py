@@ -24,10 +24,10 @@ from ..adapter.files import name_of, save
 from ..adapter.records import Adapter, answering, records, remember
 from ..draw.generate import check_sampling
 from ..draw.prompts import check_other_prompts, prompts_given
+from ..pipeline.failures import shortage_explained
 from ..pipeline.families import family_of
 from ..pipeline.noising import noising_of
 from ..pipeline.residence import Idle, check_whole, computing_dtype, frozen, recomputing
-from ..pipeline.shortage import shortage_explained
 from .batches import CachedSource, Stream, check_dropout
 from .beforehand import check_offloaded, notes_before, notes_on_idle_settings, notes_on_prompts
 from .examples import EXAMPLES, Examples, check_apart, fingerprint, notes_on_sizes, one_each, read_examples

@@ -16,11 +16,11 @@ from ...runs.loop import Run
 from ...runs.processes import Processes
 from ...runs.seeding import derive_seed
 from ...runs.watching import LossWatch
+from ..pipeline.failures import shortage_explained
 from ..pipeline.families import Conditions, Family
 from ..pipeline.noising import Noising
 from ..pipeline.offloading import is_offloaded, kept_for_gradients
 from ..pipeline.residence import computing_dtype
-from ..pipeline.shortage import shortage_explained
 from .settings import CustomizeSettings
 
 

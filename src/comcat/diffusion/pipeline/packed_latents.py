@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .square_latents import Transformer, of_one_frame, padded
+from .square_latents import OfVideos, Transformer, padded
 from .unets import Conditions, Family
 
 
@@ -120,7 +120,7 @@ class Flux2(Packed):
         return output.mT.unflatten(2, noisy.shape[2:])  # (batch, channels, height, width)
 
 
-class QwenImage(Packed):
+class QwenImage(OfVideos, Packed):
     """A VAE for videos, of one frame here, with a mean and a deviation for each channel."""
 
     guidance_name = "true_cfg_scale"
@@ -133,12 +133,6 @@ class QwenImage(Packed):
 
     def latent_channels(self) -> tuple[int, int]:
         return int(self.pipe.vae.config.z_dim), int(self.config.in_channels) // 4
-
-    def to_vae(self, pixels: Tensor) -> Tensor:
-        return pixels.unsqueeze(2)  # (batch, 3, 1, height, width)
-
-    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        return of_one_frame(self.pipe.vae.config, mean, std)
 
     def encode(self, prompts: list[str]) -> Conditions:
         embeds, mask = self.pipe.encode_prompt(list(prompts), device=self.device, **self.defaults())

@@ -224,8 +224,20 @@ class HunyuanDiT(Transformer):
         return get_2d_rotary_pos_embed(width, region, grid, device=noisy.device, output_type="pt")
 
 
-class Wan(Transformer):
-    """A model of videos; those of one frame are pictures. Its VAE has a mean and a deviation for each channel."""
+class OfVideos(Transformer):
+    """Whose VAE is one of videos, with a mean and a deviation for each channel. Videos of one frame are pictures."""
+
+    def to_vae(self, pixels: Tensor) -> Tensor:
+        return pixels.unsqueeze(2)  # (batch, 3, 1, height, width)
+
+    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        middle, spread = (torch.tensor(x).view(1, -1, 1, 1).to(mean) for x in (config.latents_mean, config.latents_std))
+        return (mean.squeeze(2) - middle) / spread, std.squeeze(2) / spread
+
+
+class Wan(OfVideos):
+    """A model of videos, asked for one frame."""
 
     def resolution(self) -> int:
         return int(inspect.signature(type(self.pipe).__call__).parameters["height"].default)
@@ -235,12 +247,6 @@ class Wan(Transformer):
 
     def latent_channels(self) -> tuple[int, int]:
         return int(self.pipe.vae.config.z_dim), int(self.config.in_channels)
-
-    def to_vae(self, pixels: Tensor) -> Tensor:
-        return pixels.unsqueeze(2)  # (batch, 3, 1, height, width)
-
-    def scaled(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        return of_one_frame(self.pipe.vae.config, mean, std)
 
     def encode(self, prompts: list[str]) -> Conditions:
         embeds, _ = self.pipe.encode_prompt(
@@ -261,14 +267,6 @@ class Wan(Transformer):
 
     def pictures(self, output: Any) -> list[Any]:
         return [frames[0] for frames in output.frames]
-
-
-def of_one_frame(config: Any, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """What a VAE of videos gives for a single frame, (batch, channels, 1, height, width), without that dimension and
-    normalised by each channel's mean and deviation.
-    """
-    middle, spread = (torch.tensor(x).view(1, -1, 1, 1).to(mean) for x in (config.latents_mean, config.latents_std))
-    return (mean.squeeze(2) - middle) / spread, std.squeeze(2) / spread
 
 
 def padded(texts: list[Tensor]) -> Conditions:
